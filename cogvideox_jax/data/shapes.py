@@ -1,0 +1,292 @@
+"""The embedded default: captioned clips of moving shapes, written as real video files.
+
+A scene is what a caption says: one or two objects, each a colour, a shape and a motion, on a
+plain background. `render` draws where they are. So that a model can be scored on what it never
+saw, single-object scenes listed in `HELD_OUT` never appear in a rendered dataset.
+"""
+
+import itertools
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from cogvideox_jax.data import video
+from cogvideox_jax.errors import UserError
+
+PALETTE = {  # RGB. Any two are at least 150 apart, so each survives H.264's halved chroma.
+  "red": (220, 40, 40),
+  "green": (40, 180, 60),
+  "blue": (40, 70, 220),
+  "yellow": (235, 215, 50),
+  "purple": (190, 50, 190),
+  "white": (240, 240, 240),
+  "black": (20, 20, 20),
+}
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")  # Of objects.
+BACKGROUNDS = ("black", "white", "blue", "green", "red")
+SHAPES = ("circle", "square", "triangle")
+MOTIONS = {  # Direction along (x, y); y points down.
+  "right": (1, 0),
+  "left": (-1, 0),
+  "up": (0, -1),
+  "down": (0, 1),
+  "still": (0, 0),
+}
+
+IMAGE_RATE = 0.15  # Fraction of images, where the durations offer them.
+PAIR_RATE = 0.3  # Fraction of scenes with two objects.
+SIZES = {1: (0.34, 0.44), 2: (0.28, 0.36)}  # Of the short side, by number of objects.
+SPEEDS = (0.025, 0.031)  # Of the frame's side, per frame: 40 to 50% of it in 17 frames.
+HELD_OUT_COUNT = 64
+
+
+class Thing(NamedTuple):
+  """An object, in words."""
+
+  colour: str
+  shape: str
+  motion: str | None  # None in an image.
+
+
+@dataclass(frozen=True)
+class Scene:
+  """What a caption says."""
+
+  objects: tuple[Thing, ...]  # One or two.
+  background: str
+
+
+def caption(scene: Scene) -> str:
+  """At most 20 T5 tokens. `parse` is its inverse."""
+  phrases = {None: "", "still": " stays still"}
+  objects = (
+    f"a {thing.colour} {thing.shape}{phrases.get(thing.motion, f' moves {thing.motion}')}"
+    for thing in scene.objects
+  )
+  return f"{' and '.join(objects)} on a {scene.background} background"
+
+
+def parse(text: str) -> Scene:
+  """The scene whose caption this is. Raises ValueError if there is none."""
+  objects, _, ground = text.partition(" on a ")
+  words = [phrase.split() for phrase in objects.split(" and ")]
+  things = tuple(Thing(*w[1:3], w[4] if len(w) == 5 else None) for w in words if len(w) in (3, 5))
+  scene = Scene(things, ground.removesuffix(" background"))
+  known = (
+    scene.background in BACKGROUNDS
+    and 1 <= len(things) == len(words) <= 2
+    and all(t.colour in COLOURS and t.shape in SHAPES for t in things)
+    and all(t.motion is None or t.motion in MOTIONS for t in things)
+  )
+  if not known or caption(scene) != text:
+    raise ValueError(
+      f"{text!r} is not a caption of moving shapes, such as {caption(HELD_OUT[0])!r}"
+    )
+  return scene
+
+
+def _held_out() -> tuple[Scene, ...]:
+  """Picks in turn the combination whose words, and pairs of words, were picked least so far.
+
+  So every prefix is balanced, and training sees every pair of words.
+  """
+  combinations = [
+    words
+    for words in itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
+    if words[0] != words[3]
+  ]
+  np.random.default_rng(0).shuffle(combinations)  # Breaks ties without favouring a word.
+  picked: Counter = Counter()
+  scenes = []
+  for _ in range(HELD_OUT_COUNT):
+
+    def cost(words):
+      singles = sum(picked[i, words[i]] for i in range(4))
+      pairs = sum(picked[i, j, words[i], words[j]] for i, j in itertools.combinations(range(4), 2))
+      return singles + pairs
+
+    words = min(combinations, key=cost)
+    combinations.remove(words)
+    picked.update((i, words[i]) for i in range(4))
+    picked.update((i, j, words[i], words[j]) for i, j in itertools.combinations(range(4), 2))
+    scenes.append(Scene((Thing(*words[:3]),), words[3]))
+  return tuple(scenes)
+
+
+HELD_OUT = _held_out()
+
+
+def held_out_prompts(count: int = HELD_OUT_COUNT) -> tuple[str, ...]:
+  """Captions of scenes that `render_dataset` never shows, with every word about equally often."""
+  if not 1 <= count <= HELD_OUT_COUNT:
+    raise UserError(f"{count} held-out prompts were asked for; there are 1 to {HELD_OUT_COUNT}.")
+  return tuple(map(caption, HELD_OUT[:count]))
+
+
+def draw_scene(rng: np.random.Generator, moving: bool) -> Scene:
+  """A scene in which no object is held out. Images (not moving) show objects without motion."""
+  while True:
+    background = str(rng.choice(BACKGROUNDS))
+    count = 2 if rng.random() < PAIR_RATE else 1
+    colours = [colour for colour in COLOURS if colour != background]
+    things = tuple(
+      Thing(
+        str(colour), str(rng.choice(SHAPES)), str(rng.choice(list(MOTIONS))) if moving else None
+      )
+      for colour in rng.choice(colours, size=count, replace=False)
+    )
+    if not any(Scene((thing,), background) in HELD_OUT for thing in things):
+      return Scene(things, background)
+
+
+def coverage(
+  shape: str,
+  x: Float[np.ndarray, "F"],
+  y: Float[np.ndarray, "F"],
+  size: float,
+  height: int,
+  width: int,
+) -> Float[np.ndarray, "F H W"]:
+  """How much of each pixel a shape covers, 0 to 1, its edges smoothed over one pixel.
+
+  x, y: the centre of the shape's bounding box in each frame; size: that box's side; in pixels.
+  """
+  half = size / 2
+  dx = np.abs(np.arange(width) + 0.5 - x[:, None])[:, None, :]
+  dy = (np.arange(height) + 0.5 - y[:, None])[:, :, None]
+  match shape:
+    case "circle":
+      inside = half - np.hypot(dx, dy)
+    case "square":
+      inside = np.minimum(half - dx, half - np.abs(dy))
+    case "triangle":  # Apex up: below its two sides, of slope 2, and above its base.
+      inside = np.minimum((half + dy - 2 * dx) / np.sqrt(5), half - dy)
+    case _:
+      raise ValueError(f"Unknown shape {shape!r}; there are {SHAPES}.")
+  return np.clip(inside + 0.5, 0, 1)
+
+
+class Track(NamedTuple):
+  """Where an object is: the centre of its bounding box in each frame, and the box's side."""
+
+  x: Float[np.ndarray, "F"]
+  y: Float[np.ndarray, "F"]
+  size: float
+
+
+def _track(
+  motion: str | None, sizes: tuple[float, float], shape: tuple[int, int, int], rng
+) -> Track:
+  """Constant speed along one axis, from a start that keeps the object inside the frame."""
+  num_frames, height, width = shape
+  size = rng.uniform(*sizes) * min(height, width)
+  direction = MOTIONS[motion or "still"]
+  speed = rng.uniform(*SPEEDS)
+  centres = []
+  for step, side in zip(direction, (width, height), strict=True):
+    room = side - size
+    # Long clips would leave the frame, so they move more slowly.
+    travel = step * min(speed * (num_frames - 1) * side, room)
+    start = size / 2 + max(0.0, -travel) + rng.uniform(0, 1) * (room - abs(travel))
+    centres.append(start + np.linspace(0, travel, num_frames))
+  return Track(centres[0], centres[1], size)
+
+
+def _touch(a: Track, b: Track) -> bool:
+  """Whether the bounding boxes of two objects ever come within a pixel of each other."""
+  reach = (a.size + b.size) / 2 + 1
+  return bool(np.any((np.abs(a.x - b.x) < reach) & (np.abs(a.y - b.y) < reach)))
+
+
+def _place(scene: Scene, shape: tuple[int, int, int], rng: np.random.Generator) -> list[Track]:
+  """Tracks that never touch. Objects shrink a little with each try, so that it ends."""
+  low, high = SIZES[len(scene.objects)]
+  for attempt in itertools.count():
+    sizes = (low * 0.99**attempt, high * 0.99**attempt)
+    tracks = [_track(thing.motion, sizes, shape, rng) for thing in scene.objects]
+    if not any(_touch(a, b) for a, b in itertools.combinations(tracks, 2)):
+      return tracks
+  raise AssertionError("unreachable: the loop above has no end")
+
+
+def render(
+  scene: Scene, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "F H W 3"]:
+  """Draws a scene. The generator decides sizes, places and speeds: all that no caption says."""
+  frames = np.empty((num_frames, height, width, 3), np.float32)
+  frames[:] = PALETTE[scene.background]
+  tracks = _place(scene, (num_frames, height, width), rng)
+  for thing, track in zip(scene.objects, tracks, strict=True):
+    alpha = coverage(thing.shape, *track, height, width).astype(np.float32)[..., None]
+    frames += alpha * (np.array(PALETTE[thing.colour], np.float32) - frames)
+  return np.rint(frames).astype(np.uint8)
+
+
+def draw_clip(
+  index: int, seed: int, sizes, durations
+) -> tuple[Scene, UInt8[np.ndarray, "F H W 3"]]:
+  """Clip `index` of the dataset of this seed, whatever the number of clips."""
+  rng = np.random.default_rng((seed, index))
+  longer = [num_frames for num_frames in durations if num_frames > 1]
+  if not longer or (1 in durations and rng.random() < IMAGE_RATE):
+    num_frames = 1
+  else:  # Longer clips more often: each has more to teach.
+    num_frames = int(rng.choice(longer, p=np.array(longer) / sum(longer)))
+  height, width = map(int, rng.choice(sizes))
+  scene = draw_scene(rng, moving=num_frames > 1)
+  return scene, render(scene, num_frames, height, width, rng)
+
+
+def render_dataset(
+  folder: epath.PathLike,
+  clips: int,
+  seed: int,
+  *,
+  sizes: tuple[tuple[int, int], ...],
+  durations: tuple[int, ...],
+  fps: float,
+) -> epath.Path:
+  """Writes clips (mp4, or png for one frame) and the manifest, whose path it returns.
+
+  sizes: (height, width) in pixels. durations: frames. Does nothing if the same call was finished
+  before. Raises UserError if the folder holds anything else.
+  """
+  if clips < 1:
+    raise UserError(f"{clips} shape clips were asked for: set config.data.clips to 1 or more.")
+  folder = epath.Path(folder)
+  manifest, arguments = folder / "manifest.jsonl", folder / "shapes.json"
+  wanted = {"clips": clips, "seed": seed, "sizes": sizes, "durations": durations, "fps": fps}
+  wanted = json.dumps(wanted)
+  found = arguments.read_text() if arguments.exists() else None
+  if found not in (None, wanted) or (found is None and manifest.exists()):
+    raise UserError(
+      f"{folder} already holds other clips than these.\n"
+      f"  there:  {found or 'a manifest that no shape clips were rendered for'}\n"
+      f"  wanted: {wanted}\n"
+      "Delete the folder, or choose another."
+    )
+  if manifest.exists():
+    return manifest
+  folder.mkdir(parents=True, exist_ok=True)
+  arguments.write_text(wanted)
+  lines = []
+  for index in tqdm(range(clips), desc="Rendering shape clips", unit="clip"):
+    scene, frames = draw_clip(index, seed, sizes, durations)
+    name = f"clip_{index:06d}"
+    file = f"{name}.png" if len(frames) == 1 else f"{name}.mp4"
+    if len(frames) == 1:
+      Image.fromarray(frames[0]).save(folder / file)
+    else:
+      video.write_mp4(folder / file, frames, fps)
+    lines.append(json.dumps({"file": file, "caption": caption(scene), "id": name}))
+  part = folder / "manifest.jsonl.part"
+  part.write_text("\n".join(lines) + "\n")
+  part.replace(manifest)  # Last, and at once: a manifest means that every file is there.
+  return manifest
