@@ -1,0 +1,65 @@
+"""How much noise a timestep adds, and how v, x0 and the noised latents follow from one another.
+
+`alpha` is the share of the signal's variance that is left (alphas_cumprod in diffusers), in
+[0, 1]: 0 is pure noise. The three conversions take it in any shape that broadcasts.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig:
+  """The schedule, under SAT's and diffusers' values: `snr_shift` is 3 for 2B, 1 for the others."""
+
+  steps: int  # Timesteps in training, 1000.
+  beta_start: float
+  beta_end: float
+  snr_shift: float  # Divides the signal-to-noise ratio: SAT `shift_scale`; 1 leaves it.
+  zero_terminal_snr: bool  # Whether the last timestep is pure noise (arXiv:2305.08891).
+
+
+class NoiseSchedule(NamedTuple):
+  """The alpha of every timestep, in float64 since samplers subtract nearly equal ones."""
+
+  alphas_cumprod: Float[np.ndarray, "steps"]
+
+  def alpha(self, timesteps: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The alpha of each timestep in [0, steps), as float32."""
+    return jnp.asarray(self.alphas_cumprod, jnp.float32)[timesteps]
+
+
+def noise_schedule(config: NoiseConfig) -> NoiseSchedule:
+  """Scaled-linear betas, then the shift, then the rescale to pure noise: this order matters."""
+  betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps) ** 2
+  alphas = np.cumprod(1 - betas)
+  alphas = alphas / (config.snr_shift + (1 - config.snr_shift) * alphas)
+  if config.zero_terminal_snr:
+    root = np.sqrt(alphas)
+    alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+  return NoiseSchedule(alphas)
+
+
+def add_noise(
+  x0: Float[Array, "*shape"], noise: Float[Array, "*shape"], alpha: Float[Array, "..."]
+) -> Float[Array, "*shape"]:
+  """The latents `x0` with their variance cut to `alpha` and filled up with `noise`."""
+  return jnp.sqrt(alpha) * x0 + jnp.sqrt(1 - alpha) * noise
+
+
+def velocity(
+  x0: Float[Array, "*shape"], noise: Float[Array, "*shape"], alpha: Float[Array, "..."]
+) -> Float[Array, "*shape"]:
+  """What the network learns to return, v (arXiv:2202.00512)."""
+  return jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
+
+
+def x0_from_v(
+  x: Float[Array, "*shape"], v: Float[Array, "*shape"], alpha: Float[Array, "..."]
+) -> Float[Array, "*shape"]:
+  """The clean latents that the noised `x` and its `v` imply."""
+  return jnp.sqrt(alpha) * x - jnp.sqrt(1 - alpha) * v

@@ -1,0 +1,130 @@
+"""From noise to latents: DDIM, and DPM-Solver++ 2M in its stochastic form (arXiv:2211.01095).
+
+Either solver is, at each step, a sum of four things: the latents, the clean latents that v
+implies now and implied a step ago, and fresh noise. So a solver is a table of their weights, made
+on the host in float64, and one `solver_step` runs any of them, inside `jax.lax.scan` too:
+
+  def body(carry, step):
+    x, x0 = carry
+    row, timestep, key = step
+    return solver_step(row, x, denoise(x, timestep), x0, jax.random.normal(key, x.shape)), None
+
+  solver = ddim(schedule, steps)
+  xs = (solver.weights, solver.timesteps, jax.random.split(key, len(solver.timesteps)))
+  (x, _), _ = jax.lax.scan(body, (noise, jnp.zeros_like(noise)), xs)
+
+The arithmetic is that of diffusers' CogVideoX schedulers with `trailing` spacing.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from cogvideox_jax.diffusion.noise import NoiseSchedule
+
+
+class Weights(NamedTuple):
+  """What each step multiplies its terms with: one row a step, or one row alone."""
+
+  x_to_x0: Float32[np.ndarray | Array, "*steps"]  # x0 = x_to_x0 * x - v_to_x0 * v.
+  v_to_x0: Float32[np.ndarray | Array, "*steps"]
+  x: Float32[np.ndarray | Array, "*steps"]  # The next x is the sum of these four.
+  x0: Float32[np.ndarray | Array, "*steps"]
+  previous_x0: Float32[np.ndarray | Array, "*steps"]  # 0 at the first step, which has none.
+  noise: Float32[np.ndarray | Array, "*steps"]
+
+
+class Solver(NamedTuple):
+  """Which timesteps to visit, in this order, and how to move from each to the next."""
+
+  timesteps: Int32[np.ndarray, "steps"]
+  weights: Weights
+
+  @property
+  def stochastic(self) -> bool:
+    """Whether any step adds noise; if not, zeros may be passed for it."""
+    return bool(np.any(self.weights.noise))
+
+
+def ddim(schedule: NoiseSchedule, steps: int) -> Solver:
+  """DDIM (arXiv:2010.02502) without noise: diffusers `CogVideoXDDIMScheduler`."""
+  timesteps, alpha, alpha_next = _path(schedule, steps)
+  x = np.sqrt((1 - alpha_next) / (1 - alpha))
+  x0 = np.sqrt(alpha_next) - np.sqrt(alpha) * x
+  return _solver(timesteps, alpha, x=x, x0=x0, previous_x0=0 * x, noise=0 * x)
+
+
+def dpm(schedule: NoiseSchedule, steps: int) -> Solver:
+  """DPM-Solver++ 2M SDE: diffusers `CogVideoXDPMScheduler`.
+
+  The published form steps in log signal-to-noise ratios, infinite at both ends of the path. Here
+  stands what their exponentials are: `decay` is e^-h, finite everywhere.
+  """
+  timesteps, alpha, alpha_next = _path(schedule, steps)
+  decay = _decay(alpha, alpha_next)
+  x = np.sqrt((1 - alpha_next) / (1 - alpha)) * decay
+  x0 = (1 - decay**2) * np.sqrt(alpha_next)
+  noise = np.sqrt((1 - alpha_next) * (1 - decay**2))
+
+  # Extrapolates x0 along its last change, except where a ratio is infinite: from pure noise the
+  # last change counts nothing, and a step that ends without noise (or before timestep 0) is of
+  # first order.
+  extrapolation = np.zeros_like(x)
+  behind = _decay(alpha[:-1], alpha[1:])
+  second = (behind > 0) & (timesteps[1:] >= len(schedule.alphas_cumprod) // steps)
+  extrapolation[1:][second] = np.log(decay[1:][second]) / np.log(behind[second]) / 2
+  return _solver(
+    timesteps,
+    alpha,
+    x=x,
+    x0=x0 * (1 + extrapolation),
+    previous_x0=-x0 * extrapolation,
+    noise=noise,
+  )
+
+
+def solver_step(
+  weights: Weights,  # One row.
+  x: Float[Array, "*shape"],
+  v: Float[Array, "*shape"],  # The network's output at x, guided.
+  previous_x0: Float[Array, "*shape"],  # As the last step returned it; zeros at the first.
+  noise: Float[Array, "*shape"],  # Standard normal.
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+  """Returns x of the next timestep, and the clean latents x0 that this step saw."""
+  x0 = weights.x_to_x0 * x - weights.v_to_x0 * v
+  x = weights.x * x + weights.x0 * x0 + weights.previous_x0 * previous_x0 + weights.noise * noise
+  return x, x0
+
+
+def trailing_timesteps(steps: int, train_steps: int) -> Int32[np.ndarray, "visited"]:
+  """Evenly spaced timesteps that include the last, 999, 979 ... 19, as numpy rounds them.
+
+  For 62 of the step counts up to 1000 (61, 103, 121, ...) rounding in `arange` adds one timestep,
+  -1, which counts as the last. diffusers does the same.
+  """
+  spaced = np.arange(train_steps, 0, -train_steps / steps)
+  return np.round(spaced).astype(np.int32) - 1
+
+
+def _path(schedule: NoiseSchedule, steps: int):
+  """The timesteps, and the alpha at each and where its step ends.
+
+  A step ends `train_steps // steps` below its timestep, which is not always the next timestep of
+  the path; below 0 there is no noise.
+  """
+  train_steps = len(schedule.alphas_cumprod)
+  timesteps = trailing_timesteps(steps, train_steps)
+  ends = timesteps - train_steps // steps
+  alpha_next = np.where(ends >= 0, schedule.alphas_cumprod[np.maximum(ends, 0)], 1.0)
+  return timesteps, schedule.alphas_cumprod[timesteps], alpha_next
+
+
+def _decay(alpha: Float[np.ndarray, "n"], alpha_next: Float[np.ndarray, "n"]):
+  """The root of alpha's signal-to-noise ratio over alpha_next's, in [0, 1]."""
+  return np.sqrt(alpha * (1 - alpha_next) / (alpha_next * (1 - alpha)))
+
+
+def _solver(timesteps: Int32[np.ndarray, "n"], alpha: Float[np.ndarray, "n"], **weights) -> Solver:
+  weights.update(x_to_x0=np.sqrt(alpha), v_to_x0=np.sqrt(1 - alpha))
+  return Solver(timesteps, Weights(**{k: w.astype(np.float32) for k, w in weights.items()}))
