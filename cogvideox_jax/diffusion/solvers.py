@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from cogvideox_jax.diffusion.noise import NoiseSchedule
+from cogvideox_jax.errors import UserError
 
 
 class Weights(NamedTuple):
@@ -68,12 +69,11 @@ def dpm(schedule: NoiseSchedule, steps: int) -> Solver:
   noise = np.sqrt((1 - alpha_next) * (1 - decay**2))
 
   # Extrapolates x0 along its last change, except where a ratio is infinite: from pure noise the
-  # last change counts nothing, and a step that ends without noise (or before timestep 0) is of
-  # first order.
+  # last change counts nothing, and a step that ends without noise is of first order.
   extrapolation = np.zeros_like(x)
-  behind = _decay(alpha[:-1], alpha[1:])
-  second = (behind > 0) & (timesteps[1:] >= len(schedule.alphas_cumprod) // steps)
-  extrapolation[1:][second] = np.log(decay[1:][second]) / np.log(behind[second]) / 2
+  second = np.flatnonzero((alpha[:-1] > 0) & (alpha_next[1:] < 1)) + 1
+  behind = _decay(alpha[second - 1], alpha[second])
+  extrapolation[second] = np.log(decay[second]) / np.log(behind) / 2
   return _solver(
     timesteps,
     alpha,
@@ -102,7 +102,15 @@ def trailing_timesteps(steps: int, train_steps: int) -> Int32[np.ndarray, "visit
 
   For 62 of the step counts up to 1000 (61, 103, 121, ...) rounding in `arange` adds one timestep,
   -1, which counts as the last. diffusers does the same.
+
+  Raises:
+    UserError: steps is not in 1..train_steps.
   """
+  if not 1 <= steps <= train_steps:
+    raise UserError(
+      f"{steps} sampling steps were asked for.\n"
+      f"The model knows {train_steps} timesteps: ask for 1 to {train_steps} steps, usually 50."
+    )
   spaced = np.arange(train_steps, 0, -train_steps / steps)
   return np.round(spaced).astype(np.int32) - 1
 
