@@ -1,0 +1,322 @@
+"""The causal 3D VAE (paper 2.1; diffusers `AutoencoderKLCogVideoX`).
+
+Videos are compressed 8x8 in space and 4x in time, the first frame alone. A video goes through in
+chunks; the causal convolutions carry their last frames from each chunk to the next, so later
+chunks never change earlier latents. Inside a chunk only the convolutions are causal: group norm
+sees all frames of its chunk, so the plan of chunks is part of the numbers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+ENCODE_CHUNK = 8  # Pixel frames, diffusers `num_sample_frames_batch_size`.
+DECODE_CHUNK = 2  # Latent frames, diffusers `num_latent_frames_batch_size`.
+EPSILON = 1e-6
+MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
+
+Frames = tuple[Float[Array, "b _ _ _ _"], ...]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+  """Sizes of the VAE; the defaults are those of every published model."""
+
+  in_channels: int = 3
+  channels: tuple[int, ...] = (128, 256, 256, 512)  # Of each level, finest first.
+  latent_channels: int = 16
+  resnets: int = 3  # Per encoder level; the decoder has one more.
+  groups: int = 32  # Of the group norms; divides every number of channels.
+  temporal_compression: int = 4  # A power of 2: the finest levels compress time.
+  scaling_factor: float = 0.7  # Latents times this have about unit variance; 1.15258426 for 2B.
+
+  @property
+  def spatial_compression(self) -> int:
+    return 2 ** (len(self.channels) - 1)
+
+  @property
+  def temporal_levels(self) -> int:
+    return int(math.log2(self.temporal_compression))
+
+
+class Carry:
+  """What the causal convolutions remember of the frames before a chunk.
+
+  Built from the frames that the chunk before left in `kept`, or from None at the first chunk. The
+  convolutions ask in the order in which they run, which is the same in every chunk.
+  """
+
+  def __init__(self, frames: Frames | None):
+    self._frames = None if frames is None else iter(frames)
+    self._kept = []
+
+  def extend(self, x: Float[Array, "b f h w c"], count: int) -> Float[Array, "b f2 h w c"]:
+    """Puts the `count` frames before x in front of it: at the first chunk, its first, repeated."""
+    before = jnp.repeat(x[:, :1], count, axis=1) if self._frames is None else next(self._frames)
+    x = jnp.concatenate([before, x], axis=1)
+    self._kept.append(x[:, -count:])
+    return x
+
+  @property
+  def kept(self) -> Frames:
+    return tuple(self._kept)
+
+
+def convolve(
+  x: Float[Array, "b f h w c"], kernel: Float[Array, "kt kh kw c o"]
+) -> Float[Array, "b f2 h w o"]:
+  """3-D convolution, zero-padded in space and not in time: `f2 = f - kt + 1`.
+
+  The one place that chooses its form. XLA's 3-D convolution on CPU is several times slower than
+  the sum of the 2-D convolutions of its time taps; on accelerators it is the fast one.
+  """
+  return jax.lax.platform_dependent(x, kernel, cpu=_convolve_by_taps, default=_convolve_3d)
+
+
+def _convolve_3d(x, kernel):
+  pad = [(0, 0), *((k // 2, k // 2) for k in kernel.shape[1:3])]
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1, 1), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+  )
+
+
+def _convolve_by_taps(x, kernel):
+  taps, frames = kernel.shape[0], x.shape[1] - kernel.shape[0] + 1
+  pad = [(k // 2, k // 2) for k in kernel.shape[1:3]]
+  total = 0.0
+  for tap in range(taps):
+    images = rearrange(x[:, tap : tap + frames], "b f h w c -> (b f) h w c")
+    total += jax.lax.conv_general_dilated(
+      images, kernel[tap], (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+  return rearrange(total, "(b f) h w c -> b f h w c", f=frames)
+
+
+class CausalConv(nnx.Module):
+  """3x3x3 convolution that sees no later frame (diffusers `CogVideoXCausalConv3d`)."""
+
+  def __init__(self, channels: int, out_channels: int, *, rngs: nnx.Rngs):
+    shape = (3, 3, 3, channels, out_channels)
+    self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+    self.bias = nnx.Param(jnp.zeros(out_channels))
+
+  def __call__(self, x: Float[Array, "b f h w c"], carry: Carry) -> Float[Array, "b f h w o"]:
+    x = carry.extend(x, self.kernel.shape[0] - 1)
+    return convolve(x, self.kernel[...]) + self.bias[...]
+
+
+def group_norm(channels: int, groups: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+  return nnx.GroupNorm(channels, groups, epsilon=EPSILON, use_fast_variance=False, rngs=rngs)
+
+
+class EncoderNorm(nnx.GroupNorm):
+  """Group norm over all frames of a chunk; takes and ignores what the decoder's norm needs."""
+
+  def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
+    super().__init__(
+      channels, config.groups, epsilon=EPSILON, use_fast_variance=False, rngs=rngs
+    )
+
+  def __call__(self, x: Float[Array, "b f h w c"], z: None = None) -> Float[Array, "b f h w c"]:
+    return super().__call__(x)
+
+
+class DecoderNorm(nnx.Module):
+  """Group norm scaled and shifted by the chunk's latents (diffusers `CogVideoXSpatialNorm3D`)."""
+
+  def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
+    self.norm = group_norm(channels, config.groups, rngs)
+    ones = nnx.initializers.ones
+    self.scale = nnx.Linear(config.latent_channels, channels, bias_init=ones, rngs=rngs)
+    self.shift = nnx.Linear(config.latent_channels, channels, rngs=rngs)
+
+  def __call__(
+    self, x: Float[Array, "b f h w c"], z: Float[Array, "b f2 h2 w2 z"]
+  ) -> Float[Array, "b f h w c"]:
+    # The reference resizes z first; a 1x1x1 convolution of repeated values is the same, dearer.
+    scale, shift = (resize_like(layer(z), x) for layer in (self.scale, self.shift))
+    return self.norm(x) * scale + shift
+
+
+def resize_like(z: Float[Array, "b f2 h2 w2 c"], x: Array) -> Float[Array, "b f h w c"]:
+  """Nearest-neighbour resize of z to x's frames and size; a first frame of its own stays alone."""
+  z = _repeat(_repeat(z, x.shape[2], 2), x.shape[3], 3)
+  frames = x.shape[1]
+  if frames > 1 and frames % 2:
+    return jnp.concatenate([z[:, :1], _repeat(z[:, 1:], frames - 1, 1)], axis=1)
+  return _repeat(z, frames, 1)
+
+
+def _repeat(x: Array, size: int, axis: int) -> Array:
+  return jnp.repeat(x, size // x.shape[axis], axis)
+
+
+class ResnetBlock(nnx.Module):
+  def __init__(self, channels: int, out_channels: int, norm, config: VAEConfig, *, rngs: nnx.Rngs):
+    self.norm1 = norm(channels, config, rngs=rngs)
+    self.conv1 = CausalConv(channels, out_channels, rngs=rngs)
+    self.norm2 = norm(out_channels, config, rngs=rngs)
+    self.conv2 = CausalConv(out_channels, out_channels, rngs=rngs)
+    same = channels == out_channels
+    self.shortcut = None if same else nnx.Linear(channels, out_channels, rngs=rngs)
+
+  def __call__(
+    self, x: Float[Array, "b f h w c"], z: Float[Array, "b f2 h2 w2 z"] | None, carry: Carry
+  ) -> Float[Array, "b f h w o"]:
+    h = self.conv1(nnx.silu(self.norm1(x, z)), carry)
+    h = self.conv2(nnx.silu(self.norm2(h, z)), carry)
+    return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Downsample(nnx.Module):
+  """Halves space and, where it compresses time, averages pairs of frames but an odd first one."""
+
+  def __init__(self, channels: int, compress_time: bool, *, rngs: nnx.Rngs):
+    self.compress_time = compress_time
+    # The reference pads on the right and bottom only.
+    padding = ((0, 1), (0, 1))
+    self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=padding, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f2 h2 w2 c"]:
+    if self.compress_time:
+      alone = x.shape[1] % 2
+      pairs = rearrange(x[:, alone:], "b (f two) h w c -> b f two h w c", two=2)
+      x = jnp.concatenate([x[:, :alone], pairs.mean(axis=2)], axis=1)
+    return self.conv(x)
+
+
+class Upsample(nnx.Module):
+  """Doubles space and, where it expands time, every frame but an odd first one."""
+
+  def __init__(self, channels: int, expand_time: bool, *, rngs: nnx.Rngs):
+    self.expand_time = expand_time
+    self.conv = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f2 h2 w2 c"]:
+    if self.expand_time:
+      alone = x.shape[1] % 2
+      x = jnp.concatenate([x[:, :alone], jnp.repeat(x[:, alone:], 2, axis=1)], axis=1)
+    return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+
+
+class Level(nnx.Module):
+  """The residual blocks of one resolution, then the change to the next, if there is one."""
+
+  def __init__(self, channels: int, out_channels: int, count: int, norm, resample, config, *, rngs):
+    widths = [channels] + [out_channels] * count
+    self.resnets = nnx.List(
+      [ResnetBlock(*pair, norm, config, rngs=rngs) for pair in zip(widths, widths[1:], strict=False)]
+    )
+    self.resample = resample
+
+  def __call__(
+    self, x: Float[Array, "b f h w c"], z: Float[Array, "b f2 h2 w2 z"] | None, carry: Carry
+  ) -> Float[Array, "b f3 h3 w3 o"]:
+    for resnet in self.resnets:
+      x = resnet(x, z, carry)
+    return x if self.resample is None else self.resample(x)
+
+
+class Encoder(nnx.Module):
+  """Frames of a chunk to the moments of their latents."""
+
+  def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+    channels = config.channels
+    self.conv_in = CausalConv(config.in_channels, channels[0], rngs=rngs)
+    self.down = nnx.List([])
+    for i, (width, out) in enumerate(zip((channels[0], *channels), channels, strict=False)):
+      last = i == len(channels) - 1
+      down = None if last else Downsample(out, i < config.temporal_levels, rngs=rngs)
+      self.down.append(Level(width, out, config.resnets, EncoderNorm, down, config, rngs=rngs))
+    self.mid = Level(channels[-1], channels[-1], 2, EncoderNorm, None, config, rngs=rngs)
+    self.norm_out = EncoderNorm(channels[-1], config, rngs=rngs)
+    self.conv_out = CausalConv(channels[-1], 2 * config.latent_channels, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "b F H W c"], carry: Carry) -> Float[Array, "b f h w z2"]:
+    x = self.conv_in(x, carry)
+    for level in (*self.down, self.mid):
+      x = level(x, None, carry)
+    return self.conv_out(nnx.silu(self.norm_out(x)), carry)
+
+
+class Decoder(nnx.Module):
+  """Latents of a chunk to frames."""
+
+  def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+    channels = config.channels[::-1]
+    count = config.resnets + 1
+    self.conv_in = CausalConv(config.latent_channels, channels[0], rngs=rngs)
+    self.mid = Level(channels[0], channels[0], 2, DecoderNorm, None, config, rngs=rngs)
+    self.up = nnx.List([])
+    for i, (width, out) in enumerate(zip((channels[0], *channels), channels, strict=False)):
+      last = i == len(channels) - 1
+      up = None if last else Upsample(out, i < config.temporal_levels, rngs=rngs)
+      self.up.append(Level(width, out, count, DecoderNorm, up, config, rngs=rngs))
+    self.norm_out = DecoderNorm(channels[-1], config, rngs=rngs)
+    self.conv_out = CausalConv(channels[-1], config.in_channels, rngs=rngs)
+
+  def __call__(self, z: Float[Array, "b f h w z"], carry: Carry) -> Float[Array, "b F H W c"]:
+    x = self.conv_in(z, carry)
+    for level in (self.mid, *self.up):
+      x = level(x, z, carry)
+    return self.conv_out(nnx.silu(self.norm_out(x, z)), carry)
+
+
+class VAE(nnx.Module):
+  """Encoder and decoder. Use `encode` and `decode`, which follow the plan of chunks."""
+
+  def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+    self.encoder = Encoder(config, rngs=rngs)
+    self.decoder = Decoder(config, rngs=rngs)
+
+
+def chunk_ends(count: int, size: int) -> list[int]:
+  """Where each chunk of `count` frames ends: all of `size`, the remainder in the first one."""
+  first = size + count % size if count >= size else count
+  return [first, *range(first + size, count + 1, size)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_chunk(graphdef, params, x, frames):
+  carry = Carry(frames)
+  return nnx.merge(graphdef, params).encoder(x, carry), carry.kept
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode_chunk(graphdef, params, z, frames):
+  carry = Carry(frames)
+  return nnx.merge(graphdef, params).decoder(z, carry), carry.kept
+
+
+def _by_chunks(run, vae: VAE, x: Array, size: int) -> Array:
+  """Loops over the chunks on the host: one program for the first one's shape, one for the rest."""
+  graphdef, params = nnx.split(vae)
+  results, kept, start = [], None, 0
+  for end in chunk_ends(x.shape[1], size):
+    result, kept = run(graphdef, params, x[:, start:end], kept)
+    results.append(result)
+    start = end
+  return jnp.concatenate(results, axis=1)
+
+
+def encode(
+  vae: VAE, frames: Float[Array, "b F H W 3"]
+) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
+  """Frames in [-1, 1] to the mean and log-variance of their latents, which are not scaled."""
+  mean, logvar = jnp.split(_by_chunks(_encode_chunk, vae, frames, ENCODE_CHUNK), 2, axis=-1)
+  return mean, jnp.clip(logvar, MIN_LOGVAR, MAX_LOGVAR)
+
+
+def decode(vae: VAE, z: Float[Array, "b f h w c"]) -> Float[Array, "b F H W 3"]:
+  """Latents, divided by the scaling factor, to frames of about [-1, 1].
+
+  An odd number of latents gives `4 f - 3` frames, an even one `4 f`, as in the reference.
+  """
+  return _by_chunks(_decode_chunk, vae, z, DECODE_CHUNK)

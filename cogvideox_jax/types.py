@@ -1,0 +1,59 @@
+"""The records that cross from stage to stage, and the letters of their axes.
+
+| letter | axis                                         | letter    | axis                            |
+|--------|----------------------------------------------|-----------|---------------------------------|
+| `b`    | packed rows of a batch, or videos            | `F H W`   | pixel frames, height, width     |
+| `n`    | tokens of a row, text and vision together    | `f h w`   | latent frames, height, width    |
+| `s`    | segments of a row; segment 0 is padding      | `c`       | channels                        |
+| `k`    | clips a row can hold, `s - 1`                | `l`       | text tokens of a clip           |
+| `p`    | numbers in a vision patch                    | `t`       | width of the text states        |
+| `d`    | width of the transformer                     | `e`       | width of the time embedding     |
+
+`F = 4 f - 3`: the first frame is compressed alone, the others four at a time.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+VISION, TEXT = 0, 1  # The two experts, in the order their weights are stored.
+
+
+class Clip(NamedTuple):
+  """A piece of video brought to a bucket's frame rate, duration and size, with its caption."""
+
+  frames: UInt8[np.ndarray, "F H W 3"]  # RGB.
+  caption: str
+  source: str  # Names the clip within its dataset: unique, stable over runs.
+  fps: float
+
+
+class Example(NamedTuple):
+  """A clip after the frozen networks: what a training row is packed from."""
+
+  mean: Float[np.ndarray, "f h w c"]  # Of the VAE's posterior; not scaled.
+  logvar: Float[np.ndarray, "f h w c"]
+  text: Float[np.ndarray, "l t"]  # T5's states, padding included: content to this model.
+  caption: str
+  source: str
+  num_frames: int  # In pixels, as are height and width.
+  height: int
+  width: int
+  fps: float
+
+
+class Batch(NamedTuple):
+  """Packed rows. A clip's text tokens, then its vision tokens; clips in turn; padding last.
+
+  A host array from the loader, a device array in the training step: the annotations name the
+  shapes only.
+  """
+
+  mean: Float[np.ndarray, "b n p"]  # Patches of the posterior's mean; 0 at text and padding.
+  logvar: Float[np.ndarray, "b n p"]
+  text: Float[np.ndarray, "b k l t"]  # Text states of each clip; 0 where a row holds fewer.
+  segment_ids: Int[np.ndarray, "b n"]  # 0 is padding, clips from 1.
+  experts: Int[np.ndarray, "b n"]  # VISION or TEXT; VISION at padding.
+  coordinates: Int[np.ndarray, "b n 3"]  # Vision: patch (t, h, w). Text: (index, 0, 0).
+  grids: Int[np.ndarray, "b s 3"]  # Patches of each segment along (t, h, w); ones for padding.

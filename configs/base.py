@@ -1,0 +1,113 @@
+"""Every key of a training config, with the published values where there are any.
+
+Sources: P is the paper (arXiv:2408.06072), its table or section; `ours` was not published.
+A key that can be set on the command line is never None. Leaves say only what differs.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """CogVideoX's published training, sized as the 2B model's first stage."""
+  config = ConfigDict()
+  config.seed = 0
+  config.components = ""  # Model folder, or shipped name, of VAE, text encoder and tokenizer.
+  config.init_from = ""  # Model folder or workdir whose transformer to start from; "": none.
+  config.dtype = "auto"  # Compute: bfloat16, float32; auto is float32 on CPU, else bfloat16.
+  config.remat = True  # Recompute each layer's activations in the backward pass.
+
+  config.model = ConfigDict()  # Fields of models.dit.DiTConfig.
+  config.model.depth = 30
+  config.model.heads = 30
+  config.model.head_dim = 64
+  config.model.time_width = 512
+  config.model.in_channels = 16
+  config.model.out_channels = 16
+  config.model.patch = (1, 2, 2)  # Latent frames, height, width.
+  config.model.text_width = 4096
+  config.model.text_length = 226  # Tokens; T5's padding counts.
+  config.model.positions = "sincos"  # sincos (2B), rope (5B), rope_index (1.5).
+  config.model.sample_frames = 49  # Pixel frames, latent height and width that the published
+  config.model.sample_height = 60  # position rules rescale to, and the pipelines' default size.
+  config.model.sample_width = 90
+  config.model.spatial_interpolation = 1.875  # Of sincos positions.
+  config.model.temporal_interpolation = 1.0
+
+  config.noise = ConfigDict()  # Fields of diffusion.noise.NoiseConfig.
+  config.noise.steps = 1000
+  config.noise.beta_start = 0.00085
+  config.noise.beta_end = 0.012
+  config.noise.snr_shift = 3.0  # 2B; the 5B models use 1.0 (SAT `shift_scale`).
+  config.noise.zero_terminal_snr = True
+
+  config.text = ConfigDict()
+  config.text.drop = "zeros"  # What a dropped caption is: zeros (SAT) or empty (diffusers).
+  config.text.drop_rate = 0.1  # SAT.
+
+  config.data = ConfigDict()
+  config.data.path = ""  # An encoded dataset; "": the embedded clips, made in WORKDIR/data.
+  config.data.clips = 0  # How many embedded clips to render when there is no path.
+  config.data.fps = 8.0
+  config.data.validation_fraction = 0.01  # Of the clips, chosen by their names; ours.
+
+  config.stages = ConfigDict()  # Name -> what that stage trains on; in the order of names.
+  config.stages.stage1 = stage(
+    sizes=((256, 384), (384, 256), (320, 320)),
+    durations=(1, 9, 17, 33, 49),
+    rows=256,
+    row_tokens=25_600,  # P Table 5: 25k.
+    max_clips=32,
+  )
+
+  config.train = ConfigDict()
+  config.train.steps = 400_000  # Updates in all, over all stages. P Table 5, stage 1.
+  config.train.explicit_uniform = True  # P 2.5.
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 1e-4  # ours
+  config.optimizer.warmup_steps = 1000  # ours
+  config.optimizer.final_fraction = 0.0  # Of the peak, where the cosine ends; ours.
+  config.optimizer.b1 = 0.9  # P Table 6, as the next four.
+  config.optimizer.b2 = 0.95
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.clip_norm = 1.0
+  config.optimizer.ema_decay = 0.9999  # ours
+
+  config.mesh = ConfigDict()  # Devices along each axis; one may be -1: all that are left.
+  config.mesh.data = 1
+  config.mesh.fsdp = -1
+  config.mesh.context = 1
+  config.mesh.tensor = 1
+  config.sharding = "fsdp"  # A row of sharding.RULES.
+
+  config.log_every = 10  # Steps.
+  config.checkpoint = ConfigDict({"every": 1000, "keep": 3})
+  config.validation = ConfigDict({"every": 1000, "batches": 4})
+  config.preview = ConfigDict()
+  config.preview.every = 1000  # Steps; 0: never.
+  config.preview.prompts = ()
+  config.preview.num_frames = 49
+  config.preview.height = 256
+  config.preview.width = 384
+  config.preview.steps = 50
+  config.preview.guidance_scale = 6.0
+  return config.lock()
+
+
+def stage(*, sizes, durations, rows, row_tokens, max_clips) -> ConfigDict:
+  """What one stage trains on.
+
+  sizes: (height, width) buckets in pixels. durations: pixel frames, each 4k+1.
+  rows: packed rows in the global batch, each of row_tokens tokens (text and vision) and at most
+  max_clips clips.
+  """
+  return ConfigDict(
+    {
+      "sizes": sizes,
+      "durations": durations,
+      "rows": rows,
+      "row_tokens": row_tokens,
+      "max_clips": max_clips,
+    }
+  )
