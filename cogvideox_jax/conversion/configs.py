@@ -1,0 +1,223 @@
+"""Our frozen configs <-> the `config.json` of diffusers and transformers.
+
+Fields that our models do not vary are written with the one value that they support, and read with a
+check of it: a model that needs another value is refused, naming the field. What does not change
+the numbers (versions, sizes of tiles, training-only settings) is not checked.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cogvideox_jax.diffusion.noise import NoiseConfig
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.t5 import T5Config
+from cogvideox_jax.models.vae import VAEConfig
+
+Fields = Mapping[str, Any]
+
+VERSION = "0.42.1"  # Of diffusers, whose folders these are.
+
+# Our field -> theirs, where both hold the same value.
+TRANSFORMER_NAMES = {
+  "depth": "num_layers",
+  "heads": "num_attention_heads",
+  "head_dim": "attention_head_dim",
+  "time_width": "time_embed_dim",
+  "in_channels": "in_channels",
+  "out_channels": "out_channels",
+  "text_width": "text_embed_dim",
+  "text_length": "max_text_seq_length",
+  "sample_frames": "sample_frames",
+  "sample_height": "sample_height",
+  "sample_width": "sample_width",
+  "spatial_interpolation": "spatial_interpolation_scale",
+  "temporal_interpolation": "temporal_interpolation_scale",
+}
+TRANSFORMER_FIXED = {
+  "activation_fn": "gelu-approximate",
+  "attention_bias": True,
+  "dropout": 0.0,
+  "flip_sin_to_cos": True,
+  "freq_shift": 0,
+  "norm_elementwise_affine": True,
+  "norm_eps": 1e-5,
+  "ofs_embed_dim": None,
+  "temporal_compression_ratio": 4,
+  "timestep_activation_fn": "silu",
+  "use_learned_positional_embeddings": False,
+}
+# Ours: which rule makes the positions, where diffusers' fields do not say it. diffusers ignores it.
+POSITION_RULE = "position_rule"
+POSITIONS = ("sincos", "rope", "rope_index")
+
+VAE_NAMES = {
+  "in_channels": "in_channels",
+  "latent_channels": "latent_channels",
+  "resnets": "layers_per_block",
+  "groups": "norm_num_groups",
+  "temporal_compression": "temporal_compression_ratio",
+  "scaling_factor": "scaling_factor",
+}
+VAE_FIXED = {
+  "act_fn": "silu",
+  "latents_mean": None,
+  "latents_std": None,
+  "norm_eps": 1e-6,
+  "shift_factor": None,
+  "use_post_quant_conv": False,
+  "use_quant_conv": False,
+}
+
+TEXT_NAMES = {
+  "vocab": "vocab_size",
+  "width": "d_model",
+  "head_dim": "d_kv",
+  "heads": "num_heads",
+  "mlp_width": "d_ff",
+  "depth": "num_layers",
+  "buckets": "relative_attention_num_buckets",
+  "max_distance": "relative_attention_max_distance",
+}
+TEXT_FIXED = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "model_type": "t5"}
+
+NOISE_NAMES = {
+  "steps": "num_train_timesteps",
+  "beta_start": "beta_start",
+  "beta_end": "beta_end",
+  "snr_shift": "snr_shift_scale",
+  "zero_terminal_snr": "rescale_betas_zero_snr",
+}
+NOISE_FIXED = {
+  "beta_schedule": "scaled_linear",
+  "clip_sample": False,
+  "prediction_type": "v_prediction",
+  "set_alpha_to_one": True,
+  "steps_offset": 0,
+  "timestep_spacing": "trailing",
+  "trained_betas": None,
+}
+
+
+def read_transformer(fields: Fields, where: str) -> DiTConfig:
+  """DiTConfig of a `CogVideoXTransformer3DModel`'s fields; `where` names the file in errors."""
+  _check_fixed(fields, TRANSFORMER_FIXED, where)
+  patch_frames, patch = fields.get("patch_size_t"), fields.get("patch_size", 2)
+  if patch_frames is None:
+    _check_fixed(fields, {"patch_bias": True}, where)  # With patch_size_t it is always there.
+  positions = fields.get(POSITION_RULE, _implied_positions(fields))
+  if positions not in POSITIONS:
+    raise UserError(f"{where}: {POSITION_RULE} is {positions!r}, not one of {POSITIONS}.")
+  return DiTConfig(
+    **_ours(fields, TRANSFORMER_NAMES, where),
+    patch=(patch_frames or 1, patch, patch),
+    positions=positions,
+  )
+
+
+def write_transformer(config: DiTConfig) -> dict[str, Any]:
+  frames, height, width = config.patch
+  if height != width:
+    raise UserError(f"diffusers has no field for a patch that is not square: {config.patch}.")
+  fields = {
+    "_class_name": "CogVideoXTransformer3DModel",
+    "_diffusers_version": VERSION,
+    **_theirs(config, TRANSFORMER_NAMES),
+    **TRANSFORMER_FIXED,
+    "patch_bias": frames == 1,
+    "patch_size": height,
+    "patch_size_t": frames if frames > 1 else None,
+    "use_rotary_positional_embeddings": config.positions != "sincos",
+  }
+  if config.positions != _implied_positions(fields):
+    fields[POSITION_RULE] = config.positions
+  return fields
+
+
+def _implied_positions(fields: Fields) -> str:
+  if not fields.get("use_rotary_positional_embeddings", False):
+    return "sincos"
+  return "rope" if fields.get("patch_size_t") is None else "rope_index"
+
+
+def read_vae(fields: Fields, where: str) -> VAEConfig:
+  """VAEConfig of an `AutoencoderKLCogVideoX`'s fields."""
+  _check_fixed(fields, VAE_FIXED, where)
+  channels = fields.get("block_out_channels", VAEConfig().channels)
+  return VAEConfig(**_ours(fields, VAE_NAMES, where), channels=tuple(channels))
+
+
+def write_vae(config: VAEConfig) -> dict[str, Any]:
+  levels = len(config.channels)
+  return {
+    "_class_name": "AutoencoderKLCogVideoX",
+    "_diffusers_version": VERSION,
+    **_theirs(config, VAE_NAMES),
+    **VAE_FIXED,
+    "block_out_channels": list(config.channels),
+    "down_block_types": ["CogVideoXDownBlock3D"] * levels,
+    "out_channels": config.in_channels,
+    "up_block_types": ["CogVideoXUpBlock3D"] * levels,
+  }
+
+
+def read_text_encoder(fields: Fields, where: str) -> T5Config:
+  """T5Config of a `T5EncoderModel`'s fields."""
+  _check_fixed(fields, TEXT_FIXED, where)
+  # Files of before 2022 leave this out and mean 128.
+  fields = {"relative_attention_max_distance": 128, **fields}
+  return T5Config(**_ours(fields, TEXT_NAMES, where))
+
+
+def write_text_encoder(config: T5Config) -> dict[str, Any]:
+  return {
+    "architectures": ["T5EncoderModel"],
+    **_theirs(config, TEXT_NAMES),
+    **TEXT_FIXED,
+    "dense_act_fn": "gelu_new",
+    "eos_token_id": 1,
+    "is_encoder_decoder": False,
+    "is_gated_act": True,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "use_cache": False,
+  }
+
+
+def read_noise(fields: Fields, where: str) -> NoiseConfig:
+  """NoiseConfig of a `CogVideoXDDIMScheduler`'s or `CogVideoXDPMScheduler`'s fields.
+
+  A file without snr_shift_scale means 3, the default of both classes.
+  """
+  _check_fixed(fields, NOISE_FIXED, where)
+  return NoiseConfig(**_ours({"snr_shift_scale": 3.0, **fields}, NOISE_NAMES, where))
+
+
+def write_noise(config: NoiseConfig) -> dict[str, Any]:
+  return {
+    "_class_name": "CogVideoXDDIMScheduler",
+    "_diffusers_version": VERSION,
+    **_theirs(config, NOISE_NAMES),
+    **NOISE_FIXED,
+  }
+
+
+def _ours(fields: Fields, names: Mapping[str, str], where: str) -> dict[str, Any]:
+  missing = [theirs for theirs in names.values() if theirs not in fields]
+  if missing:
+    raise UserError(f"{where} lacks {', '.join(missing)}: it is damaged, or of another model.")
+  return {ours: fields[theirs] for ours, theirs in names.items()}
+
+
+def _theirs(config, names: Mapping[str, str]) -> dict[str, Any]:
+  return {theirs: getattr(config, ours) for ours, theirs in names.items()}
+
+
+def _check_fixed(fields: Fields, fixed: Fields, where: str):
+  """Refuses a file that asks for what our models do not do; an absent field is as it should be."""
+  for name, value in fixed.items():
+    if name in fields and fields[name] != value:
+      raise UserError(
+        f"{where}: {name} is {fields[name]!r}; this kind of model is not supported yet "
+        f"(only {name} = {value!r})."
+      )

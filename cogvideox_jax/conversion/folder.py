@@ -1,0 +1,120 @@
+"""A model folder: diffusers' layout, with what a sampler needs to know beside it.
+
+MODEL/model_index.json names the parts; transformer/, vae/, text_encoder/, tokenizer/ and scheduler/
+hold them. A folder may lack parts, until one is asked for.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from etils import epath
+
+from cogvideox_jax.conversion import configs, diffusers
+from cogvideox_jax.conversion.tensors import Params
+from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.diffusion.noise import NoiseConfig
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.t5 import T5Config
+from cogvideox_jax.models.vae import VAEConfig
+
+SHIPPED = ("tiny",)  # Models in the package's assets.
+INDEX = "model_index.json"
+SETTINGS = "cogvideox_jax"  # Our key in the index; diffusers passes over it.
+TEXT_DROPS = ("zeros", "empty")
+PARTS = {  # Library and class of each, as diffusers' index has them.
+  "scheduler": ("diffusers", "CogVideoXDDIMScheduler"),
+  "text_encoder": ("transformers", "T5EncoderModel"),
+  "tokenizer": ("transformers", "T5Tokenizer"),
+  "transformer": ("diffusers", "CogVideoXTransformer3DModel"),
+  "vae": ("diffusers", "AutoencoderKLCogVideoX"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a model is best sampled; the defaults are what a folder of diffusers' means."""
+
+  text_drop: str = "empty"  # What stands for no caption: the encoded "" or zeros.
+  guidance_scale: float = 6.0
+  num_inference_steps: int = 50
+  fps: float = 8.0
+
+
+class ModelFolder(NamedTuple):
+  """Loads the parts of a model folder, each when asked for.
+
+  Every method raises UserError, naming the file, when its part is missing or damaged.
+  """
+
+  path: epath.Path
+
+  def settings(self) -> Settings:
+    """Of the index; those of diffusers where a folder does not say."""
+    fields, where = diffusers.read_fields(self.path, INDEX)
+    stored = fields.get(SETTINGS, {})
+    known = {field.name for field in dataclasses.fields(Settings)}
+    if unknown := sorted(set(stored) - known):
+      raise UserError(f"{where}: {SETTINGS} has {', '.join(unknown)}; known are {sorted(known)}.")
+    settings = Settings(**stored)
+    if settings.text_drop not in TEXT_DROPS:
+      raise UserError(f"{where}: text_drop is {settings.text_drop!r}, not one of {TEXT_DROPS}.")
+    return settings
+
+  def transformer(self) -> tuple[DiTConfig, Params]:
+    return diffusers.load_transformer(self._part("transformer"))
+
+  def vae(self) -> tuple[VAEConfig, Params]:
+    return diffusers.load_vae(self._part("vae"))
+
+  def text_encoder(self) -> tuple[T5Config, Params]:
+    return diffusers.load_text_encoder(self._part("text_encoder"))
+
+  def tokenizer(self) -> Tokenizer:
+    return diffusers.load_tokenizer(self._part("tokenizer"))
+
+  def scheduler(self) -> NoiseConfig:
+    return diffusers.load_scheduler(self._part("scheduler"))
+
+  def _part(self, name: str) -> epath.Path:
+    part = self.path / name
+    if not part.is_dir():
+      raise UserError(
+        f"The model {self.path} has no {name}/.\nA model folder needs {', '.join(PARTS)}: fetch or "
+        "write it again, or name another one."
+      )
+    return part
+
+
+def open_model(name: epath.PathLike) -> ModelFolder:
+  """The model of a shipped name or a path."""
+  return ModelFolder(resolve(name))
+
+
+def resolve(name: epath.PathLike) -> epath.Path:
+  """The folder of a shipped name, or the path itself.
+
+  Raises:
+    UserError: there is no such folder.
+  """
+  if name in SHIPPED:
+    return epath.resource_path("cogvideox_jax") / "assets" / name
+  path = epath.Path(name)
+  if not path.is_dir():
+    raise UserError(
+      f"There is no model at {name}.\nGive a shipped name ({', '.join(SHIPPED)}) or a folder in "
+      "diffusers' layout. Nothing is downloaded for you; a published model is fetched with\n"
+      "  hf download zai-org/CogVideoX-2b --local-dir CogVideoX-2b"
+    )
+  return path
+
+
+def write_index(folder: epath.PathLike, settings: Settings):
+  """Writes model_index.json, last of all parts: a folder that has it is whole."""
+  fields = {
+    "_class_name": "CogVideoXPipeline",
+    "_diffusers_version": configs.VERSION,
+    **{part: list(where) for part, where in PARTS.items()},
+    SETTINGS: dataclasses.asdict(settings),
+  }
+  diffusers.write_fields(folder, INDEX, fields)

@@ -1,0 +1,172 @@
+"""What each weight is called in diffusers' and transformers' files, and how its axes lie there.
+
+One table for each model, used in both directions: a row names our parameter, the file's tensor, and
+as an einops pattern the way from the file's axes to ours; the way back is the same pattern read
+from right to left. Every parameter of a model must be in one row, and every tensor of a file too.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from einops import rearrange
+
+from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.t5 import T5Config
+from cogvideox_jax.models.vae import VAEConfig
+
+
+class Row(NamedTuple):
+  """One or many parameters. `{i}` in path and name stands for one and the same part of both.
+
+  `{layer}` in the name alone counts the layers that are stacked along our first axis.
+  """
+
+  path: str  # Of our parameter, its parts joined by "/".
+  name: str  # Of the tensor in the file.
+  pattern: str  # einops: axes in the file -> our axes, without that of stacked layers.
+  sizes: Mapping[str, int] = {}  # Of the pattern's axes which the shapes alone do not tell.
+
+  def to_ours(self, tensor):
+    return rearrange(tensor, self.pattern, **self.sizes)
+
+  def to_theirs(self, tensor):
+    source, target = self.pattern.split(" -> ")
+    return rearrange(tensor, f"{target} -> {source}", **self.sizes)
+
+
+def linear(path: str, name: str) -> tuple[Row, Row]:
+  return Row(f"{path}/kernel", f"{name}.weight", "o i -> i o"), bias(path, name)
+
+
+def norm(path: str, name: str) -> tuple[Row, Row]:
+  return Row(f"{path}/scale", f"{name}.weight", "d -> d"), bias(path, name)
+
+
+def bias(path: str, name: str) -> Row:
+  return Row(f"{path}/bias", f"{name}.bias", "d -> d")
+
+
+def transformer(config: DiTConfig) -> tuple[Row, ...]:
+  """diffusers `CogVideoXTransformer3DModel`.
+
+  The modulations' outputs lie in the same order in both: (vision, text) x (shift, scale, gate).
+  """
+  layer = "transformer_blocks.{layer}"
+  heads = {"heads": config.heads}
+  frames, height, width = config.patch
+  patch = Row("vision_in/kernel", "patch_embed.proj.weight", "d p -> p d")
+  if frames == 1:  # A 2-D convolution of each frame; with several, a linear layer.
+    sizes = {"h": height, "w": width}
+    patch = patch._replace(pattern="d c h w -> (c h w) d", sizes=sizes)
+
+  def attention(ours: str, theirs: str) -> tuple[Row, Row]:
+    path, name = f"blocks/attention/{ours}", f"{layer}.attn1.{theirs}"
+    return (
+      Row(f"{path}/kernel", f"{name}.weight", "(heads k) d -> d heads k", heads),
+      Row(f"{path}/bias", f"{name}.bias", "(heads k) -> heads k", heads),
+    )
+
+  out = Row(
+    "blocks/attention/out/kernel",
+    f"{layer}.attn1.to_out.0.weight",
+    "d (heads k) -> heads k d",
+    heads,
+  )
+  return (
+    patch,
+    bias("vision_in", "patch_embed.proj"),
+    *linear("text_in", "patch_embed.text_proj"),
+    *linear("time_in", "time_embedding.linear_1"),
+    *linear("time_out", "time_embedding.linear_2"),
+    *norm("blocks/attention_norm/norm", f"{layer}.norm1.norm"),
+    *linear("blocks/attention_norm/modulation", f"{layer}.norm1.linear"),
+    *attention("query", "to_q"),
+    *attention("key", "to_k"),
+    *attention("value", "to_v"),
+    *norm("blocks/attention/query_norm", f"{layer}.attn1.norm_q"),
+    *norm("blocks/attention/key_norm", f"{layer}.attn1.norm_k"),
+    out,
+    bias("blocks/attention/out", f"{layer}.attn1.to_out.0"),
+    *norm("blocks/mlp_norm/norm", f"{layer}.norm2.norm"),
+    *linear("blocks/mlp_norm/modulation", f"{layer}.norm2.linear"),
+    *linear("blocks/mlp/up", f"{layer}.ff.net.0.proj"),
+    *linear("blocks/mlp/down", f"{layer}.ff.net.2"),
+    *norm("final_norm", "norm_final"),
+    *norm("out_norm", "norm_out.norm"),
+    *linear("out_modulation", "norm_out.linear"),
+    *linear("out", "proj_out"),
+  )
+
+
+def vae(config: VAEConfig) -> tuple[Row, ...]:
+  """diffusers `AutoencoderKLCogVideoX`; `up_blocks.0` is the coarsest level, as is our `up/0`."""
+
+  def conv(path: str, name: str, pattern: str) -> tuple[Row, Row]:
+    return Row(f"{path}/kernel", f"{name}.weight", pattern), bias(path, name)
+
+  def causal(path: str, name: str) -> tuple[Row, Row]:
+    return conv(path, f"{name}.conv", "o i t h w -> t h w i o")
+
+  def image(path: str, name: str) -> tuple[Row, Row]:
+    return conv(path, f"{name}.conv", "o i h w -> h w i o")
+
+  def pointwise(path: str, name: str) -> tuple[Row, Row]:
+    return conv(path, name, "o i 1 1 1 -> i o")
+
+  def decoder_norm(path: str, name: str) -> tuple[Row, ...]:
+    return (
+      *norm(f"{path}/norm", f"{name}.norm_layer"),
+      *pointwise(f"{path}/scale", f"{name}.conv_y.conv"),
+      *pointwise(f"{path}/shift", f"{name}.conv_b.conv"),
+    )
+
+  def resnet(path: str, name: str, norm_rows: Callable) -> tuple[Row, ...]:
+    path, name = path + "/resnets/{j}", name + ".resnets.{j}"
+    return (
+      *norm_rows(f"{path}/norm1", f"{name}.norm1"),
+      *norm_rows(f"{path}/norm2", f"{name}.norm2"),
+      *causal(f"{path}/conv1", f"{name}.conv1"),
+      *causal(f"{path}/conv2", f"{name}.conv2"),
+      *pointwise(f"{path}/shortcut", f"{name}.conv_shortcut"),
+    )
+
+  return (
+    *causal("{side}/conv_in", "{side}.conv_in"),
+    *causal("{side}/conv_out", "{side}.conv_out"),
+    *resnet("encoder/down/{i}", "encoder.down_blocks.{i}", norm),
+    *image("encoder/down/{i}/resample/conv", "encoder.down_blocks.{i}.downsamplers.0"),
+    *resnet("encoder/mid", "encoder.mid_block", norm),
+    *norm("encoder/norm_out", "encoder.norm_out"),
+    *resnet("decoder/mid", "decoder.mid_block", decoder_norm),
+    *resnet("decoder/up/{i}", "decoder.up_blocks.{i}", decoder_norm),
+    *image("decoder/up/{i}/resample/conv", "decoder.up_blocks.{i}.upsamplers.0"),
+    *decoder_norm("decoder/norm_out", "decoder.norm_out"),
+  )
+
+
+def text_encoder(config: T5Config) -> tuple[Row, ...]:
+  """transformers `T5EncoderModel`; the relative bias is stored in its first layer."""
+  layer = "encoder.block.{layer}.layer"
+  heads = {"heads": config.heads}
+
+  def kernel(path: str, name: str, pattern: str, **sizes: int) -> Row:
+    return Row(f"blocks/{path}", f"{layer}.{name}.weight", pattern, sizes)
+
+  return (
+    Row("embedding/embedding", "shared.weight", "v d -> v d"),
+    Row(
+      "relative_bias/embedding",
+      "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+      "buckets heads -> buckets heads",
+    ),
+    kernel("attention_norm/scale", "0.layer_norm", "d -> d"),
+    kernel("attention/query/kernel", "0.SelfAttention.q", "(heads k) d -> d heads k", **heads),
+    kernel("attention/key/kernel", "0.SelfAttention.k", "(heads k) d -> d heads k", **heads),
+    kernel("attention/value/kernel", "0.SelfAttention.v", "(heads k) d -> d heads k", **heads),
+    kernel("attention/out/kernel", "0.SelfAttention.o", "d (heads k) -> heads k d", **heads),
+    kernel("mlp_norm/scale", "1.layer_norm", "d -> d"),
+    kernel("mlp/gate/kernel", "1.DenseReluDense.wi_0", "o i -> i o"),
+    kernel("mlp/up/kernel", "1.DenseReluDense.wi_1", "o i -> i o"),
+    kernel("mlp/down/kernel", "1.DenseReluDense.wo", "o i -> i o"),
+    Row("final_norm/scale", "encoder.final_layer_norm.weight", "d -> d"),
+  )

@@ -1,0 +1,142 @@
+"""The encoder of T5 v1.1, which turns prompts into the text states that the DiT is conditioned on.
+
+Raffel et al., arXiv:1910.10683, with the gated GELU of v1.1 (arXiv:2002.05202); transformers
+`T5EncoderModel`. As CogVideoX uses it: no mask, so padding is attended to and its states are content.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class T5Config:
+  """Sizes of the encoder; the defaults are those of google/t5-v1_1-xxl."""
+
+  vocab: int = 32128
+  width: int = 4096
+  head_dim: int = 64
+  heads: int = 64  # heads * head_dim may differ from width.
+  mlp_width: int = 10240
+  depth: int = 24
+  buckets: int = 32  # Of relative positions, half for each direction.
+  max_distance: int = 128  # Tokens from which on all distances share a bucket.
+
+
+def _normal(std: float) -> nnx.Initializer:
+  return nnx.initializers.normal(std)
+
+
+def _linear(inputs, outputs, std: float, dtype, rngs: nnx.Rngs, axis=-1) -> nnx.LinearGeneral:
+  return nnx.LinearGeneral(
+    inputs, outputs, axis=axis, use_bias=False, dtype=dtype, kernel_init=_normal(std), rngs=rngs
+  )
+
+
+def _norm(config: T5Config, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  return nnx.RMSNorm(config.width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+
+
+class Attention(nnx.Module):
+  """Self-attention whose logits are not scaled: the queries' initial size makes up for it."""
+
+  def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    width, inner = config.width, (config.heads, config.head_dim)
+    self.query = _linear(width, inner, (width * config.head_dim) ** -0.5, dtype, rngs)
+    self.key = _linear(width, inner, width**-0.5, dtype, rngs)
+    self.value = _linear(width, inner, width**-0.5, dtype, rngs)
+    self.out = _linear(inner, width, math.prod(inner) ** -0.5, dtype, rngs, axis=(-2, -1))
+
+  def __call__(
+    self, x: Float[Array, "b l t"], bias: Float[Array, "heads l l"]
+  ) -> Float[Array, "b l t"]:
+    query, key, value = self.query(x), self.key(x), self.value(x)
+    logits = jnp.einsum("bqhk,blhk->bhql", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits + bias, axis=-1).astype(value.dtype)
+    return self.out(jnp.einsum("bhql,blhk->bqhk", weights, value))
+
+
+class GatedMLP(nnx.Module):
+  def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    width, inner = config.width, config.mlp_width
+    self.gate = _linear(width, inner, width**-0.5, dtype, rngs)
+    self.up = _linear(width, inner, width**-0.5, dtype, rngs)
+    self.down = _linear(inner, width, inner**-0.5, dtype, rngs)
+
+  def __call__(self, x: Float[Array, "b l t"]) -> Float[Array, "b l t"]:
+    return self.down(nnx.gelu(self.gate(x), approximate=True) * self.up(x))
+
+
+class Block(nnx.Module):
+  def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    self.attention_norm = _norm(config, dtype, rngs)
+    self.attention = Attention(config, dtype=dtype, rngs=rngs)
+    self.mlp_norm = _norm(config, dtype, rngs)
+    self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
+
+  def __call__(
+    self, x: Float[Array, "b l t"], bias: Float[Array, "heads l l"]
+  ) -> Float[Array, "b l t"]:
+    x += self.attention(self.attention_norm(x), bias)
+    return x + self.mlp(self.mlp_norm(x))
+
+
+class T5Encoder(nnx.Module):
+  """Token ids to text states. Weights start as in T5: stds follow from each layer's width.
+
+  `dtype` is that of the computation; softmax and norms are float32 inside.
+  """
+
+  def __init__(self, config: T5Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    self.config = config
+    self.embedding = nnx.Embed(
+      config.vocab, config.width, dtype=dtype, embedding_init=_normal(1.0), rngs=rngs
+    )
+    self.relative_bias = nnx.Embed(
+      config.buckets, config.heads, embedding_init=_normal(config.width**-0.5), rngs=rngs
+    )
+
+    @nnx.split_rngs(splits=config.depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs: nnx.Rngs) -> Block:
+      return Block(config, dtype=dtype, rngs=rngs)
+
+    self.blocks = stack(rngs)
+    self.final_norm = _norm(config, dtype, rngs)
+
+  def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l t"]:
+    """The states of all tokens, padding included."""
+    buckets = relative_buckets(ids.shape[1], self.config.buckets, self.config.max_distance)
+    bias = jnp.moveaxis(self.relative_bias(jnp.asarray(buckets)), -1, 0)  # One for all layers.
+    graphdef, params = nnx.split(self.blocks)
+
+    def layer(x, params):
+      return nnx.merge(graphdef, params)(x, bias), None
+
+    x, _ = jax.lax.scan(layer, self.embedding(ids), params)
+    return self.final_norm(x)
+
+
+def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "l l"]:
+  """The bucket of each (query, key): exact when near, logarithmic up to max_distance.
+
+  The upper half of the buckets is for keys after the query.
+  """
+  relative = np.arange(length)[None, :] - np.arange(length)[:, None]
+  half = buckets // 2
+  exact = half // 2
+  distance = np.abs(relative)
+  # In float32 and in this order: so the reference rounds at the borders between buckets.
+  logs = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+  logs = logs / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+  far = exact + logs.astype(np.int32)
+  within = np.where(distance < exact, distance, np.minimum(far, half - 1))
+  return (np.where(relative > 0, half, 0) + within).astype(np.int32)
