@@ -1,0 +1,37 @@
+# `make demo` and `make test` are all that a newcomer needs; both begin with `make install`.
+PYTHON ?= python3
+PYTEST ?= .venv/bin/python -m pytest
+RUN := .venv/bin/python
+
+.PHONY: install demo test test-slow lint
+.DELETE_ON_ERROR:
+
+install: .venv/core
+
+.venv/core: requirements.txt setup.py
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet -e .
+	touch $@
+
+# The extras bring PyTorch as a reference for the tests, and the tools that read the code.
+.venv/test: .venv/core
+	$(RUN) -m pip install --quiet -e '.[test]'
+	touch $@
+
+.venv/dev: .venv/core
+	$(RUN) -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: install
+	$(RUN) -m cogvideox_jax.demo --config=configs/tiny.py --workdir=runs/demo
+
+test: .venv/test
+	$(PYTEST)
+
+test-slow: .venv/test
+	$(PYTEST) -m slow
+
+lint: .venv/dev .venv/test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)

@@ -1,0 +1,169 @@
+"""What every command line shares: flags in, an exit code out, and a user's mistakes in plain words.
+
+Exit codes: 0 success, 1 the answer is no, 2 a user's mistake (a few lines on stderr), 83 preempted
+after a save, 84 a peer died, 130 interrupted.
+"""
+
+import contextlib
+import errno
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from cogvideox_jax.errors import UserError
+
+flags.disclaim_key_flags()  # `--help` of a verb lists the flags defined here as the verb's own.
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+# Faults of the machine that the user can mend, and how.
+_MACHINE_FAULTS = {
+  errno.ENOSPC: "The disk is full. Make room, then run the same command again.",
+  errno.EDQUOT: "The disk quota is used up. Make room, then run the same command again.",
+  errno.EACCES: "Permission denied. Choose another place, or change its permissions.",
+  errno.EPERM: "Not permitted. Choose another place, or change its permissions.",
+  errno.EROFS: "The file system is read-only. Choose another place.",
+}
+# What flags and configs raise: absl and ml_collections turn a typing error into one of these.
+_FLAG_FAULTS = (flags.Error, AttributeError, ImportError, KeyError, SyntaxError)
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Parses the flags, calls main and exits with what it returns. Never returns itself."""
+
+  def guarded(argv: list[str]) -> int | None:
+    with user_mistakes():
+      if argv[1:]:
+        raise UserError(f"Not a flag: {argv[1]}\nFlags are written --name=value; see --help.")
+      return main()
+
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def config_flag() -> flags.FlagHolder[ConfigDict]:
+  """Defines `--config=FILE`, which must be given, with `--config.KEY=VALUE` to override a key."""
+  holder = config_flags.DEFINE_config_file(
+    "config", help_string="Config file; --config.KEY=VALUE changes one of its keys."
+  )
+  flags.declare_key_flag("config")
+  flags.mark_flag_as_required("config")
+  return holder
+
+
+@contextlib.contextmanager
+def user_mistakes() -> Iterator[None]:
+  """Turns a mistake of the user, or a fault of the machine, into a few lines and an exit code."""
+  try:
+    yield
+  except UserError as error:
+    _leave(str(error), USER_ERROR)
+  except KeyboardInterrupt:
+    _leave("Interrupted.", INTERRUPTED)
+  except OSError as error:
+    if error.errno not in _MACHINE_FAULTS:
+      raise
+    _leave(f"{error.filename or 'A file'}: {_MACHINE_FAULTS[error.errno]}", USER_ERROR)
+
+
+def _leave(message: str, code: int) -> None:
+  sys.stdout.flush()
+  print(message, file=sys.stderr)
+  sys.exit(code)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  with user_mistakes():
+    config = _config_file(argv)
+    if config:
+      _check_readable(config)
+    try:
+      return flags.FLAGS(argv)
+    except _FLAG_FAULTS as error:
+      raise UserError(_explain(error, argv, config)) from error
+    except SystemExit:  # --help has been printed; absl would call that a failure.
+      sys.exit(0)
+
+
+def _config_file(argv: list[str]) -> Path | None:
+  """The file that `--config=FILE` or `--config FILE` names."""
+  line = "\0".join(argv) + "\0"
+  found = re.search(r"\0--?config[=\0]([^\0:]*)", line)
+  return Path(found[1]) if found else None
+
+
+def _check_readable(config: Path) -> None:
+  if not config.is_file():
+    raise UserError(
+      f"Config file not found: {config}\n"
+      f"Paths are taken from here: {Path.cwd()}\n"
+      "Give an existing file, such as --config=configs/tiny.py"
+    )
+  # A config says `from configs import base`: that folder is found from any working directory.
+  sys.path.append(str(config.resolve().parent.parent))
+
+
+def _explain(error: BaseException, argv: list[str], config: Path | None) -> str:
+  chain = _chain(error)
+  for cause in reversed(chain):
+    place = _place_in_config(cause, config)
+    if place:
+      return f"Mistake in the config file, {place}:\n{_first_and_last_line(cause)}"
+  if isinstance(error, flags.IllegalFlagValueError):
+    return _explain_value(str(error))
+  if isinstance(chain[-1], KeyError):
+    return _explain_key(error, str(chain[-1].args[0]), argv)
+  return f"{error}\nSee --help for the flags."
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+  """The error, and the errors during whose handling it was raised; the first to be raised last."""
+  return [error] + (_chain(error.__context__) if error.__context__ else [])
+
+
+def _place_in_config(error: BaseException, config: Path | None) -> str:
+  """FILE:LINE where a config file, or one beside it, raised the error; else empty."""
+  if config is None:
+    return ""
+  frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+  if isinstance(error, SyntaxError):
+    frames.append((error.filename or "", error.lineno))
+  folder = config.resolve().parent
+  places = [f"{name}:{line}" for name, line in frames if Path(name).resolve().parent == folder]
+  return places[-1] if places else ""
+
+
+def _first_and_last_line(error: BaseException) -> str:
+  """What an error says, without the listing of a whole config in its middle."""
+  lines = str(error.args[0] if error.args else error).splitlines() or [type(error).__name__]
+  return "\n".join(dict.fromkeys(textwrap.shorten(line, 100) for line in (lines[0], lines[-1])))
+
+
+def _explain_value(message: str) -> str:
+  """Names the flag, the value given and what was wanted. From `flag --NAME=VALUE: REASON`."""
+  setting, reason = message.split(": ", 1)
+  name, given = setting.removeprefix("flag --").split("=", 1)
+  if given == "None":
+    return f"Missing flag: --{name}=...\nSee --help for the flags."
+  flag = flags.FLAGS[name]
+  wanted = f"Wanted: {flag.flag_type()}"
+  if flag.default is not None:
+    wanted += f", such as {flag.default!r}"
+  return f"Wrong value: --{name}={given}\n{wanted}\n{textwrap.shorten(reason, 200)}"
+
+
+def _explain_key(error: BaseException, key: str, argv: list[str]) -> str:
+  """Names the override whose key the config lacks, and the nearest key it has."""
+  names = {arg: arg.split("=")[0].split(".") for arg in argv}
+  flag = next(
+    (arg for arg, name in names.items() if key in name or key.endswith(" " + ".".join(name[1:]))),
+    key,
+  )
+  nearest = re.search(r'Did you mean "[^"]+" instead of "[^"]+"\?', str(error))
+  advice = nearest[0] if nearest else "The config file, and base.py beside it, list every key."
+  return f"No such config key: {flag}\n{advice}"

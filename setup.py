@@ -1,0 +1,51 @@
+"""What is installed, and with which extras. requirements.txt holds the core's dependencies."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+FOLDER = Path(__file__).parent
+
+
+def requirements() -> list[str]:
+  lines = (FOLDER / "requirements.txt").read_text().splitlines()
+  return [line for line in lines if line and not line.startswith("#")]
+
+
+def version() -> str:
+  text = (FOLDER / "cogvideox_jax" / "__init__.py").read_text()
+  return re.findall(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)[0]
+
+
+EXTRAS = {
+  "tpu": ["jax[tpu]"],
+  "gpu": ["jax[cuda12]"],
+  "convert": ["torch>=2.13.0"],  # Reads checkpoints that PyTorch pickled.
+  "test": [
+    "beartype>=0.23.1",
+    "diffusers==0.42.1",  # The reference that parity tests compare with.
+    "libtpu>=0.0.42",  # Compiles for TPUs on a machine that has none.
+    "pytest>=9.2.0",
+    "pytest-xdist>=3.8.0",
+    "torch==2.13.0",
+  ],
+  "dev": ["pyright==1.1.414", "ruff==0.17.6"],
+}
+
+setup(
+  name="cogvideox-jax",
+  version=version(),
+  description="CogVideoX in JAX: training, sampling and conversion, for TPUs first.",
+  long_description=(FOLDER / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  packages=find_namespace_packages(
+    include=["cogvideox_jax*"], exclude=["*.assets*", "*.__pycache__*"]
+  ),
+  package_data={"cogvideox_jax": ["assets/**"]},
+  install_requires=requirements(),
+  extras_require=EXTRAS,
+)
