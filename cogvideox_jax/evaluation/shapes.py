@@ -1,0 +1,145 @@
+"""Reads one-object clips of moving shapes back into words, to score what a model generates.
+
+Nothing here is learnt: a clip's words follow from the median colour of its border, the pixels that
+differ from it, and where those are from frame to frame. What cannot be read is "none", which no
+caption says, so it counts as wrong.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from cogvideox_jax.data import shapes
+
+NONE = "none"
+
+# Thresholds, ours: rendered clips that are compressed, blurred or noisy are far from each of them.
+COLOUR_DISTANCE = 90.0  # RGB; the nearest colours of the palette are 150 apart.
+CONTRAST = 60.0  # RGB distance from the background at which a pixel may belong to an object.
+AREA = (0.015, 0.4)  # Of the frame; rendered objects cover 0.03 to 0.2.
+PRESENCE = 0.8  # Fraction of frames that must show the object.
+OVERLAP = 0.7  # Intersection over union with the best template; rendered clips reach 0.9.
+STILL = 0.05  # Of the frame's side, from first to last third; 9-frame clips travel at least 0.13.
+DIAGONAL = 0.5  # The most a motion may go sideways, as a fraction of its main direction.
+
+# Area of a shape, and how far its centroid is below its box's centre, for a box of side 1.
+_GEOMETRY = {"circle": (np.pi / 4, 0.0), "square": (1.0, 0.0), "triangle": (0.5, 1 / 6)}
+
+
+class Reading(NamedTuple):
+  """The words of a clip; "none" where there is nothing to read."""
+
+  background: str
+  colour: str
+  shape: str
+  motion: str
+
+
+def read_scene(frames: UInt8[np.ndarray, "F H W 3"]) -> Reading:
+  """Reads a clip that shows one object. A single frame has no motion to read."""
+  pixels = frames.astype(np.float32)
+  ground = _border_colour(pixels)
+  background = _nearest(ground, shapes.BACKGROUNDS)
+  contrast = np.linalg.norm(pixels - ground, axis=-1)
+  area = (contrast > CONTRAST).mean(axis=(1, 2))
+  seen = (area > AREA[0]) & (area < AREA[1])
+  if seen.mean() < PRESENCE:
+    return Reading(background, NONE, NONE, NONE)
+  colour = _object_colour(pixels[seen], contrast[seen])
+  # Nearer to the object's colour than to the background's, so the middle of a blurred edge.
+  direction = colour - ground
+  mask = (pixels - ground) @ direction > direction @ direction / 2
+  centroids = _centroids(mask)
+  return Reading(
+    background,
+    _nearest(colour, shapes.COLOURS),
+    _shape(mask[seen], centroids[seen]),
+    _motion(centroids / mask.shape[:0:-1], seen),
+  )
+
+
+def score(
+  videos: Sequence[UInt8[np.ndarray, "F H W 3"]], captions: Sequence[str]
+) -> dict[str, float]:
+  """The fractions of videos, 0 to 1, whose background, colour, motion and shape are as captioned.
+
+  Raises ValueError for a caption that is not of one object with a motion.
+  """
+  if not videos or len(videos) != len(captions):
+    raise ValueError(f"{len(videos)} videos cannot be scored by {len(captions)} captions.")
+  wanted = [_words(caption) for caption in captions]
+  read = [read_scene(frames) for frames in videos]
+  return {
+    field: float(np.mean([getattr(a, field) == getattr(b, field) for a, b in zip(read, wanted)]))
+    for field in ("background", "colour", "motion", "shape")
+  }
+
+
+def _words(caption: str) -> Reading:
+  """What a perfect clip of this caption reads as."""
+  scene = shapes.parse(caption)
+  if len(scene.objects) != 1 or scene.objects[0].motion is None:
+    raise ValueError(f"{caption!r} must say one object and its motion to be scored.")
+  colour, shape, motion = scene.objects[0]
+  return Reading(scene.background, colour, shape, motion)
+
+
+def _border_colour(pixels: Float[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "3"]:
+  """An object may touch the border, but never covers half of it in half of the frames."""
+  sides = (pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1])
+  return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
+
+
+def _nearest(colour: Float[np.ndarray, "3"], names: Sequence[str]) -> str:
+  distances = [float(np.linalg.norm(colour - np.array(shapes.PALETTE[name]))) for name in names]
+  best = int(np.argmin(distances))
+  return names[best] if distances[best] < COLOUR_DISTANCE else NONE
+
+
+def _object_colour(
+  pixels: Float[np.ndarray, "F H W 3"], contrast: Float[np.ndarray, "F H W"]
+) -> Float[np.ndarray, "3"]:
+  """Of the half that differs most from the background: the inside rather than blurred edges."""
+  middle = np.median(contrast[contrast > CONTRAST])
+  return np.median(pixels[contrast >= middle], axis=0)
+
+
+def _centroids(mask: Bool[np.ndarray, "F H W"]) -> Float[np.ndarray, "F 2"]:
+  """(x, y) in pixels; (0, 0) in a frame without an object, which the caller leaves out."""
+  height, width = mask.shape[1:]
+  mass = np.maximum(mask.sum(axis=(1, 2)), 1)
+  x = mask.sum(axis=1) @ (np.arange(width) + 0.5) / mass
+  y = mask.sum(axis=2) @ (np.arange(height) + 0.5) / mass
+  return np.stack([x, y], axis=1)
+
+
+def _shape(mask: Bool[np.ndarray, "F H W"], centroids: Float[np.ndarray, "F 2"]) -> str:
+  """The template of the same area and centroid that overlaps best, over all frames together."""
+  area = mask.sum(axis=(1, 2)).mean()
+  x, y = centroids.T
+  overlaps = {}
+  for shape, (unit_area, below) in _GEOMETRY.items():
+    size = float(np.sqrt(area / unit_area))
+    template = shapes.coverage(shape, x, y - below * size, size, *mask.shape[1:])
+    overlaps[shape] = np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
+  best = max(overlaps, key=overlaps.__getitem__)
+  return best if overlaps[best] > OVERLAP else NONE
+
+
+def _motion(centroids: Float[np.ndarray, "F 2"], seen: Bool[np.ndarray, "F"]) -> str:
+  """From where the object is in the first third to where it is in the last; sides of length 1."""
+  third = max(1, len(centroids) // 3)
+  first, last = (centroids[part][seen[part]] for part in (slice(third), slice(-third, None)))
+  if len(centroids) == 1 or not len(first) or not len(last):
+    return NONE
+  travel = last.mean(axis=0) - first.mean(axis=0)
+  if np.hypot(*travel) < STILL:
+    return "still"
+  main, side = np.argmax(np.abs(travel)), np.argmin(np.abs(travel))
+  if abs(travel[side]) > DIAGONAL * abs(travel[main]):
+    return NONE
+  direction = [0, 0]
+  direction[main] = int(np.sign(travel[main]))
+  return next(name for name, step in shapes.MOTIONS.items() if step == tuple(direction))
