@@ -1,0 +1,129 @@
+"""Checks a training config before any work: what is wrong is said at once, not after an hour.
+
+Misspelt keys and wrong types are caught as the flags are read (command.py); what needs the data or
+the devices, where those are known (data/loader.py, sharding.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from math import lcm
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cogvideox_jax.conversion import configs, diffusers
+from cogvideox_jax.conversion.folder import TEXT_DROPS, open_model
+from cogvideox_jax.data import buckets
+from cogvideox_jax.errors import UserError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+  "dtype": ("auto", "bfloat16", "float32"),
+  "model.positions": configs.POSITIONS,
+  "text.drop": TEXT_DROPS,
+}
+# Every number is above 0, but for these.
+MAY_BE_ZERO = {
+  "seed",
+  "data.clips",
+  "optimizer.warmup_steps",
+  "optimizer.weight_decay",
+  "preview.every",
+  "preview.guidance_scale",
+  "validation.every",
+}
+FRACTIONS = {
+  "data.validation_fraction",
+  "optimizer.b1",
+  "optimizer.b2",
+  "optimizer.ema_decay",
+  "optimizer.final_fraction",
+  "text.drop_rate",
+}
+MESH = "mesh."  # Along one axis, -1 stands for all devices that are left.
+
+
+def check(config: ConfigDict, model: str) -> None:
+  """Refuses a config that cannot work.
+
+  Args:
+    config: of the keys of configs/base.py.
+    model: whose VAE the clips go through, a shipped name or a folder; "": not known, so that sizes
+      are checked against the patches alone.
+
+  Raises:
+    UserError: names the key, its value and what it may be.
+  """
+  for key, value in leaves(config):
+    _check_value(key, value)
+  if [axis for axis, size in config.mesh.items() if size == -1][1:]:
+    raise UserError(f"config.mesh is {dict(config.mesh)}: only one axis may be -1.")
+  multiple = lcm(*config.model.patch[1:]) * (_spatial_compression(model) if model else 1)
+  if not config.stages:
+    raise UserError("config.stages is empty: nothing says what to train on.")
+  for name, stage in config.stages.items():
+    _check_stage(f"config.stages.{name}", stage, multiple)
+  if config.preview.every:
+    size, num_frames = (config.preview.height, config.preview.width), config.preview.num_frames
+    _check_buckets("config.preview", [size], [num_frames], multiple)
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Every value with its dotted key; the items of a tuple one by one, under the tuple's key."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from leaves(value, f"{prefix}{name}.")
+    else:
+      yield from ((prefix + name, item) for item in _items(value))
+
+
+def _items(value: Any) -> Iterator[Any]:
+  if isinstance(value, Sequence) and not isinstance(value, str):
+    for item in value:
+      yield from _items(item)
+  else:
+    yield value
+
+
+def _check_value(key: str, value: Any) -> None:
+  if key in CHOICES and value not in CHOICES[key]:
+    raise UserError(f"config.{key} is {value!r}; it must be one of {', '.join(CHOICES[key])}.")
+  if isinstance(value, bool | str):
+    return
+  if key.startswith(MESH):
+    fits, wanted = value == -1 or value >= 1, "at least 1, or -1 for all devices that are left"
+  elif key in FRACTIONS:
+    fits, wanted = 0 <= value <= 1, "from 0 to 1"
+  elif key in MAY_BE_ZERO:
+    fits, wanted = 0 <= value < float("inf"), "at least 0"
+  else:
+    fits, wanted = 0 < value < float("inf"), "above 0"
+  if not fits:
+    raise UserError(f"config.{key} is {value}; it must be {wanted}.")
+
+
+def _check_stage(name: str, stage: ConfigDict, multiple: int) -> None:
+  if not stage.durations or not all(type(frames) is int for frames in stage.durations):
+    raise UserError(
+      f"{name}.durations is {stage.durations}; it must hold numbers of frames, such as (1, 9, 17)."
+    )
+  if not stage.sizes or not all(_is_size(size) for size in stage.sizes):
+    raise UserError(
+      f"{name}.sizes is {stage.sizes}; it must hold (height, width) pairs of pixels, such as "
+      "((64, 64), (48, 80))."
+    )
+  _check_buckets(name, stage.sizes, stage.durations, multiple)
+
+
+def _is_size(size: Any) -> bool:
+  return isinstance(size, Sequence) and [type(side) for side in size] == [int, int]
+
+
+def _check_buckets(name: str, sizes: Any, durations: Any, multiple: int) -> None:
+  try:
+    buckets.check(sizes, durations, multiple_of=multiple)
+  except UserError as error:
+    raise UserError(f"{name}: {error}") from error
+
+
+def _spatial_compression(model: str) -> int:
+  fields, where = diffusers.read_fields(open_model(model).path / "vae", "config.json")
+  return configs.read_vae(fields, where).spatial_compression

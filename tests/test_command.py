@@ -1,0 +1,136 @@
+"""Mistakes on a command line, made with a small command of our own: no models, no waiting."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogvideox_jax import command
+
+ROOT = Path(__file__).parent.parent
+VERB = '''
+"""Says what it was told."""
+from absl import flags
+from cogvideox_jax import command
+CONFIG = command.config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Where.", required=True)
+SOLVER = flags.DEFINE_enum("solver", "ddim", ["ddim", "dpm"], "How.")
+STEPS = flags.DEFINE_integer("steps", 50, "How often.", lower_bound=1)
+def main():
+  print(CONFIG.value.train.steps, CONFIG.value.model.depth, STEPS.value)
+  return 1 if SOLVER.value == "dpm" else None
+if __name__ == "__main__":
+  command.run(main)
+'''
+CONFIG, WORKDIR = "--config=configs/tiny.py", "--workdir=w"
+FAULTY = "from configs import base\n\n\ndef get_config():\n  config = base.get_config()\n  {}\n"
+
+
+@pytest.fixture(scope="module")
+def verb(tmp_path_factory):
+  path = tmp_path_factory.mktemp("verb") / "verb.py"
+  path.write_text(VERB)
+
+  def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+      [sys.executable, str(path), *args], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+  return run
+
+
+def check_mistake(result: subprocess.CompletedProcess, words: tuple[str, ...]) -> None:
+  assert result.returncode == 2
+  assert not result.stdout
+  assert len(result.stderr.splitlines()) <= 8
+  assert "Traceback" not in result.stderr
+  for word in words:
+    assert word in result.stderr
+
+
+def test_flags_reach_the_command_from_any_folder(verb, tmp_path):
+  config = f"--config={ROOT / 'configs' / 'tiny.py'}"
+  result = verb(config, WORKDIR, "--config.model.depth=3", "--steps=7", cwd=tmp_path)
+  assert (result.returncode, result.stdout) == (0, "600 3 7\n"), result.stderr
+
+
+def test_the_answer_no_is_exit_code_1(verb):
+  assert verb(CONFIG, WORKDIR, "--solver=dpm").returncode == 1
+
+
+def test_help_lists_the_flags_of_the_command_and_is_no_failure(verb):
+  result = verb("--help")
+  assert result.returncode == 0
+  for word in ("Says what it was told.", "--config", "--workdir", "--solver"):
+    assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+  ("args", "words"),
+  [
+    ([CONFIG], ("--workdir",)),
+    ([WORKDIR], ("--config",)),
+    ([CONFIG, WORKDIR, "--stpes=3"], ("stpes", "Did you mean: steps")),
+    ([CONFIG, WORKDIR, "--steps=0"], ("--steps=0", "50", "positive")),
+    ([CONFIG, WORKDIR, "--steps=many"], ("--steps=many", "int", "50")),
+    ([CONFIG, WORKDIR, "--solver=euler"], ("--solver=euler", "ddim|dpm")),
+    ([CONFIG, WORKDIR, "steps=3"], ("steps=3", "--name=value")),
+    ([CONFIG, WORKDIR, "--config.sede=1"], ("--config.sede=1", '"seed"')),
+    ([CONFIG, WORKDIR, "--config.model.dpeth=1"], ("--config.model.dpeth=1", '"depth"')),
+    ([CONFIG, WORKDIR, "--config.train.steps.x=1"], ("--config.train.steps.x=1", "base.py")),
+    ([CONFIG, WORKDIR, "--config.seed=abc"], ("--config.seed=abc", "int", "such as 0")),
+    ([CONFIG, WORKDIR, "--config.seed=1.5"], ("--config.seed=1.5", "int")),
+    ([CONFIG, WORKDIR, "--config.remat=maybe"], ("--config.remat=maybe", "bool", "False")),
+    ([CONFIG, WORKDIR, "--config.text.drop_rate=x"], ("--config.text.drop_rate=x", "float")),
+    (["--config.seed=1", CONFIG, WORKDIR], ("--config.seed=1", "before")),
+    (["--config=nowhere.py", WORKDIR], ("nowhere.py", str(ROOT), "configs/tiny.py")),
+    (["--config", "nowhere.py", WORKDIR, "--config.seed=1"], ("nowhere.py", "configs/tiny.py")),
+  ],
+  ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_named_in_a_few_lines(verb, args, words):
+  check_mistake(verb(*args), words)
+
+
+@pytest.mark.parametrize(
+  ("line", "words"),
+  [
+    ("config.model.update(dpeth=3)", ('"depth" instead of "dpeth"',)),
+    ("config.seed = 'one'", ("'seed'",)),
+    ("config.sede += 1", ('"seed"',)),
+    ("config.seed = = 1", ("invalid syntax",)),
+    ("import nowhere", ("nowhere",)),
+  ],
+)
+def test_a_mistake_in_a_config_file_is_named_with_its_line(verb, tmp_path, line, words):
+  path = tmp_path / "faulty.py"
+  path.write_text(FAULTY.format(line))
+  check_mistake(verb(f"--config={path}", WORKDIR), (f"{path}:6", *words))
+
+
+@pytest.mark.parametrize(
+  ("code", "word"), [(errno.ENOSPC, "full"), (errno.EACCES, "denied"), (errno.EROFS, "read-only")]
+)
+def test_a_fault_of_the_disk_is_told_in_one_line(capsys, code, word):
+  with pytest.raises(SystemExit, match="2"), command.user_mistakes():
+    raise OSError(code, os.strerror(code), "runs/x")
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1
+  assert "runs/x" in lines[0]
+  assert word in lines[0]
+
+
+def test_ctrl_c_leaves_with_130_and_no_traceback(capsys):
+  with pytest.raises(SystemExit, match="130"), command.user_mistakes():
+    signal.raise_signal(signal.SIGINT)
+  assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_our_own_faults_keep_their_traceback():
+  with pytest.raises(FileNotFoundError), command.user_mistakes():
+    raise FileNotFoundError(errno.ENOENT, "gone", "x")
