@@ -1,0 +1,49 @@
+"""Writing files so that a kill, a full disk or a power cut leaves nothing half done."""
+
+import contextlib
+import hashlib
+import io
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from cogvideox_jax.errors import UserError
+
+
+def write_atomically(path: epath.Path, data: bytes) -> None:
+  """Writes a small file so that a reader finds the old one, the new one or none."""
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+  partial.write_bytes(data)
+  settle(partial)
+  partial.replace(path)
+
+
+def write_arrays(path: epath.Path, arrays: dict[str, Any]) -> None:
+  """Writes an .npz file atomically."""
+  buffer = io.BytesIO()
+  np.savez(buffer, allow_pickle=False, **arrays)
+  write_atomically(path, buffer.getvalue())
+
+
+def settle(path: epath.Path) -> dict[str, Any]:
+  """Waits until a file is on the disk, so that a power cut cannot empty it; describes it."""
+  with open(path, "rb") as file:
+    os.fsync(file.fileno())
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  return {"bytes": path.stat().length, "sha256": digest}
+
+
+@contextlib.contextmanager
+def disk_errors(path: epath.PathLike) -> Iterator[None]:
+  """Turns a failure to write into a UserError. ArrayRecord reports a full disk as RuntimeError."""
+  try:
+    yield
+  except (OSError, RuntimeError) as error:
+    raise UserError(
+      f"cannot write {path}: {error}\n"
+      "Free some space or choose a folder you may write to; the same command then goes on."
+    ) from error

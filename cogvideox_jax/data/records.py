@@ -1,0 +1,313 @@
+"""Encoded datasets: `Example`s in ArrayRecord shards that TFDS opens, and an index of metadata.
+
+A folder holds `clips-train.array_record-J-of-N` (the shards), `shards.json` (what they are made
+from), `shards/J.json` (what shard J holds and refused), and once all shards are there
+`index.npz` (the clips' metadata in columns) and TFDS's own two JSON files. A shard is written
+under another name and then renamed, so that a killed run leaves whole shards only. Nothing here
+imports TensorFlow.
+
+Latents are stored as float16: they are a few units wide (and log-variances lie in [-30, 20]), so
+its 11 bits of precision are worth more than bfloat16's range. Text states are stored as
+bfloat16, since those of T5-XXL can pass float16's 65504, and bfloat16 is what T5 and the
+transformer compute in; TFDS sees its bits as uint16.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from jaxtyping import Float, Int, UInt64
+
+from cogvideox_jax.data.files import disk_errors, settle, write_arrays, write_atomically
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.types import Example
+
+DATASET, SPLIT = "clips", "train"  # As TFDS calls them. Validation clips are chosen by the loader.
+
+FEATURES: Any = tfds.features.FeaturesDict(
+  {
+    "mean": tfds.features.Tensor(shape=(None,) * 4, dtype=np.float16, encoding="bytes"),
+    "logvar": tfds.features.Tensor(shape=(None,) * 4, dtype=np.float16, encoding="bytes"),
+    "text": tfds.features.Tensor(
+      shape=(None, None), dtype=np.uint16, encoding="bytes", doc="The bits of bfloat16 numbers."
+    ),
+    "caption": tfds.features.Text(),
+    "source": tfds.features.Text(),
+    "num_frames": tfds.features.Scalar(dtype=np.int64),
+    "height": tfds.features.Scalar(dtype=np.int64),
+    "width": tfds.features.Scalar(dtype=np.int64),
+    "fps": tfds.features.Scalar(dtype=np.float32),
+  }
+)
+
+
+class Index(NamedTuple):
+  """The metadata of a dataset's clips in columns, in the order of the records."""
+
+  num_frames: Int[np.ndarray, " clips"]  # In pixels, as are height and width.
+  height: Int[np.ndarray, " clips"]
+  width: Int[np.ndarray, " clips"]
+  fps: Float[np.ndarray, " clips"]
+  latent_shape: Int[np.ndarray, "clips 4"]  # (f, h, w, c).
+  text_shape: Int[np.ndarray, "clips 2"]  # (l, t).
+  source_hash: UInt64[np.ndarray, " clips"]  # Uniform; the same wherever the source appears.
+
+
+class Counts(NamedTuple):
+  clips: int
+  refused: int
+
+
+def identity(parts: Any) -> str:
+  """Names what JSON can say (files, settings): equal parts, equal name, in any process."""
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def storage_fault(example: Example) -> str | None:
+  """Why the example cannot be stored, as a line for the quarantine; None if it can."""
+  for name in ("caption", "source"):
+    try:
+      getattr(example, name).encode()
+    except UnicodeEncodeError:
+      return f"its {name} is not valid Unicode"
+  for name, dtype in (("mean", np.float16), ("logvar", np.float16), ("text", ml_dtypes.bfloat16)):
+    if not np.isfinite(_cast(getattr(example, name), dtype)).all():
+      return f"its {name} is not finite in {np.dtype(dtype).name}"
+  return None
+
+
+def serialize(example: Example) -> bytes:
+  """An `Example` as the bytes of a tf.train.Example; ValueError if it cannot be stored."""
+  if fault := storage_fault(example):
+    raise ValueError(f"{example.source!r} cannot be stored: {fault}")
+  fields = example._asdict()
+  fields.update(
+    mean=_cast(example.mean, np.float16),
+    logvar=_cast(example.logvar, np.float16),
+    text=_cast(example.text, ml_dtypes.bfloat16).view(np.uint16),
+  )
+  return FEATURES.serialize_example(fields)
+
+
+def parse(record: bytes) -> Example:
+  """The inverse of `serialize`: latents in float16, text in bfloat16."""
+  fields = FEATURES.deserialize_example_np(record)
+  fields.update(
+    text=fields["text"].view(ml_dtypes.bfloat16),
+    caption=fields["caption"].decode(),
+    source=fields["source"].decode(),
+  )
+  return Example(**fields)
+
+
+def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
+  with np.errstate(over="ignore"):  # Becomes infinite, which `storage_fault` reports.
+    return np.ascontiguousarray(array).astype(dtype)
+
+
+class ShardWriter:
+  """An encoded dataset in the making: a fixed number of shards, each written once, as a whole."""
+
+  def __init__(self, directory: epath.PathLike, num_shards: int, made_from: str):
+    """Opens or begins a dataset.
+
+    num_shards: at least 1; shard j holds the j-th run of the items, whoever writes it.
+    made_from: `identity` of the items and settings. UserError if the folder holds another's.
+    """
+    if num_shards < 1:
+      raise UserError(f"there is nothing to encode into {directory}: no clips were found")
+    self.directory = epath.Path(directory)
+    self.num_shards = num_shards
+    plan = {"made_from": made_from, "num_shards": num_shards}
+    path = self.directory / "shards.json"
+    with disk_errors(self.directory):
+      (self.directory / "shards").mkdir(parents=True, exist_ok=True)
+      if not path.exists():
+        write_atomically(path, json.dumps(plan).encode())
+      found = json.loads(path.read_text())
+    if found != plan:
+      raise UserError(
+        f"{self.directory} holds clips that were encoded from other files or settings.\n"
+        "Choose another --output, or delete that folder to encode again."
+      )
+
+  def pending(self) -> list[int]:
+    """The shards that are still to be written, in order."""
+    return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
+
+  def write_shard(
+    self,
+    shard: int,
+    examples: Iterable[Example],
+    refusals: Sequence[dict[str, Any]] = (),
+  ) -> None:
+    """Writes one shard, or nothing.
+
+    refusals: objects of quarantine.jsonl for the items that became no example. Read after the
+    last example was taken, so that a generator of examples may add to it as it goes.
+    """
+    path = self._path(shard)
+    partial = path.with_name(f"{path.name}.partial")
+    with disk_errors(partial):
+      # One record a group, for random access. Latents are noise to a compressor.
+      writer = ArrayRecordWriter(os.fspath(partial), "group_size:1,uncompressed")
+    clips = []
+    for example in examples:
+      record = serialize(example)
+      with disk_errors(partial):
+        writer.write(record)
+      clips.append(_metadata(example))
+    with disk_errors(partial):
+      writer.close()
+      note = {"clips": clips, "refusals": list(refusals), **settle(partial)}
+      write_atomically(self._note_path(shard), json.dumps(note).encode())
+      partial.replace(path)  # Last: a shard counts as written once it has its name.
+
+  def refusals(self) -> list[dict[str, Any]]:
+    """Of all shards written so far, in order."""
+    return [refusal for note in self._notes() for refusal in note["refusals"]]
+
+  def finalize(self) -> Counts:
+    """Writes the index and TFDS's metadata; all shards must be there. May be called again."""
+    if missing := self.pending():
+      raise ValueError(f"{self.directory} lacks {len(missing)} of {self.num_shards} shards")
+    notes = list(self._notes())
+    lengths = [len(note["clips"]) for note in notes]
+    clips = [clip for note in notes for clip in note["clips"]]
+    refused = sum(len(note["refusals"]) for note in notes)
+    with disk_errors(self.directory):
+      if clips:
+        self._write_tfds_metadata(lengths, sum(note["bytes"] for note in notes))
+      write_arrays(self.directory / "index.npz", _columns(notes, lengths, clips))
+      for left_over in (*self.directory.glob("*.partial"), *self.directory.glob("*/*.partial")):
+        left_over.unlink(missing_ok=True)
+    return Counts(len(clips), refused)
+
+  def _path(self, shard: int) -> epath.Path:
+    return self.directory / shard_name(shard, self.num_shards)
+
+  def _note_path(self, shard: int) -> epath.Path:
+    return self.directory / "shards" / f"{shard:05d}.json"
+
+  def _notes(self) -> Iterator[dict[str, Any]]:
+    for shard in range(self.num_shards):
+      if self._is_whole(shard):
+        yield json.loads(self._note_path(shard).read_text())
+
+  def _is_whole(self, shard: int) -> bool:
+    path, note = self._path(shard), self._note_path(shard)
+    if not (path.exists() and note.exists()):
+      return False
+    return path.stat().length == json.loads(note.read_text())["bytes"]
+
+  def _write_tfds_metadata(self, lengths: list[int], size: int) -> None:
+    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size)
+    tfds.folder_dataset.write_metadata(
+      data_dir=os.fspath(self.directory),
+      features=FEATURES,
+      split_infos=[split],
+      check_data=False,  # Checking imports TensorFlow.
+      description="Video clips after CogVideoX's VAE and text encoder.",
+    )
+
+
+class Dataset:
+  """A finished encoded dataset: its index, and random access to its examples by any thread."""
+
+  def __init__(self, directory: epath.PathLike):
+    """Reads the index only. UserError if the dataset is absent, unfinished, empty or damaged."""
+    self.directory = epath.Path(directory)
+    arrays = self._read_index()
+    self.index = Index(*(arrays[name] for name in Index._fields))
+    self.digest = str(arrays["digest"])  # Of all records: the same data, the same digest.
+    self._names, self._name_ends = arrays["names"], arrays["name_ends"]
+    if not len(self):
+      raise UserError(f"{self.directory} is empty: every clip was refused, see quarantine.jsonl")
+    self._records = ArrayRecordDataSource(
+      self._shards(arrays["shard_lengths"], arrays["shard_bytes"])
+    )
+
+  def __len__(self) -> int:
+    return len(self.index.source_hash)
+
+  def __getitem__(self, clip: int) -> Example:
+    return parse(self._records[clip])
+
+  def source(self, clip: int) -> str:
+    start = self._name_ends[clip - 1] if clip else 0
+    return self._names[start : self._name_ends[clip]].tobytes().decode()
+
+  def _read_index(self) -> dict[str, np.ndarray]:
+    path = self.directory / "index.npz"
+    try:
+      with path.open("rb") as file, np.load(file) as arrays:
+        return dict(arrays)
+    except FileNotFoundError as error:
+      raise UserError(
+        f"{self.directory} is not an encoded dataset, or was not finished.\n"
+        "Make it with `python -m cogvideox_jax.encode`; the same command finishes it."
+      ) from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+      raise UserError(f"{path} is damaged.\nRun the same encode command again.") from error
+
+  def _shards(self, lengths: np.ndarray, sizes: np.ndarray) -> list[str]:
+    """The shards that hold records, as ArrayRecord wants them: the number spares opening all."""
+    shards = []
+    for shard, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
+      path = self.directory / shard_name(shard, len(lengths))
+      if not path.exists() or path.stat().length != size:
+        raise UserError(f"{path} is missing or cut short.\nRun the same encode command again.")
+      if length:
+        shards.append(f"{os.fspath(path)}[0:{length}]")
+    return shards
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+  return f"{DATASET}-{SPLIT}.array_record-{shard:05d}-of-{num_shards:05d}"
+
+
+def _metadata(example: Example) -> dict[str, Any]:
+  return {
+    "source": example.source,
+    "num_frames": int(example.num_frames),
+    "height": int(example.height),
+    "width": int(example.width),
+    "fps": float(example.fps),
+    "latent_shape": example.mean.shape,
+    "text_shape": example.text.shape,
+  }
+
+
+def _columns(
+  notes: list[dict[str, Any]], lengths: list[int], clips: list[dict[str, Any]]
+) -> dict[str, Any]:
+  """The arrays of index.npz."""
+  names = [clip["source"].encode() for clip in clips]
+  hashes = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
+
+  def column(name: str) -> np.ndarray:
+    return np.array([clip[name] for clip in clips], np.int32)
+
+  return {
+    "num_frames": column("num_frames"),
+    "height": column("height"),
+    "width": column("width"),
+    "latent_shape": column("latent_shape").reshape(-1, 4),
+    "text_shape": column("text_shape").reshape(-1, 2),
+    "fps": np.array([clip["fps"] for clip in clips], np.float32),
+    "source_hash": np.frombuffer(hashes, "<u8"),
+    "names": np.frombuffer(b"".join(names), np.uint8),
+    "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+    "shard_lengths": np.array(lengths),
+    "shard_bytes": np.array([note["bytes"] for note in notes]),
+    "digest": np.array(identity([note["sha256"] for note in notes])),
+  }

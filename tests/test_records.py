@@ -1,0 +1,258 @@
+"""Encoded datasets: what is written is read back, kills lose nothing, TFDS opens the result."""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from cogvideox_jax.data import records
+from cogvideox_jax.data.records import Dataset, ShardWriter
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.types import Example
+
+
+def draw_example(number: int, *, frames: int = 3) -> Example:
+  rng = np.random.default_rng(number)
+  shape = (frames, 4, 6, 16)
+  return Example(
+    mean=rng.normal(size=shape).astype(np.float32),
+    logvar=rng.uniform(-30, 20, size=shape).astype(np.float32),
+    text=rng.normal(size=(5, 8)).astype(np.float32),
+    caption=f"a célebre clip, number {number} 🎬",
+    source=f"clip-{number}",
+    num_frames=4 * frames - 3,
+    height=32,
+    width=48,
+    fps=7.5,
+  )
+
+
+def write_dataset(directory, examples, *, clips_in_a_shard=3) -> Dataset:
+  starts = range(0, len(examples), clips_in_a_shard)
+  writer = ShardWriter(directory, len(starts), records.identity("test"))
+  for shard, start in enumerate(starts):
+    writer.write_shard(shard, examples[start : start + clips_in_a_shard])
+  writer.finalize()
+  return Dataset(directory)
+
+
+def assert_stored(found: Example, example: Example):
+  """Equal up to the rounding of the types they are stored in."""
+  assert found.mean.dtype == found.logvar.dtype == np.float16
+  assert found.text.dtype == ml_dtypes.bfloat16
+  np.testing.assert_array_equal(found.mean, example.mean.astype(np.float16))
+  np.testing.assert_array_equal(found.logvar, example.logvar.astype(np.float16))
+  np.testing.assert_array_equal(found.text, example.text.astype(ml_dtypes.bfloat16))
+  assert found[3:] == example[3:]
+
+
+def test_an_example_survives_storage_up_to_its_rounding(tmp_path):
+  examples = [draw_example(n, frames=1 + n % 3) for n in range(7)]
+  dataset = write_dataset(tmp_path, examples)
+  assert len(dataset) == 7
+  for number, example in enumerate(examples):
+    assert_stored(dataset[number], example)
+    assert dataset.source(number) == example.source
+
+
+def test_the_index_describes_every_clip(tmp_path):
+  examples = [draw_example(n, frames=1 + n % 3) for n in range(7)]
+  index = write_dataset(tmp_path, examples).index
+  assert [tuple(shape) for shape in index.latent_shape] == [x.mean.shape for x in examples]
+  assert [tuple(shape) for shape in index.text_shape] == [x.text.shape for x in examples]
+  np.testing.assert_array_equal(index.num_frames, [x.num_frames for x in examples])
+  assert set(index.height) == {32}
+  assert set(index.width) == {48}
+  assert set(index.fps) == {7.5}
+  assert len(set(index.source_hash)) == 7
+
+
+def test_tfds_opens_a_dataset_and_nothing_imports_tensorflow(tmp_path):
+  examples = [draw_example(n) for n in range(4)]
+  writer = ShardWriter(tmp_path, 3, "x")
+  writer.write_shard(0, examples[:3])
+  writer.write_shard(1, [], [{"file": "bad.mp4", "line": 4, "reason": "zero length"}])
+  writer.write_shard(2, examples[3:])
+  assert writer.finalize() == (4, 1)
+  program = f"""
+import sys
+import tensorflow_datasets as tfds
+from cogvideox_jax.data import loader
+source = tfds.builder_from_directory({str(tmp_path)!r}).as_data_source()["train"]
+print(len(source), [source[n]["source"].decode() for n in range(4)], source[3]["mean"].dtype)
+assert "tensorflow" not in sys.modules
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+  )
+  assert done.stdout == f"4 {[x.source for x in examples]} float16\n"
+  assert_stored(Dataset(tmp_path)[3], examples[3])
+
+
+def test_features_file_lets_tfds_decode_text_states(tmp_path):
+  write_dataset(tmp_path, [draw_example(0)])
+  (found,) = tfds.builder_from_directory(tmp_path).as_data_source(split="train")
+  expected = draw_example(0).text.astype(ml_dtypes.bfloat16)
+  np.testing.assert_array_equal(found["text"].view(ml_dtypes.bfloat16), expected)
+
+
+WRITER = """
+import sys, time
+from cogvideox_jax.data.records import ShardWriter
+from tests.test_records import draw_example
+directory, stop_in = sys.argv[1], int(sys.argv[2])
+writer = ShardWriter(directory, 6, "same")
+for shard in writer.pending():
+  def examples():
+    for n in range(5 * shard, 5 * shard + 5):
+      if shard == stop_in and n % 5 == 3:
+        print("in the middle", flush=True)
+        time.sleep(100)
+      if n % 7:
+        yield draw_example(n)
+      else:
+        refusals.append({"file": str(n), "line": n, "reason": "a multiple of 7"})
+  refusals = []
+  writer.write_shard(shard, examples(), refusals)
+"""
+
+
+def run_writer(directory, stop_in: int):
+  command = [sys.executable, "-c", WRITER, directory, str(stop_in)]
+  root = pathlib.Path(__file__).parents[1]
+  return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_writer_goes_on_and_every_clip_is_stored_once(tmp_path):
+  for shard in (1, 4):
+    with run_writer(tmp_path, stop_in=shard) as process:
+      assert process.stdout.readline() == "in the middle\n"
+      process.send_signal(signal.SIGKILL)
+  writer = ShardWriter(tmp_path, 6, "same")
+  assert writer.pending() == [4, 5]
+  assert len(list(tmp_path.glob("*.partial"))) == 1
+  written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-of-00006")}
+
+  with run_writer(tmp_path, stop_in=-1) as process:
+    assert process.wait(timeout=60) == 0
+  assert writer.finalize() == (25, 5)
+  assert written == {path: path.stat().st_mtime_ns for path in written}  # Not written again.
+  assert not list(tmp_path.rglob("*.partial"))
+  dataset = Dataset(tmp_path)
+  assert [dataset[n].source for n in range(25)] == [f"clip-{n}" for n in range(30) if n % 7]
+  assert [refusal["line"] for refusal in writer.refusals()] == [0, 7, 14, 21, 28]
+
+
+def test_a_kill_between_a_note_and_its_shard_leaves_the_shard_pending(tmp_path):
+  write_dataset(tmp_path, [draw_example(n) for n in range(6)])
+  shard = tmp_path / records.shard_name(0, 2)
+  shard.rename(shard.with_name(f"{shard.name}.partial"))
+  writer = ShardWriter(tmp_path, 2, records.identity("test"))
+  assert writer.pending() == [0]
+  assert writer.refusals() == []
+
+
+def test_the_same_records_have_the_same_digest_and_others_another(tmp_path):
+  one = write_dataset(tmp_path / "one", [draw_example(n) for n in range(4)])
+  same = write_dataset(tmp_path / "same", [draw_example(n) for n in range(4)])
+  other = write_dataset(tmp_path / "other", [draw_example(n) for n in (0, 1, 2, 9)])
+  assert one.digest == same.digest != other.digest
+
+
+def test_a_folder_made_from_other_files_is_refused(tmp_path):
+  ShardWriter(tmp_path, 2, records.identity({"files": ["a"], "fps": 8}))
+  ShardWriter(tmp_path, 2, records.identity({"fps": 8, "files": ["a"]}))
+  with pytest.raises(UserError, match=r"other files or settings\.\nChoose another --output"):
+    ShardWriter(tmp_path, 2, records.identity({"files": ["a"], "fps": 16}))
+
+
+def test_what_is_no_dataset_says_what_to_do(tmp_path):
+  with pytest.raises(UserError, match="not an encoded dataset"):
+    Dataset(tmp_path)
+  with pytest.raises(UserError, match="no clips were found"):
+    ShardWriter(tmp_path, 0, "x")
+  writer = ShardWriter(tmp_path, 1, "x")
+  with pytest.raises(ValueError, match="lacks 1 of 1 shards"):
+    writer.finalize()
+  writer.write_shard(0, [], [{"file": "a", "line": 1, "reason": "r"}])
+  assert writer.finalize() == (0, 1)
+  with pytest.raises(UserError, match=r"every clip was refused, see quarantine\.jsonl"):
+    Dataset(tmp_path)
+
+
+def test_a_shard_cut_short_is_found_and_written_again(tmp_path):
+  examples = [draw_example(n) for n in range(6)]
+  write_dataset(tmp_path, examples)
+  shard = tmp_path / records.shard_name(1, 2)
+  os.truncate(shard, shard.stat().st_size // 2)
+  with pytest.raises(UserError, match=re.escape(str(shard))):
+    Dataset(tmp_path)
+  writer = ShardWriter(tmp_path, 2, records.identity("test"))
+  assert writer.pending() == [1]
+  writer.write_shard(1, examples[3:])
+  writer.finalize()
+  assert_stored(Dataset(tmp_path)[5], examples[5])
+
+
+def test_a_damaged_index_is_a_clear_message(tmp_path):
+  write_dataset(tmp_path, [draw_example(0)])
+  index = tmp_path / "index.npz"
+  index.write_bytes(index.read_bytes()[:-40])
+  with pytest.raises(UserError, match="damaged"):
+    Dataset(tmp_path)
+
+
+def test_numbers_that_cannot_be_stored_are_a_fault_of_the_clip():
+  example = draw_example(0)
+  assert records.storage_fault(example) is None
+  beyond = example._replace(mean=example.mean * 1e6)
+  assert records.storage_fault(beyond) == "its mean is not finite in float16"
+  large_text = example._replace(text=example.text * 1e6)
+  assert records.storage_fault(large_text) is None  # Beyond float16, not beyond bfloat16.
+  assert records.storage_fault(example._replace(caption="\udcff")) == (
+    "its caption is not valid Unicode"
+  )
+  with pytest.raises(ValueError, match="'clip-0' cannot be stored"):
+    records.serialize(beyond)
+
+
+def test_a_full_disk_is_a_clear_message_and_leaves_whole_shards(tmp_path):
+  examples = [draw_example(n) for n in range(60)]
+  writer = ShardWriter(tmp_path, 2, "x")
+  writer.write_shard(0, examples[:2])
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+  try:
+    with pytest.raises(UserError, match=r"cannot write .*\nFree some space"):
+      writer.write_shard(1, examples)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert writer.pending() == [1]
+
+
+def test_an_unwritable_folder_is_a_clear_message(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot write"):
+    ShardWriter(tmp_path / "file" / "dataset", 1, "x")
+
+
+def test_a_failing_encoder_leaves_the_shard_unwritten(tmp_path):
+  writer = ShardWriter(tmp_path, 1, "x")
+
+  def examples():
+    yield draw_example(0)
+    raise KeyError("encoder")
+
+  with pytest.raises(KeyError, match="encoder"):
+    writer.write_shard(0, examples())
+  assert writer.pending() == [0]
+  assert json.loads((tmp_path / "shards.json").read_text())["num_shards"] == 1
