@@ -1,0 +1,92 @@
+"""What a config may say: every mistake is named before any work."""
+
+import math
+
+import pytest
+from ml_collections import ConfigDict
+
+from cogvideox_jax import config as config_module
+from cogvideox_jax.conversion import configs as model_configs
+from cogvideox_jax.conversion import diffusers
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.vae import VAEConfig
+from configs import base, tiny
+
+
+def check(config: ConfigDict, model: str = "") -> None:
+  config_module.check(config, model)
+
+
+def changed(key: str, value) -> ConfigDict:
+  config = tiny.get_config()
+  with config.ignore_type():
+    config.update_from_flattened_dict({key: value})
+  return config
+
+
+@pytest.mark.parametrize("config", [base.get_config(), tiny.get_config()])
+def test_our_own_configs_pass(config):
+  check(config)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "wanted"),
+  [
+    ("dtype", "float16", "bfloat16"),
+    ("model.positions", "learned", "rope"),
+    ("text.drop", "none", "zeros, empty"),
+    ("text.drop_rate", 1.5, "from 0 to 1"),
+    ("optimizer.b1", -0.1, "from 0 to 1"),
+    ("optimizer.ema_decay", math.nan, "from 0 to 1"),
+    ("optimizer.learning_rate", 0.0, "above 0"),
+    ("optimizer.learning_rate", math.inf, "above 0"),
+    ("train.steps", 0, "above 0"),
+    ("log_every", 0, "above 0"),
+    ("data.fps", -8.0, "above 0"),
+    ("data.clips", -1, "at least 0"),
+    ("preview.every", -1, "at least 0"),
+    ("stages.tiny.rows", 0, "above 0"),
+    ("stages.tiny.durations", (1, 0), "above 0"),
+    ("stages.tiny.durations", (1, 12), "12"),
+    ("stages.tiny.durations", (), "(1, 9, 17)"),
+    ("stages.tiny.durations", (1, 9.5), "(1, 9, 17)"),
+    ("stages.tiny.sizes", (64, 64), "(64, 64)"),
+    ("stages.tiny.sizes", ((64, 63),), "63"),
+    ("preview.num_frames", 16, "16"),
+    ("preview.width", 63, "63"),
+    ("mesh.data", 0, "at least 1"),
+    ("mesh.tensor", -1, "only one"),
+  ],
+)
+def test_a_value_out_of_range_is_named(key, value, wanted):
+  with pytest.raises(UserError) as caught:
+    check(changed(key, value))
+  message = str(caught.value)
+  assert "config." + key.split(".")[0] in message
+  assert wanted in message
+  assert len(message.splitlines()) <= 8
+
+
+def test_a_config_without_stages_is_refused():
+  config = tiny.get_config()
+  with config.unlocked():
+    config.stages = ConfigDict()
+  with pytest.raises(UserError, match=r"config\.stages"):
+    check(config)
+
+
+def test_sizes_must_suit_the_vae_of_the_model(tmp_path):
+  vae = VAEConfig(
+    channels=(8, 8, 8), groups=4, scaling_factor=1.0
+  )  # Compresses by 4; patches by 2.
+  (tmp_path / "vae").mkdir()
+  diffusers.write_fields(tmp_path / "vae", "config.json", model_configs.write_vae(vae))
+  check(changed("stages.tiny.sizes", ((40, 56),)), str(tmp_path))
+  with pytest.raises(UserError, match=r"config\.stages\.tiny.*44"):
+    check(changed("stages.tiny.sizes", ((44, 56),)), str(tmp_path))
+
+
+def test_sizes_are_not_checked_where_no_preview_is_made():
+  config = changed("preview.num_frames", 16)
+  config.preview.every = 0
+  check(config)
