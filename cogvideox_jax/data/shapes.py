@@ -1,10 +1,12 @@
 """The embedded default: captioned clips of moving shapes, written as real video files.
 
 A scene is what a caption says: one or two objects, each a colour, a shape and a motion, on a
-plain background. `render` draws where they are. So that a model can be scored on what it never
-saw, single-object scenes listed in `HELD_OUT` never appear in a rendered dataset.
+plain background. `render` decides where they are and how fast. So that a model can be scored on
+what it never saw, no object of a rendered dataset is one of `held_out_scenes`.
 """
 
+import functools
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -64,7 +66,7 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-  """At most 20 T5 tokens. `parse` is its inverse."""
+  """At most 19 T5 tokens, the end included. `parse` is its inverse."""
   phrases = {None: "", "still": " stays still"}
   objects = (
     f"a {thing.colour} {thing.shape}{phrases.get(thing.motion, f' moves {thing.motion}')}"
@@ -77,57 +79,57 @@ def parse(text: str) -> Scene:
   """The scene whose caption this is. Raises ValueError if there is none."""
   objects, _, ground = text.partition(" on a ")
   words = [phrase.split() for phrase in objects.split(" and ")]
-  things = tuple(Thing(*w[1:3], w[4] if len(w) == 5 else None) for w in words if len(w) in (3, 5))
+  things = tuple(
+    Thing(w[1], w[2], w[4] if len(w) == 5 else None) for w in words if len(w) in (3, 5)
+  )
   scene = Scene(things, ground.removesuffix(" background"))
   known = (
     scene.background in BACKGROUNDS
     and 1 <= len(things) == len(words) <= 2
-    and all(t.colour in COLOURS and t.shape in SHAPES for t in things)
-    and all(t.motion is None or t.motion in MOTIONS for t in things)
+    and all(thing.colour in COLOURS and thing.shape in SHAPES for thing in things)
+    and {thing.motion for thing in things} <= set(MOTIONS) | {None}
   )
   if not known or caption(scene) != text:
     raise ValueError(
-      f"{text!r} is not a caption of moving shapes, such as {caption(HELD_OUT[0])!r}"
+      f"{text!r} is not a caption of moving shapes, "
+      "such as 'a red circle moves right on a blue background'"
     )
   return scene
 
 
-def _held_out() -> tuple[Scene, ...]:
-  """Picks in turn the combination whose words, and pairs of words, were picked least so far.
+@functools.cache
+def held_out_scenes() -> tuple[Scene, ...]:
+  """Single objects, each picked because its words, and pairs of words, were picked least before.
 
   So every prefix is balanced, and training sees every pair of words.
   """
-  combinations = [
-    words
+  parts = {  # Words, each with its place, alone and in pairs.
+    words: [
+      *itertools.combinations(enumerate(words), 1),
+      *itertools.combinations(enumerate(words), 2),
+    ]
     for words in itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
     if words[0] != words[3]
-  ]
-  np.random.default_rng(0).shuffle(combinations)  # Breaks ties without favouring a word.
+  }
+  # Equals come in an order that favours no word, and that no library's version changes: a shipped
+  # model would otherwise be scored on what it saw.
+  order = sorted(parts, key=lambda words: hashlib.sha256(",".join(words).encode()).digest())
   picked: Counter = Counter()
   scenes = []
   for _ in range(HELD_OUT_COUNT):
-
-    def cost(words):
-      singles = sum(picked[i, words[i]] for i in range(4))
-      pairs = sum(picked[i, j, words[i], words[j]] for i, j in itertools.combinations(range(4), 2))
-      return singles + pairs
-
-    words = min(combinations, key=cost)
-    combinations.remove(words)
-    picked.update((i, words[i]) for i in range(4))
-    picked.update((i, j, words[i], words[j]) for i, j in itertools.combinations(range(4), 2))
-    scenes.append(Scene((Thing(*words[:3]),), words[3]))
+    words = min(order, key=lambda words: sum(picked[part] for part in parts[words]))
+    order.remove(words)
+    picked.update(parts[words])
+    colour, shape, motion, background = words
+    scenes.append(Scene((Thing(colour, shape, motion),), background))
   return tuple(scenes)
-
-
-HELD_OUT = _held_out()
 
 
 def held_out_prompts(count: int = HELD_OUT_COUNT) -> tuple[str, ...]:
   """Captions of scenes that `render_dataset` never shows, with every word about equally often."""
   if not 1 <= count <= HELD_OUT_COUNT:
     raise UserError(f"{count} held-out prompts were asked for; there are 1 to {HELD_OUT_COUNT}.")
-  return tuple(map(caption, HELD_OUT[:count]))
+  return tuple(map(caption, held_out_scenes()[:count]))
 
 
 def draw_scene(rng: np.random.Generator, moving: bool) -> Scene:
@@ -142,7 +144,7 @@ def draw_scene(rng: np.random.Generator, moving: bool) -> Scene:
       )
       for colour in rng.choice(colours, size=count, replace=False)
     )
-    if not any(Scene((thing,), background) in HELD_OUT for thing in things):
+    if not any(Scene((thing,), background) in held_out_scenes() for thing in things):
       return Scene(things, background)
 
 
@@ -182,19 +184,24 @@ class Track(NamedTuple):
 
 
 def _track(
-  motion: str | None, sizes: tuple[float, float], shape: tuple[int, int, int], rng
+  motion: str | None,
+  sizes: tuple[float, float],
+  extent: tuple[int, int, int],
+  rng: np.random.Generator,
 ) -> Track:
-  """Constant speed along one axis, from a start that keeps the object inside the frame."""
-  num_frames, height, width = shape
+  """Constant speed along one axis, from a start that keeps the object inside the frame.
+
+  sizes: least and most, of the short side. extent: frames, height, width.
+  """
+  num_frames, height, width = extent
   size = rng.uniform(*sizes) * min(height, width)
-  direction = MOTIONS[motion or "still"]
   speed = rng.uniform(*SPEEDS)
   centres = []
-  for step, side in zip(direction, (width, height), strict=True):
+  for step, side in zip(MOTIONS[motion or "still"], (width, height), strict=True):
     room = side - size
-    # Long clips would leave the frame, so they move more slowly.
+    # A long clip would leave the frame, so it moves more slowly.
     travel = step * min(speed * (num_frames - 1) * side, room)
-    start = size / 2 + max(0.0, -travel) + rng.uniform(0, 1) * (room - abs(travel))
+    start = size / 2 + max(0.0, -travel) + rng.uniform(0, room - abs(travel))
     centres.append(start + np.linspace(0, travel, num_frames))
   return Track(centres[0], centres[1], size)
 
@@ -205,15 +212,14 @@ def _touch(a: Track, b: Track) -> bool:
   return bool(np.any((np.abs(a.x - b.x) < reach) & (np.abs(a.y - b.y) < reach)))
 
 
-def _place(scene: Scene, shape: tuple[int, int, int], rng: np.random.Generator) -> list[Track]:
+def _place(scene: Scene, extent: tuple[int, int, int], rng: np.random.Generator) -> list[Track]:
   """Tracks that never touch. Objects shrink a little with each try, so that it ends."""
   low, high = SIZES[len(scene.objects)]
-  for attempt in itertools.count():
-    sizes = (low * 0.99**attempt, high * 0.99**attempt)
-    tracks = [_track(thing.motion, sizes, shape, rng) for thing in scene.objects]
+  while True:
+    tracks = [_track(thing.motion, (low, high), extent, rng) for thing in scene.objects]
     if not any(_touch(a, b) for a, b in itertools.combinations(tracks, 2)):
       return tracks
-  raise AssertionError("unreachable: the loop above has no end")
+    low, high = 0.99 * low, 0.99 * high
 
 
 def render(
@@ -230,9 +236,9 @@ def render(
 
 
 def draw_clip(
-  index: int, seed: int, sizes, durations
+  index: int, seed: int, sizes: tuple[tuple[int, int], ...], durations: tuple[int, ...]
 ) -> tuple[Scene, UInt8[np.ndarray, "F H W 3"]]:
-  """Clip `index` of the dataset of this seed, whatever the number of clips."""
+  """Clip `index` of the dataset of this seed, however many clips that has."""
   rng = np.random.default_rng((seed, index))
   longer = [num_frames for num_frames in durations if num_frames > 1]
   if not longer or (1 in durations and rng.random() < IMAGE_RATE):
@@ -256,26 +262,16 @@ def render_dataset(
   """Writes clips (mp4, or png for one frame) and the manifest, whose path it returns.
 
   sizes: (height, width) in pixels. durations: frames. Does nothing if the same call was finished
-  before. Raises UserError if the folder holds anything else.
+  before, and all of it again if that was cut short. Raises UserError if the folder holds the clips
+  of another call, or a manifest of something else.
   """
   if clips < 1:
     raise UserError(f"{clips} shape clips were asked for: set config.data.clips to 1 or more.")
   folder = epath.Path(folder)
-  manifest, arguments = folder / "manifest.jsonl", folder / "shapes.json"
-  wanted = {"clips": clips, "seed": seed, "sizes": sizes, "durations": durations, "fps": fps}
-  wanted = json.dumps(wanted)
-  found = arguments.read_text() if arguments.exists() else None
-  if found not in (None, wanted) or (found is None and manifest.exists()):
-    raise UserError(
-      f"{folder} already holds other clips than these.\n"
-      f"  there:  {found or 'a manifest that no shape clips were rendered for'}\n"
-      f"  wanted: {wanted}\n"
-      "Delete the folder, or choose another."
-    )
+  manifest = folder / "manifest.jsonl"
+  _claim(folder, manifest, clips=clips, seed=seed, sizes=sizes, durations=durations, fps=fps)
   if manifest.exists():
     return manifest
-  folder.mkdir(parents=True, exist_ok=True)
-  arguments.write_text(wanted)
   lines = []
   for index in tqdm(range(clips), desc="Rendering shape clips", unit="clip"):
     scene, frames = draw_clip(index, seed, sizes, durations)
@@ -290,3 +286,20 @@ def render_dataset(
   part.write_text("\n".join(lines) + "\n")
   part.replace(manifest)  # Last, and at once: a manifest means that every file is there.
   return manifest
+
+
+def _claim(folder: epath.Path, manifest: epath.Path, **arguments) -> None:
+  """Keeps what a folder's clips are rendered from, and refuses a folder of any other clips."""
+  kept = folder / "shapes.json"
+  wanted = json.dumps(arguments)
+  found = kept.read_text() if kept.exists() else ""
+  if found not in ("", wanted) or (not found and manifest.exists()):
+    raise UserError(
+      f"{folder} already holds other clips than these.\n"
+      f"  there:  {found or 'a manifest, not made by rendering shapes'}\n"
+      f"  wanted: {wanted}\n"
+      "Delete the folder, or choose another."
+    )
+  if not found:
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(wanted)

@@ -72,7 +72,9 @@ def score(
   wanted = [_words(caption) for caption in captions]
   read = [read_scene(frames) for frames in videos]
   return {
-    field: float(np.mean([getattr(a, field) == getattr(b, field) for a, b in zip(read, wanted)]))
+    field: float(
+      np.mean([getattr(a, field) == getattr(b, field) for a, b in zip(read, wanted, strict=True)])
+    )
     for field in ("background", "colour", "motion", "shape")
   }
 
@@ -80,9 +82,9 @@ def score(
 def _words(caption: str) -> Reading:
   """What a perfect clip of this caption reads as."""
   scene = shapes.parse(caption)
-  if len(scene.objects) != 1 or scene.objects[0].motion is None:
-    raise ValueError(f"{caption!r} must say one object and its motion to be scored.")
   colour, shape, motion = scene.objects[0]
+  if len(scene.objects) > 1 or motion is None:
+    raise ValueError(f"{caption!r} must say one object and its motion to be scored.")
   return Reading(scene.background, colour, shape, motion)
 
 
