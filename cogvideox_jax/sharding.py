@@ -1,0 +1,142 @@
+"""Where arrays live on a mesh: parameter path -> logical axes -> mesh axes.
+
+Models carry no annotation, and nothing else in the package names a mesh axis. One table serves
+parameters, their moving average and the optimizer's state alike, since optax keeps the endings
+of the paths: `opt_state/1/0/mu/blocks/mlp/up/kernel` is placed as `params/blocks/mlp/up/kernel`.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cogvideox_jax.errors import UserError
+
+Rules = Mapping[str, tuple[str, ...]]  # Logical axis -> the mesh axes that split it.
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+# The end of a path -> the logical axes of that array. Stacked layers add a leading axis.
+PARAM_AXES: dict[str, tuple[str, ...]] = {
+  r"(query|key|value)/kernel": ("embed", "heads", "head_dim"),
+  r"attention/out/kernel": ("heads", "head_dim", "embed"),
+  r"mlp/up/kernel": ("embed", "mlp"),
+  r"mlp/down/kernel": ("mlp", "embed"),
+  r"(modulation|out_modulation|time_in|time_out)/kernel": ("time", "embed"),
+  r"(vision_in|text_in)/kernel": ("input", "embed"),
+  r"(?<!attention/)out/kernel": ("embed", "output"),
+  r"(bias|scale|count|step)": (),
+}
+
+# `config.sharding` names one of these. A logical axis that is missing is replicated.
+RULES: dict[str, Rules] = {
+  "fsdp": {"rows": ("data", "fsdp"), "embed": ("fsdp",)},
+  "fsdp_tensor": {
+    "rows": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+  },
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over all devices of the job, or over those given.
+
+  Args:
+    sizes: devices along each of MESH_AXES; at most one is -1 and takes all that are left.
+    devices: as many as the product of the sizes.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  fixed = math.prod(sizes[axis] for axis in MESH_AXES if sizes[axis] > 0)
+  shape = [len(devices) // fixed if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES]
+  if min(shape) < 1 or math.prod(shape) != len(devices):
+    raise UserError(
+      f"config.mesh ({_text(sizes)}) does not fit the {len(devices)} devices here.\n"
+      "The sizes must multiply to that number; one of them may be -1, for all that are left."
+    )
+  return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def rules_named(name: str) -> Rules:
+  """The row of RULES that `config.sharding` names; else a UserError lists the names there are."""
+  if name not in RULES:
+    raise UserError(f"config.sharding is {name!r}; it must be one of {', '.join(RULES)}.")
+  return RULES[name]
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+  """The sharding of every array of `tree`: parameters, optimizer state, or a whole train state.
+
+  Args:
+    tree: arrays, or their shapes (`jax.eval_shape`).
+
+  Raises:
+    ValueError: a path matches no row of PARAM_AXES, or two.
+    UserError: a size does not divide over the mesh.
+  """
+
+  def place(path, leaf) -> NamedSharding:
+    name = path_name(path)
+    axes = [rules.get(axis, ()) for axis in _logical_axes(name, leaf.ndim)]
+    for size, split in zip(leaf.shape, axes, strict=True):
+      if size % _size(mesh, split):
+        raise UserError(
+          f"{name}, of shape {leaf.shape}, does not divide over the mesh ({_text(mesh.shape)}): "
+          f"{size} is not a multiple of {_size(mesh, split)}.\n"
+          f"Change the mesh along {', '.join(split)}, or config.sharding."
+        )
+    return NamedSharding(mesh, PartitionSpec(*(split or None for split in axes)))
+
+  return jax.tree.map_with_path(place, tree)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """The path of a leaf as text, its keys joined by slashes: blocks/mlp/up/kernel."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def row_sharding(mesh: Mesh, rules: Rules, rows: int) -> NamedSharding:
+  """Of arrays whose first axis is the rows of a batch; the others are not split.
+
+  Raises:
+    UserError: a global batch of `rows` does not divide over the mesh.
+  """
+  shards = _size(mesh, rules["rows"])
+  if rows % shards:
+    raise UserError(
+      f"a batch of {rows} rows does not divide over {' x '.join(rules['rows'])} of the mesh "
+      f"({_text(mesh.shape)}).\nMake the stage's `rows` a multiple of {shards}, or change "
+      "config.mesh."
+    )
+  return NamedSharding(mesh, PartitionSpec(rules["rows"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Of an array that every device holds wholly."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def _logical_axes(name: str, ndim: int) -> list[str]:
+  rows = [axes for ending, axes in PARAM_AXES.items() if re.search(f"(^|/){ending}$", name)]
+  if len(rows) != 1:
+    raise ValueError(f"{name} must match one row of sharding.PARAM_AXES, not {len(rows)}")
+  axes = rows[0]
+  stacked = ndim - len(axes)
+  if axes and stacked not in (0, 1):
+    raise ValueError(f"{name} has {ndim} axes, but sharding.PARAM_AXES says {axes}")
+  return ["layers"] * stacked + list(axes)
+
+
+def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _text(sizes: Mapping[str, int]) -> str:
+  return ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)

@@ -1,0 +1,245 @@
+"""Checkpoints that are known to be good: written beside training, and verified when read.
+
+`checkpoints/STEP/` is an Orbax checkpoint of the state's arrays by path, with their digests beside
+them. A step counts only once its digests are written, and is used only if they hold.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.sharding import path_name
+from cogvideox_jax.training import digests
+from cogvideox_jax.training.digests import UnusableError
+from cogvideox_jax.training.state import Params, TrainState
+
+Arrays = dict[str, Any]  # Path -> array.
+
+
+class Restored(NamedTuple):
+  """A state read back, and why newer steps were passed over."""
+
+  state: TrainState
+  skipped: dict[int, str]
+
+
+class Checkpoints:
+  """The checkpoints of one run. Every process of a job makes the same calls in the same order."""
+
+  def __init__(self, folder: epath.Path, *, keep: int, on_saved: Callable[[int, str], object]):
+    """on_saved: told a step and its digest once it is committed, from another thread."""
+    self._folder = folder
+    self._keep = keep
+    self._on_saved = on_saved
+    self._worker = ThreadPoolExecutor(1, "checkpoint")
+    self._pending: tuple[int, Future[None]] | None = None
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Copies the state and returns; hashing and writing go on beside the next steps."""
+    self.wait()
+    _quieten_orbax()
+    arrays = flatten(state)
+    host = dict(zip(arrays, _host_copies(arrays.values()), strict=True))
+    tree = traverse_util.unflatten_dict(arrays, sep="/")
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False  # A folder for each array, so that damage has a name.
+    with context:
+      response = ocp.save_async(self._folder / str(step), tree, overwrite=True)
+    self._pending = step, self._worker.submit(self._commit, step, response.result, host)
+
+  def check(self) -> None:
+    """Raises the UserError of a save that has failed, without waiting for one under way."""
+    if self._pending and self._pending[1].done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when the last save is committed.
+
+    Raises:
+      UserError: it could not be; earlier checkpoints are as they were.
+    """
+    if self._pending:
+      (step, future), self._pending = self._pending, None
+      try:
+        future.result()
+      except (ValueError, OSError) as error:  # The former from Orbax's store.
+        good = good_steps(self._folder)
+        raise UserError(
+          f"The checkpoint of step {step} could not be written to {self._folder}:\n"
+          f"{_first_line(error)}\n"
+          f"Earlier checkpoints are intact ({f'newest: step {good[-1]}' if good else 'none yet'}). "
+          "Make room, or the folder writable; the same command then goes on from there."
+        ) from error
+
+  def restore(self, abstract: TrainState) -> Restored | None:
+    """The newest good step, on the shardings of `abstract`; None if none was ever completed.
+
+    Steps that are passed over are renamed to STEP.skipped, so that training can save them anew.
+
+    Raises:
+      UserError: there are completed checkpoints, but none of them is good.
+    """
+    skipped: dict[int, str] = {}
+    good = None
+    for step in reversed(_steps(self._folder)):
+      try:
+        good = _load_state(self._folder / str(step), abstract)
+        break
+      except UnusableError as error:
+        skipped[step] = str(error)
+    if good is None and any(reason != digests.INCOMPLETE for reason in skipped.values()):
+      reasons = "\n".join(f"step {step}: {reason}" for step, reason in skipped.items())
+      raise UserError(
+        f"None of the checkpoints in {self._folder} can be used:\n{reasons}\n"
+        "Restore them from a copy, or start again in a new workdir."
+      )
+    if jax.process_index() == 0:
+      for step in skipped:
+        _set_aside(self._folder / str(step))
+    return Restored(good, skipped) if good else None
+
+  def _commit(self, step: int, written: Callable[[], None], host: Arrays) -> None:
+    arrays = digests.describe(host)
+    written()
+    if jax.process_index() == 0:
+      digests.write(self._folder / str(step), arrays)
+      for old in good_steps(self._folder)[: -self._keep]:
+        _remove(self._folder / str(old))
+    self._on_saved(step, digests.overall(arrays))
+
+
+def load_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
+  """The transformer's parameters from a training workdir's newest good checkpoint, on the host.
+
+  Args:
+    workdir: what `train --workdir` was given.
+    weights: `ema`, the moving average, or `raw`, the weights as trained.
+
+  Raises:
+    UserError: no such folder, no checkpoint in it, or none that is good.
+  """
+  parts = {"ema": "ema", "raw": "params"}
+  if weights not in parts:
+    raise UserError(f"weights must be ema or raw, not {weights!r}.")
+  folder = epath.Path(workdir) / "checkpoints"
+  reasons = []
+  for step in reversed(good_steps(folder)):
+    try:
+      return _load_part(folder / str(step), parts[weights])
+    except UnusableError as error:
+      reasons.append(f"step {step}: {error}")
+  raise UserError("\n".join([f"There is no checkpoint to use in {folder}.", *reasons]))
+
+
+def flatten(tree: Any) -> Arrays:
+  """Path -> leaf."""
+  return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def good_steps(folder: epath.Path) -> list[int]:
+  """The steps that were completed, oldest first; whether their arrays hold is not checked."""
+  return [step for step in _steps(folder) if (folder / str(step) / digests.NAME).exists()]
+
+
+def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
+  described, targets = digests.read(path), flatten(abstract)
+  if odd := sorted(described.keys() ^ targets.keys()):
+    raise UnusableError(
+      f"its arrays are not this model's: {', '.join(odd[:3])} ({len(odd)} in all)"
+    )
+  arrays = _load(path, targets, described)
+  return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in targets])
+
+
+def _load_part(path: epath.Path, part: str) -> Params:
+  """The arrays of the state's `part` alone."""
+  described = digests.read(path)
+  targets = {
+    name: np.empty(about["shape"], jnp.dtype(about["dtype"]))
+    for name, about in described.items()
+    if name.startswith(f"{part}/")
+  }
+  return traverse_util.unflatten_dict(_load(path, targets, described), sep="/")[part]
+
+
+def _load(path: epath.Path, targets: Arrays, described: dict[str, dict[str, Any]]) -> Arrays:
+  """Arrays by path, placed as `targets`, that are what was saved."""
+  _quieten_orbax()
+  context = ocp.Context()
+  context.pytree.loading.partial_load = len(targets) < len(described)
+  with context:
+    arrays = flatten(ocp.load(path, traverse_util.unflatten_dict(targets, sep="/")))
+  found = digests.describe(dict(zip(arrays, _host_copies(arrays.values()), strict=True)))
+  for name, about in found.items():
+    if about != described[name]:
+      raise UnusableError(f"{name} is not what was saved: its sha256 differs")
+  return arrays
+
+
+def _host_copies(arrays: Iterable[jax.Array | np.ndarray]) -> list[np.ndarray]:
+  """Whole arrays on every host; copies, since the next step is given the buffers to write to."""
+  arrays = list(arrays)
+  for array in arrays:
+    if isinstance(array, jax.Array):
+      array.copy_to_host_async()
+  return [
+    np.array(array)
+    if not isinstance(array, jax.Array) or array.is_fully_addressable
+    else multihost_utils.process_allgather(array, tiled=True)
+    for array in arrays
+  ]
+
+
+def _steps(folder: epath.Path) -> list[int]:
+  if not folder.exists():
+    return []
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def _remove(path: epath.Path) -> None:
+  (path / digests.NAME).unlink()  # First, so that half a checkpoint is never good.
+  path.rmtree()
+
+
+def _set_aside(path: epath.Path) -> None:
+  target = path.with_name(f"{path.name}.skipped")
+  if target.exists():
+    target.rmtree()
+  path.rename(target)
+
+
+@functools.cache
+def _quieten_orbax() -> None:
+  """Keeps its log off the terminal: what matters is raised too, and said in our words.
+
+  When one of its writes fails it closes its event loop under the others, which Python reports,
+  each with a traceback.
+  """
+  logging.getLogger("absl").addFilter(_not_from_orbax)
+  report = sys.unraisablehook
+
+  def report_others(args: sys.UnraisableHookArgs) -> None:
+    if str(args.exc_value) != "Event loop is closed":
+      report(args)
+
+  sys.unraisablehook = report_others
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+  return "orbax" not in record.pathname
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,54 @@
+"""Everything that a training step changes, made on a mesh."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from cogvideox_jax import sharding
+
+Params = dict[str, Any]  # Nested by the keys of a parameter's path; see nnx.to_pure_dict.
+
+
+class TrainState(NamedTuple):
+  """What is saved, restored, donated to each step and returned by it."""
+
+  step: Int[Array, ""]  # Updates done.
+  params: Params  # The fp32 masters.
+  opt_state: optax.OptState
+  ema: Params  # Moving average of `params`: what is sampled from.
+
+
+def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+  """The state before the first update. The average starts at the weights.
+
+  It holds its own copy of them: buffers donated twice crash a step.
+  """
+  return TrainState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params))
+
+
+def create(
+  make_params: Callable[[], Params],
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  rules: sharding.Rules,
+) -> TrainState:
+  """Draws a state straight onto the mesh, so that no device ever holds all of it.
+
+  The shardings are given by name: a bare `jax.jit(tx.init)` leaves the moments unsharded.
+  """
+
+  def make() -> TrainState:
+    return new_state(make_params(), tx)
+
+  places = sharding.shardings(jax.eval_shape(make), mesh, rules)
+  return jax.jit(make, out_shardings=places)()
+
+
+def abstract(state: TrainState) -> TrainState:
+  """Shapes, types and shardings of a state, without its arrays."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
