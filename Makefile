@@ -31,7 +31,7 @@ test: .venv/test
 test-slow: .venv/test
 	$(PYTEST) -m slow
 
-lint: .venv/dev .venv/test
+lint: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)

@@ -5,6 +5,10 @@ Names are looked up on first use (PEP 562), so that a process that decodes video
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from cogvideox_jax.inference.pipeline import Pipeline
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "__version__"]
