@@ -1,42 +1,127 @@
 """Video files to frames and back.
 
-Decode workers import this file alone, so it needs numpy, PyAV and PIL only.
+Decode workers import this file and media.py alone, so they need numpy, PyAV and PIL only. Frames
+are decoded one at a time and only those asked for are kept.
 """
 
 import io
 import json
+import math
 import os
+import textwrap
+from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.stream import VideoStream
 from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
 
+from cogvideox_jax.data.media import (
+  DEFAULT_LIMITS,
+  Limits,
+  VideoError,
+  as_path,
+  check_size,
+  is_image,
+  open_image,
+  open_video,
+)
 
+_SLACK = 1e-3  # Seconds: Matroska rounds its timestamps to milliseconds.
+_TAIL = 0.1  # Seconds by which a file's packets may promise more than its frames hold.
 # Plain colours survive at this crf; one thread and no creation time, so that equal frames give
 # equal files.
 _X264 = {"crf": "12", "preset": "medium", "threads": "1", "flags": "+bitexact"}
-_SWS = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+_UNTAGGED = 2  # FFmpeg's colour space of a file that names none.
+_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+
+class VideoInfo(NamedTuple):
+  """A video as it is shown: upright, with square pixels. An image has 1 frame, 0 fps, 0 seconds."""
+
+  num_frames: int
+  height: int
+  width: int
+  fps: float  # The mean; a file's own may vary.
+  seconds: float
+
+  def frames_at(self, fps: float) -> int:
+    """How many frames `read` can give at a frame rate.
+
+    Frame i shows the instant i/fps, so the last may fall at most half a frame behind the file's
+    last frame: a clip of 6 s at 24 fps gives the 49 frames at 8 fps that a model of 8n+1 wants.
+    """
+    if self.num_frames == 1:
+      return 1
+    shown = math.ceil((self.seconds - _SLACK) * fps)
+    nearest = math.floor((self.seconds - 1 / self.fps) * fps + 0.5) + 1
+    return max(shown, nearest)
+
+
+def probe(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
+  """Measures a file: reads its packets, since headers lie, and decodes its first frame.
+
+  Raises VideoError if the file cannot be used.
+  """
+  if is_image(path):
+    with open_image(path, limits) as image:
+      return VideoInfo(1, image.height, image.width, 0.0, 0.0)
+  with open_video(path, limits) as (container, stream):
+    return _measure(container, stream, limits)
+
+
+def read(
+  path: str | os.PathLike[str],
+  *,
+  fps: float,
+  num_frames: int,
+  height: int,
+  width: int,
+  limits: Limits = DEFAULT_LIMITS,
+) -> UInt8[np.ndarray, "F H W 3"]:
+  """Returns the first num_frames frames at fps, as RGB, brought to a size without stretching.
+
+  Frame i is the one that the file shows at i/fps seconds. It is scaled to cover the size, with
+  a filter against aliasing, and cropped at its centre; a frame of this size already is untouched.
+  Raises VideoError if the file cannot be used, or is too short.
+  """
+  frames = np.empty((num_frames, height, width, 3), np.uint8)
+  count = 0
+  if is_image(path):
+    with open_image(path, limits) as image:
+      frames[0] = _fit(image, image.size, height, width)
+    count = 1
+  else:
+    with open_video(path, limits) as (container, stream):
+      for frame in _resample(container, stream, fps, num_frames, limits):
+        frames[count] = _fit(*_upright(frame, stream), height, width)
+        count += 1
+  if count < num_frames:
+    raise VideoError(f"too short: {count} of {num_frames} frames at {fps:g} fps")
+  return frames
 
 
 def write_mp4(
   path: str | os.PathLike[str],
   frames: UInt8[np.ndarray, "F H W 3"],
   fps: float,
-  metadata: dict | None = None,
+  metadata: dict[str, Any] | None = None,
 ) -> None:
-  """Writes RGB frames as H.264 (yuv420p, BT.709), one frame being a video too.
+  """Writes RGB frames as H.264 (yuv420p, BT.709); one frame is a video too.
 
-  fps: above 0. metadata: JSON values, kept in the file's comment; `read_metadata` returns it.
-  The same arguments give the same bytes, and an existing file is replaced whole.
-  Raises ValueError for no frames, or an odd height or width, which yuv420p cannot hold.
+  fps: above 0. metadata: JSON values, kept in the file's comment; `read_metadata` returns them.
+  The same arguments give the same bytes, and the file appears whole or not at all.
+  Raises ValueError if there is no frame, or height or width is odd, which yuv420p cannot hold.
   """
   num_frames, height, width, _ = frames.shape
-  if num_frames == 0 or height % 2 or width % 2 or not height * width:
+  if not frames.size or height % 2 or width % 2:
     raise ValueError(
-      f"an mp4 needs frames of even height and width, not {num_frames} x {height}x{width}"
+      f"an mp4 takes frames of even height and width, not {num_frames} of {height}x{width}"
     )
   buffer = io.BytesIO()
   options = {"movflags": "use_metadata_tags", "fflags": "+bitexact"}
@@ -55,11 +140,168 @@ def write_mp4(
         format="yuv420p",
         dst_colorspace=Colorspace.ITU709,
         dst_color_range=ColorRange.MPEG,
-        interpolation=_SWS,
+        interpolation=_EXACT,
         threads=1,
       )
       picture.pts, picture.time_base = index, 1 / rate
       container.mux(stream.encode(picture))
     container.mux(stream.encode())
-  target = path if hasattr(path, "write_bytes") else Path(path)
-  target.write_bytes(buffer.getvalue())
+  _write_whole(path, buffer.getvalue())
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns what `write_mp4` was told to keep; empty for a file that holds none.
+
+  Raises VideoError if the file cannot be used.
+  """
+  with open_video(path, DEFAULT_LIMITS) as (container, _):
+    comment = container.metadata.get("comment", "")
+  try:
+    metadata = json.loads(comment)
+  except json.JSONDecodeError:
+    return {}
+  return metadata if isinstance(metadata, dict) else {}
+
+
+def contact_sheet(
+  videos: list[UInt8[np.ndarray, "_ _ _ 3"]],
+  captions: list[str],
+  path: str | os.PathLike[str],
+) -> None:
+  """Writes a PNG to look at: for each video its caption, and below it up to 8 frames in a row."""
+  rows = [_sheet_row(frames, caption) for frames, caption in zip(videos, captions, strict=True)]
+  sheet = Image.new(
+    "RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white"
+  )
+  top = 0
+  for row in rows:
+    sheet.paste(row, (0, top))
+    top += row.height
+  buffer = io.BytesIO()
+  sheet.save(buffer, format="png")
+  _write_whole(path, buffer.getvalue())
+
+
+def _sheet_row(frames: UInt8[np.ndarray, "F H W 3"], caption: str) -> Image.Image:
+  """One video of a contact sheet. Small frames are enlarged, their pixels left to be seen."""
+  num_frames, height, width, _ = frames.shape
+  scale = 256 / max(height, width)
+  scale = max(1, round(scale)) if scale > 0.5 else scale
+  cell_width, cell_height = round(width * scale), round(height * scale)
+  resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+  picked = np.unique(np.linspace(0, num_frames - 1, 8).round().astype(int))
+  font, line, gap = ImageFont.load_default(size=14), 18, 2
+  row_width = len(picked) * (cell_width + gap)
+  lines = textwrap.wrap(caption, max(20, row_width // 8)) or [""]
+  row_width = max(row_width, *(math.ceil(font.getlength(text)) + 8 for text in lines))
+  row = Image.new("RGB", (row_width, len(lines) * line + cell_height + 3 * gap), "white")
+  ImageDraw.Draw(row).text((4, gap), "\n".join(lines), fill="black", font=font, spacing=4)
+  for column, index in enumerate(picked):
+    cell = Image.fromarray(frames[index]).resize((cell_width, cell_height), resampling)
+    row.paste(cell, (column * (cell_width + gap), len(lines) * line + 2 * gap))
+  return row
+
+
+def _write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file that nobody can find half written."""
+  path = as_path(path)
+  unfinished = path.with_name(path.name + ".unfinished")
+  unfinished.write_bytes(data)
+  unfinished.replace(path)
+
+
+def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> VideoInfo:
+  """The stream's size, from its first frame, and its length, from its packets."""
+  first, packets, shown, start, end = None, 0, 0, math.inf, -math.inf
+  for packet in container.demux(stream):
+    if first is None:
+      first = next(iter(packet.decode()), None)
+    if not packet.size:
+      continue  # The last one, which flushes the decoder.
+    packets += 1
+    if packet.is_corrupt:
+      raise VideoError(f"damaged at packet {packets}")
+    if packets > limits.max_frames:
+      raise VideoError(f"more than {limits.max_frames} frames")
+    time = packet.pts if packet.pts is not None else packet.dts
+    if time is None or packet.is_discard:
+      continue  # Outside what the file's edit list shows.
+    shown += 1
+    start, end = min(start, time), max(end, time + (packet.duration or 0))
+  if first is None or not shown:
+    raise VideoError("holds no frame")
+  if packets < stream.frames:
+    raise VideoError(f"cut short: {packets} of {stream.frames} frames")
+  seconds = float((end - start) * stream.time_base)
+  if seconds > limits.max_seconds:
+    raise VideoError(f"{seconds:.0f} seconds; a video may have {limits.max_seconds:.0f}")
+  if shown > 1 and shown > seconds * limits.max_fps:
+    raise VideoError(f"more than {limits.max_fps:g} frames a second")
+  _, (width, height) = _upright(first, stream)
+  return VideoInfo(shown, height, width, shown / seconds if seconds else 0.0, seconds)
+
+
+def _resample(
+  container: InputContainer, stream: VideoStream, fps: float, num_frames: int, limits: Limits
+) -> Iterator[av.VideoFrame]:
+  """Yields the frame shown at i/fps seconds for each i, up to num_frames or the end.
+
+  Holds one frame at a time. Goes by timestamps, so the file's own rate may vary.
+  """
+  budget = min(limits.max_frames, int((num_frames / fps + 1) * limits.max_fps))
+  held, start, time, given = None, 0.0, 0.0, 0
+  for index, frame in enumerate(container.decode(stream)):
+    check_size(frame.width, frame.height, limits)
+    if frame.is_corrupt:
+      raise VideoError(f"damaged at frame {index + 1}")
+    if index == budget:
+      raise VideoError(f"more than {budget} frames in {time:.1f} seconds")
+    # AVI has no timestamps.
+    time = index / float(stream.average_rate or 25) if frame.time is None else frame.time
+    start = start if held else time
+    while held and given < num_frames and given / fps < time - start - _SLACK:
+      yield held
+      given += 1
+    if given == num_frames:
+      return
+    held = frame
+  if held:
+    shown = max(float(held.duration * (held.time_base or 0)), 0.5 / fps)  # See `frames_at`.
+    while given < num_frames and given / fps < time - start + shown + _TAIL:
+      yield held
+      given += 1
+
+
+def _upright(frame: av.VideoFrame, stream: VideoStream) -> tuple[Image.Image, tuple[int, int]]:
+  """The frame in RGB, turned as its display matrix says, and its (width, height) as shown.
+
+  The two sizes differ where pixels are not square.
+  """
+  untagged_hd = frame.colorspace == _UNTAGGED and frame.height > 576
+  rgb = frame.to_ndarray(
+    format="rgb24",
+    src_colorspace=Colorspace.ITU709 if untagged_hd else None,  # As players take it.
+    interpolation=_EXACT | Interpolation.FULL_CHR_H_INT,
+    threads=1,
+  )
+  width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+  quarters = round(frame.rotation / 90) % 4
+  size = (frame.height, width) if quarters % 2 else (width, frame.height)
+  return Image.fromarray(np.ascontiguousarray(np.rot90(rgb, quarters))), size
+
+
+def _fit(
+  image: Image.Image, shown: tuple[int, int], height: int, width: int
+) -> UInt8[np.ndarray, "H W 3"]:
+  """Scales an image to cover a size and crops at the centre, both at once.
+
+  Only the crop is ever scaled, so a long thin image costs no more than another.
+  shown: (width, height) that the image has on a screen.
+  """
+  shown_width, shown_height = shown
+  crop_width = min(shown_width, shown_height * width / height)
+  crop_height = min(shown_height, shown_width * height / width)
+  across = image.width * (1 - crop_width / shown_width) / 2
+  down = image.height * (1 - crop_height / shown_height) / 2
+  box = (across, down, image.width - across, image.height - down)
+  return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0))

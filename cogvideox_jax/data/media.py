@@ -1,0 +1,124 @@
+"""Opens video and image files that may be hostile.
+
+Each is opened with limits, by one decoder thread, never through another file or the network; and
+whatever is wrong with a file is a `VideoError`.
+"""
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
+
+# Containers only: playlists (hls, concat, dash) would open further files.
+_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+# What PyAV and PIL raise at a damaged file, found by feeding them such files.
+_FAULTS = (
+  av.FFmpegError,
+  Image.DecompressionBombError,
+  Image.DecompressionBombWarning,
+  OSError,
+  ValueError,
+  SyntaxError,
+  EOFError,
+  IndexError,
+  KeyError,
+  TypeError,
+  OverflowError,
+  MemoryError,
+  struct.error,
+  zlib.error,
+)
+
+
+class VideoError(Exception):
+  """Why a file cannot be used, in one line without the file's name. Goes to quarantine.jsonl."""
+
+
+@dataclass(frozen=True)
+class Limits:
+  """What a file may ask of us before it is refused."""
+
+  max_pixels: int = 8_900_000  # A frame; 4K footage passes.
+  max_frames: int = 20_000  # In the file.
+  max_bytes: int = 2 * 1024**3  # Of the file.
+  max_seconds: float = 600.0
+  max_fps: float = 240.0  # Of the file, on average; more is a way to keep a decoder busy.
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+  return os.fspath(path).lower().endswith(IMAGE_SUFFIXES)
+
+
+def as_path(path: str | os.PathLike[str]) -> Any:
+  """A pathlib.Path for a string; another stays, as an etils.epath.Path may name a bucket."""
+  return Path(path) if isinstance(path, str) else path
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
+  """Opens a file within the limits; any fault met while it is open becomes a VideoError."""
+  path = as_path(path)
+  try:
+    if not path.is_file():  # Before opening: a pipe would wait for its other end.
+      raise VideoError("not a regular file" if path.exists() else "the file is absent")
+    with path.open("rb") as file:
+      size = file.seek(0, io.SEEK_END)
+      if not 0 < size <= limits.max_bytes:
+        raise VideoError(f"{size} bytes; a file may have 1 to {limits.max_bytes}")
+      file.seek(0)
+      yield file
+  except _FAULTS as error:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    raise VideoError(f"cannot be decoded: {reason or type(error).__name__}") from error
+
+
+@contextmanager
+def open_image(path: str | os.PathLike[str], limits: Limits) -> Iterator[Image.Image]:
+  """Opens an image, upright and RGB."""
+  with _opened(path, limits) as file, Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
+    check_size(image.width, image.height, limits)
+    yield ImageOps.exif_transpose(image).convert("RGB")
+
+
+@contextmanager
+def open_video(
+  path: str | os.PathLike[str], limits: Limits
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+  """Opens the first video stream of a file, with one decoder thread."""
+  options = {
+    "max_pixels": str(limits.max_pixels),  # Opening alone may allocate frames.
+    "protocol_whitelist": "file",
+    "format_whitelist": _DEMUXERS,
+  }
+  with (
+    _opened(path, limits) as file,
+    av.open(file, options=options, metadata_errors="replace", buffer_size=2**18) as container,
+  ):
+    if not container.streams.video:
+      raise VideoError("holds no video")
+    stream = container.streams.video[0]
+    check_size(stream.width, stream.height, limits)
+    stream.codec_context.options = {"max_pixels": options["max_pixels"]}
+    stream.codec_context.thread_count = 1
+    yield container, stream
+
+
+def check_size(width: int, height: int, limits: Limits) -> None:
+  if not 0 < width * height <= limits.max_pixels:
+    raise VideoError(f"{width}x{height} pixels; a frame may have 1 to {limits.max_pixels}")
