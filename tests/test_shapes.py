@@ -1,0 +1,210 @@
+"""The embedded clips: what they say, what they show, what they hold out, and their files."""
+
+import itertools
+import json
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from cogvideox_jax.data import shapes, video
+from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SIZES, DURATIONS = ((64, 64), (48, 80), (80, 48)), (1, 9, 17)
+WORDS = (shapes.COLOURS, shapes.SHAPES, tuple(shapes.MOTIONS), shapes.BACKGROUNDS)
+
+
+def render_dataset(folder, clips=12, seed=0, fps=8.0):
+  return shapes.render_dataset(folder, clips, seed, sizes=SIZES, durations=DURATIONS, fps=fps)
+
+
+def drawn_scenes(count: int, moving: bool = True) -> list[shapes.Scene]:
+  rng = np.random.default_rng(5)
+  return [shapes.draw_scene(rng, moving) for _ in range(count)]
+
+
+def words_of(scene: shapes.Scene) -> list[tuple]:
+  return [(*thing, scene.background) for thing in scene.objects]
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_a_caption_says_all_of_its_scene(moving):
+  for scene in drawn_scenes(1000, moving):
+    assert shapes.parse(shapes.caption(scene)) == scene
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "a red circle",
+    "a red circle moves right on a blue background.",
+    "a red circle moves sideways on a blue background",
+    "a red circle runs right on a blue background",
+    "a red ball moves right on a blue background",
+    "a teal circle moves right on a blue background",
+    "a red circle moves right on a purple background",
+    "a red circle and a green circle and a white circle on a blue background",
+    "a big red circle on a blue background",
+  ],
+)
+def test_what_is_not_a_caption_is_refused(text):
+  with pytest.raises(ValueError, match="not a caption"):
+    shapes.parse(text)
+
+
+def test_every_caption_fits_the_tiny_model_s_text():
+  things = [shapes.Thing(*words) for words in itertools.product(*WORDS[:2], (*WORDS[2], None))]
+  captions = [
+    shapes.caption(shapes.Scene(pair, background))
+    for pair in itertools.product(things, repeat=2)
+    for background in shapes.BACKGROUNDS[
+      :1
+    ]  # All backgrounds are one token, as the next line says.
+  ] + [shapes.caption(shapes.Scene((things[0],), ground)) for ground in shapes.BACKGROUNDS]
+  tokenizer = Tokenizer(epath.resource_path("cogvideox_jax") / "assets" / "t5_tokenizer")
+  lengths = (tokenizer.encode(captions, 226) != 0).sum(axis=1)
+  assert lengths.max() == 19
+  assert len(set(lengths[-len(shapes.BACKGROUNDS) :])) == 1
+
+
+def test_held_out_prompts_are_distinct_and_balanced_over_every_word():
+  assert len(set(shapes.held_out_prompts())) == 64
+  for count in (16, 30, 64):
+    scenes = map(shapes.parse, shapes.held_out_prompts(count))
+    columns = zip(*(words_of(scene)[0] for scene in scenes), strict=True)
+    for column, words in zip(columns, WORDS, strict=True):
+      times = [Counter(column)[word] for word in words]
+      assert max(times) - min(times) <= 2, times
+
+
+def test_no_object_of_a_scene_is_held_out():
+  held_out = {words_of(scene)[0] for scene in shapes.held_out_scenes()}
+  shown = [words for scene in drawn_scenes(3000) for words in words_of(scene)]
+  assert not held_out & set(shown)
+  # Nor is anything else missing: what is not held out is all shown.
+  assert len(set(shown)) == 6 * 3 * 5 * 5 - 4 * 3 * 5 - len(held_out)
+  for i, j in itertools.combinations(range(4), 2):
+    pairs = {(words[i], words[j]) for words in shown}
+    assert pairs == {p for p in itertools.product(WORDS[i], WORDS[j]) if p[0] != p[1]}
+
+
+def test_previews_of_training_show_no_held_out_prompt(monkeypatch):
+  monkeypatch.syspath_prepend(CONFIGS.parent)
+  config = runpy.run_path(str(CONFIGS / "tiny.py"))["get_config"]()
+  assert not set(config.preview.prompts) & set(shapes.held_out_prompts())
+
+
+@pytest.mark.parametrize("num_frames", [9, 17, 49])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_objects_stay_whole_in_the_frame_and_never_meet(num_frames, height, width):
+  rng = np.random.default_rng(6)
+  for scene in drawn_scenes(30):
+    frames = shapes.render(scene, num_frames, height, width, rng).astype(float)
+    ground = shapes.PALETTE[scene.background]
+    seen = np.abs(frames - ground).sum(axis=(1, 2, 3))  # Falls when an object is hidden or cut.
+    np.testing.assert_allclose(seen, seen[0], rtol=0.03, err_msg=shapes.caption(scene))
+
+
+@pytest.mark.parametrize(("num_frames", "least", "most"), [(9, 0.19, 0.26), (17, 0.39, 0.51)])
+def test_objects_travel_as_captioned_at_constant_speed(num_frames, least, most):
+  rng = np.random.default_rng(7)
+  for motion, direction in shapes.MOTIONS.items():
+    scene = shapes.parse(
+      f"a red circle moves {motion} on a blue background".replace("moves still", "stays still")
+    )
+    height, width = 48, 80
+    frames = shapes.render(scene, num_frames, height, width, rng).astype(float)
+    mask = np.abs(frames - shapes.PALETTE["blue"]).sum(axis=-1)
+    y, x = np.mgrid[:height, :width]
+    total = mask.sum(axis=(1, 2))
+    centres = np.stack(
+      [(mask * x).sum((1, 2)) / total / width, (mask * y).sum((1, 2)) / total / height]
+    )
+    steps = np.diff(centres, axis=1)
+    np.testing.assert_allclose(
+      steps, steps.mean(axis=1, keepdims=True) * np.ones_like(steps), atol=2e-3
+    )
+    travel = (centres[:, -1] - centres[:, 0]) @ direction
+    assert (least < travel < most) if any(direction) else np.allclose(steps, 0)
+    sideways = (centres[:, -1] - centres[:, 0]) @ direction[::-1]
+    assert abs(sideways) < 1e-3
+
+
+def test_an_image_is_drawn_at_the_rate_it_should_be():
+  lengths = Counter(len(shapes.draw_clip(i, 3, SIZES, DURATIONS)[1]) for i in range(400))
+  assert lengths[1] / 400 == pytest.approx(0.15, abs=0.06)
+  assert lengths[17] > lengths[9] > lengths[1]
+  assert {len(shapes.draw_clip(i, 3, SIZES, (1,))[1]) for i in range(5)} == {1}
+  assert {len(shapes.draw_clip(i, 3, SIZES, (9,))[1]) for i in range(40)} == {9}
+
+
+def test_files_show_what_the_manifest_says(tmp_path):
+  manifest = render_dataset(tmp_path / "clips")
+  items = [json.loads(line) for line in manifest.read_text().splitlines()]
+  assert [item["id"] for item in items] == [f"clip_{index:06d}" for index in range(12)]
+  kinds = set()
+  for index, item in enumerate(items):
+    scene, frames = shapes.draw_clip(index, 0, SIZES, DURATIONS)
+    assert item["caption"] == shapes.caption(scene)
+    file = Path(manifest.parent / item["file"])
+    num_frames, height, width, _ = frames.shape
+    if num_frames == 1:
+      read = np.asarray(Image.open(file))[None]
+    else:
+      read = video.read(file, fps=8.0, num_frames=num_frames, height=height, width=width)
+    assert np.abs(read.astype(float) - frames).mean() < 3
+    kinds.add(file.suffix)
+  assert kinds == {".png", ".mp4"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_the_same_seed_writes_the_same_files(tmp_path):
+  for name, arguments in {"a": {}, "b": {}, "seed": {"seed": 1}, "more": {"clips": 14}}.items():
+    render_dataset(tmp_path / name, **arguments)
+  first, again = contents(tmp_path / "a"), contents(tmp_path / "b")
+  assert first == again
+  assert first["manifest.jsonl"] != contents(tmp_path / "seed")["manifest.jsonl"]
+  more = contents(tmp_path / "more")
+  assert more["manifest.jsonl"].startswith(first["manifest.jsonl"])
+
+
+def test_a_finished_dataset_is_left_alone_and_an_unfinished_one_is_finished(tmp_path):
+  manifest = Path(render_dataset(tmp_path))
+  lines, clip = manifest.read_text(), tmp_path / "clip_000003.mp4"
+  clip.write_bytes(b"touched")
+  assert Path(render_dataset(tmp_path)) == manifest
+  assert clip.read_bytes() == b"touched"
+  manifest.unlink()  # As if the first call had been killed before its end.
+  render_dataset(tmp_path)
+  assert manifest.read_text() == lines
+  assert clip.read_bytes() != b"touched"
+
+
+def test_a_folder_of_other_clips_is_refused_and_kept(tmp_path):
+  render_dataset(tmp_path / "ours")
+  before = contents(tmp_path / "ours")
+  for arguments in ({"seed": 1}, {"clips": 13}, {"fps": 16.0}):
+    with pytest.raises(UserError, match=r"already holds other clips[^$]*wanted"):
+      render_dataset(tmp_path / "ours", **arguments)
+  assert contents(tmp_path / "ours") == before
+  (tmp_path / "theirs").mkdir()
+  (tmp_path / "theirs" / "manifest.jsonl").write_text("{}\n")
+  with pytest.raises(UserError, match="already holds other clips"):
+    render_dataset(tmp_path / "theirs")
+
+
+def test_numbers_that_make_no_dataset_are_refused(tmp_path):
+  with pytest.raises(UserError, match=r"config\.data\.clips"):
+    render_dataset(tmp_path, clips=0)
+  with pytest.raises(UserError, match="there are 1 to 64"):
+    shapes.held_out_prompts(65)
