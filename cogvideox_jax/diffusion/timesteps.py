@@ -6,7 +6,7 @@ Both draws depend on the key and the global batch alone, not on how it is split 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 
 def explicit_uniform(
@@ -25,11 +25,9 @@ def explicit_uniform(
   """
   order_key, place_key = jax.random.split(key)
   rows = clips.shape[0]
-  slot = jnp.arange(segments)
-  is_clip = (slot > 0) & (slot <= clips[:, None])
-
+  is_clip = _is_clip(clips, segments)
   lot = jnp.where(is_clip, jax.random.uniform(order_key, is_clip.shape), 2.0)
-  part = jnp.argsort(jnp.argsort(lot, axis=1), axis=1)  # A random order of 0..clips-1.
+  part = (lot[:, :, None] > lot[:, None, :]).sum(2)  # Its rank: a random order of 0..clips-1.
   inside = jax.random.uniform(place_key, is_clip.shape)
   within_row = (part + inside) / jnp.maximum(clips[:, None], 1)
 
@@ -45,6 +43,10 @@ def uniform(
   key: Key[Array, ""], clips: Int[Array, "b"], segments: int, steps: int
 ) -> Int[Array, "b s"]:
   """The same, each clip drawn by itself: what explicit uniform sampling is measured against."""
-  slot = jnp.arange(segments)
-  is_clip = (slot > 0) & (slot <= clips[:, None])
+  is_clip = _is_clip(clips, segments)
   return jnp.where(is_clip, jax.random.randint(key, is_clip.shape, 0, steps), 0)
+
+
+def _is_clip(clips: Int[Array, "b"], segments: int) -> Bool[Array, "b s"]:
+  slot = jnp.arange(segments)
+  return (slot > 0) & (slot <= clips[:, None])
