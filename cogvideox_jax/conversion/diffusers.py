@@ -6,7 +6,7 @@ dtype of the file in both directions, bfloat16 included.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -107,15 +107,16 @@ class Weights(Mapping[str, np.ndarray]):
     self._files = {}
     for path in _weight_files(epath.Path(folder), stem):
       file = _open(path)
-      self._files.update({name: (file, name) for name in file.keys()})
+      stored = file.keys()
+      self._files.update({name: (file, name) for name in stored})
     for alias, name in aliases.items():
       if alias in self._files:
         self._files.setdefault(name, self._files[alias])
         del self._files[alias]
 
   def __getitem__(self, name: str) -> np.ndarray:
-    file, stored = self._files[name]
-    return file.get_tensor(stored)
+    file, name = self._files[name]  # The name in the file, if this is an alias.
+    return file.get_tensor(name)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._files)
@@ -168,11 +169,13 @@ def write_fields(folder: epath.PathLike, name: str, fields: Mapping[str, Any]):
   (folder / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def _read(weights: Weights, model: type[nnx.Module], config, rows) -> Params:
+def _read(weights: Weights, model: Callable[..., nnx.Module], config, rows) -> Params:
   return tensors.read(weights, rows, tensors.abstract_params(model, config))
 
 
-def _named(model: type[nnx.Module], config, rows, params) -> Iterator[tuple[str, np.ndarray]]:
+def _named(
+  model: Callable[..., nnx.Module], config, rows, params
+) -> Iterator[tuple[str, np.ndarray]]:
   return tensors.write(params, rows, tensors.abstract_params(model, config))
 
 

@@ -4,9 +4,10 @@ Tensors are taken from a mapping and handed out by an iterator, one at a time, s
 direction holds a second copy of a model.
 """
 
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +31,9 @@ class Slot(NamedTuple):
   row: Row
 
 
-def abstract_params(model: type[nnx.Module], config) -> Params:
-  """The shapes of a model's parameters; allocates nothing."""
+@functools.cache
+def abstract_params(model: Callable[..., nnx.Module], config) -> Params:
+  """The shapes of a model's parameters; allocates nothing. Not to be changed: it is kept."""
   made = nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
   return nnx.to_pure_dict(nnx.state(made, nnx.Param))
 

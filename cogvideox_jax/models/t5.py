@@ -1,7 +1,8 @@
 """The encoder of T5 v1.1, which turns prompts into the text states that the DiT is conditioned on.
 
 Raffel et al., arXiv:1910.10683, with the gated GELU of v1.1 (arXiv:2002.05202); transformers
-`T5EncoderModel`. As CogVideoX uses it: no mask, so padding is attended to and its states are content.
+`T5EncoderModel`. As CogVideoX uses it: no mask, so padding is attended to, and its states are
+content.
 """
 
 import math
@@ -35,7 +36,14 @@ def _normal(std: float) -> nnx.Initializer:
   return nnx.initializers.normal(std)
 
 
-def _linear(inputs, outputs, std: float, dtype, rngs: nnx.Rngs, axis=-1) -> nnx.LinearGeneral:
+def _linear(
+  inputs: int | tuple[int, ...],
+  outputs: int | tuple[int, ...],
+  std: float,
+  dtype: DTypeLike,
+  rngs: nnx.Rngs,
+  axis: int | tuple[int, ...] = -1,
+) -> nnx.LinearGeneral:
   return nnx.LinearGeneral(
     inputs, outputs, axis=axis, use_bias=False, dtype=dtype, kernel_init=_normal(std), rngs=rngs
   )

@@ -1,0 +1,369 @@
+"""Model folders: theirs to ours and back, and what happens to those that do not fit."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from etils import epath
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from transformers import T5EncoderModel
+
+from cogvideox_jax.conversion import configs, diffusers, tensors
+from cogvideox_jax.conversion.folder import Settings, open_model, write_index
+from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.diffusion.noise import NoiseConfig
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.dit import DiT, DiTConfig
+from cogvideox_jax.models.t5 import T5Config, T5Encoder
+from cogvideox_jax.models.vae import VAE, VAEConfig, decode
+
+MODELS = Path(__file__).parent / "data" / "goldens" / "models"
+TOKENIZER = epath.resource_path("cogvideox_jax") / "assets" / "t5_tokenizer"
+KINDS = {
+  "transformer_2b": (diffusers.load_transformer, diffusers.save_transformer),
+  "transformer_5b": (diffusers.load_transformer, diffusers.save_transformer),
+  "transformer_15": (diffusers.load_transformer, diffusers.save_transformer),
+  "vae": (diffusers.load_vae, diffusers.save_vae),
+  "t5": (diffusers.load_text_encoder, diffusers.save_text_encoder),
+}
+DIT = DiTConfig(
+  depth=2,
+  heads=2,
+  head_dim=16,
+  time_width=20,
+  in_channels=4,
+  out_channels=4,
+  patch=(1, 2, 2),
+  text_width=24,
+  text_length=10,
+  positions="rope_index",
+  sample_frames=9,
+  sample_height=6,
+  sample_width=10,
+  spatial_interpolation=1.875,
+  temporal_interpolation=1.0,
+)
+AUTOENCODER = VAEConfig(
+  channels=(4, 4, 8, 8), latent_channels=4, resnets=1, groups=2, scaling_factor=0.9
+)
+TEXT = T5Config(vocab=32100, width=24, head_dim=4, heads=3, mlp_width=40, depth=2)
+NOISE = NoiseConfig(
+  steps=1000, beta_start=0.00085, beta_end=0.012, snr_shift=1.0, zero_terminal_snr=True
+)
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray]:
+  named = {}
+  for file in folder.glob("*.safetensors"):
+    named.update(load_file(file))
+  return named
+
+
+def assert_same_weights(folder: Path, expected: dict[str, np.ndarray]):
+  found = weights_of(folder)
+  assert found.keys() == expected.keys()
+  for name, tensor in expected.items():
+    assert found[name].dtype == tensor.dtype, name
+    assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def drawn(model: type[nnx.Module], config, seed: int):
+  """A model with weights drawn anew, zeros and ones too, since those hide mistakes."""
+  graphdef, params = nnx.split(model(config, rngs=nnx.Rngs(seed)))
+  leaves, treedef = jax.tree.flatten(params)
+  rng = np.random.default_rng(seed)
+  noise = [rng.normal(size=leaf.shape, scale=0.1).astype(np.float32) for leaf in leaves]
+  params = treedef.unflatten([leaf + each for leaf, each in zip(leaves, noise, strict=True)])
+  return graphdef, nnx.to_pure_dict(params)
+
+
+def write_weights(folder: Path, name: str, change):
+  """A copy of a reference folder with its weights changed by `change`."""
+  shutil.copytree(MODELS / name, folder)
+  (file,) = folder.glob("*.safetensors")
+  named = load_file(file)
+  change(named)
+  save_file(named, file)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_trip_is_bit_equal_and_keeps_the_config(kind, tmp_path):
+  load, save = KINDS[kind]
+  save(tmp_path, *load(MODELS / kind))
+  assert_same_weights(tmp_path, weights_of(MODELS / kind))
+  before = json.loads((MODELS / kind / "config.json").read_text())
+  after = json.loads((tmp_path / "config.json").read_text())
+  free = {"sample_height", "sample_width"} if kind == "vae" else set()  # Sizes of its tiles only.
+  assert {k: v for k, v in after.items() if k not in free} == {
+    k: v for k, v in before.items() if k in after and k not in free
+  }
+
+
+@pytest.mark.parametrize("kind", ["transformer_5b", "vae", "t5"])
+def test_bfloat16_weights_in_shards_survive_a_round_trip(kind, tmp_path, monkeypatch):
+  load, save = KINDS[kind]
+  config, params = load(MODELS / kind)
+  params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
+  monkeypatch.setattr(diffusers, "MAX_SHARD_BYTES", 20_000)
+  save(tmp_path / "first", config, params)
+  (index,) = (tmp_path / "first").glob("*.safetensors.index.json")
+  shards = sorted((tmp_path / "first").glob("*.safetensors"))
+  assert len(shards) > 1
+  assert max(file.stat().st_size for file in shards) < 30_000
+  for name, file in json.loads(index.read_text())["weight_map"].items():
+    assert name in load_file(tmp_path / "first" / file)
+  save(tmp_path / "second", *load(tmp_path / "first"))
+  assert_same_weights(tmp_path / "second", weights_of(tmp_path / "first"))
+
+
+def test_saving_over_an_older_model_leaves_none_of_its_files(tmp_path, monkeypatch):
+  loaded = diffusers.load_vae(MODELS / "vae")
+  with monkeypatch.context() as patch:
+    patch.setattr(diffusers, "MAX_SHARD_BYTES", 40_000)
+    diffusers.save_vae(tmp_path, *loaded)
+  diffusers.save_vae(tmp_path, *diffusers.load_vae(tmp_path))
+  assert {file.name for file in tmp_path.iterdir()} == {
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+  }
+  assert_same_weights(tmp_path, weights_of(MODELS / "vae"))
+
+
+@pytest.mark.parametrize(
+  ("kind", "name"),
+  [
+    ("transformer_5b", "transformer_blocks.2.attn1.to_k.weight"),
+    ("transformer_5b", "norm_out.linear.bias"),
+    ("vae", "decoder.up_blocks.1.resnets.0.conv_shortcut.weight"),
+    ("t5", "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"),
+  ],
+)
+def test_a_missing_misshapen_or_unknown_tensor_is_named(kind, name, tmp_path):
+  load, _ = KINDS[kind]
+  write_weights(tmp_path / "missing", kind, lambda named: named.pop(name))
+  with pytest.raises(UserError, match=f"missing: {name}"):
+    load(tmp_path / "missing")
+  write_weights(
+    tmp_path / "misshapen", kind, lambda named: named.update({name: named[name][..., :-1].copy()})
+  )
+  with pytest.raises(UserError, match=f"{name} has shape"):
+    load(tmp_path / "misshapen")
+  write_weights(
+    tmp_path / "unknown", kind, lambda named: named.update({f"{name}.lora": named[name]})
+  )
+  with pytest.raises(UserError, match=f"not known: {name}.lora"):
+    load(tmp_path / "unknown")
+
+
+def test_parameters_that_are_not_the_configs_are_named_and_nothing_is_overwritten(tmp_path):
+  config, params = diffusers.load_vae(MODELS / "vae")
+  diffusers.save_vae(tmp_path, config, params)
+  bad = jax.tree.map(lambda x: x, params)
+  bad["encoder"]["conv_in"]["bias"] = np.zeros(5, np.float32)
+  with pytest.raises(UserError, match="encoder/conv_in/bias has shape"):
+    diffusers.save_vae(tmp_path, config, bad)
+  del bad["encoder"]["conv_in"]["bias"]
+  with pytest.raises(UserError, match="missing: encoder/conv_in/bias"):
+    diffusers.save_vae(tmp_path, config, bad)
+  assert_same_weights(tmp_path, weights_of(MODELS / "vae"))
+
+
+def test_either_name_of_t5s_embedding_is_read(tmp_path):
+  other = "encoder.embed_tokens.weight"
+  _, expected = diffusers.load_text_encoder(MODELS / "t5")
+  write_weights(
+    tmp_path / "renamed", "t5", lambda named: named.update({other: named.pop("shared.weight")})
+  )
+  write_weights(
+    tmp_path / "both", "t5", lambda named: named.update({other: named["shared.weight"]})
+  )
+  for folder in ("renamed", "both"):
+    _, params = diffusers.load_text_encoder(tmp_path / folder)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("use_learned_positional_embeddings", True),
+    ("ofs_embed_dim", 512),
+    ("activation_fn", "gelu"),
+    ("norm_eps", 1e-6),
+    ("patch_bias", False),
+  ],
+)
+def test_a_transformer_of_an_unsupported_kind_is_refused_by_its_field(field, value):
+  fields = {**configs.write_transformer(DIT), field: value}
+  with pytest.raises(UserError, match=f"config.json: {field} is {value!r}.* not supported"):
+    configs.read_transformer(fields, "config.json")
+
+
+@pytest.mark.parametrize(
+  ("positions", "patch", "stored"),
+  [
+    ("sincos", (1, 2, 2), None),
+    ("rope", (1, 2, 2), None),
+    ("rope_index", (2, 2, 2), None),
+    ("rope_index", (1, 2, 2), "rope_index"),
+  ],
+)
+def test_the_position_rule_is_written_only_where_diffusers_fields_do_not_say_it(
+  positions, patch, stored
+):
+  config = DiTConfig(**{**vars(DIT), "positions": positions, "patch": patch})
+  fields = json.loads(json.dumps(configs.write_transformer(config)))
+  assert fields.get("position_rule") == stored
+  assert configs.read_transformer(fields, "config.json") == config
+
+
+def test_fields_that_older_files_lack_mean_what_they_meant_then():
+  fields = configs.write_transformer(DiTConfig(**{**vars(DIT), "positions": "rope"}))
+  newer = ("patch_size_t", "patch_bias", "ofs_embed_dim", "use_learned_positional_embeddings")
+  old = {name: value for name, value in fields.items() if name not in newer}
+  assert configs.read_transformer(old, "") == configs.read_transformer(fields, "")
+  schedule = configs.write_noise(NOISE)
+  del schedule["snr_shift_scale"]
+  assert configs.read_noise(schedule, "").snr_shift == 3.0
+
+
+def test_a_schedule_survives_a_round_trip_and_other_kinds_are_refused(tmp_path):
+  diffusers.save_scheduler(tmp_path, NOISE)
+  assert diffusers.load_scheduler(tmp_path) == NOISE
+  with pytest.raises(UserError, match="prediction_type is 'epsilon'"):
+    configs.read_noise({**configs.write_noise(NOISE), "prediction_type": "epsilon"}, "")
+
+
+@pytest.mark.parametrize(
+  ("spoil", "message"),
+  [
+    (lambda folder: (folder / "config.json").unlink(), r"There is no .*config\.json"),
+    (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not JSON"),
+    (lambda folder: (folder / "config.json").write_text("{}"), "lacks in_channels"),
+    (
+      lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(),
+      r"no weights: diffusion_pytorch_model\.safetensors",
+    ),
+    (
+      lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"\x01" * 99),
+      r"diffusion_pytorch_model\.safetensors is damaged",
+    ),
+  ],
+)
+def test_a_damaged_folder_is_one_clear_message(spoil, message, tmp_path):
+  shutil.copytree(MODELS / "vae", tmp_path / "vae")
+  spoil(tmp_path / "vae")
+  with pytest.raises(UserError, match=message):
+    diffusers.load_vae(tmp_path / "vae")
+
+
+def test_models_and_parts_that_are_not_there_are_named(tmp_path):
+  with pytest.raises(UserError, match=r"no model at .*nowhere(?s:.*)hf download"):
+    open_model(tmp_path / "nowhere")
+  with pytest.raises(UserError, match="has no vae/"):
+    open_model(tmp_path).vae()
+  with pytest.raises(UserError, match=r"no .*model_index\.json"):
+    open_model(tmp_path).settings()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+  """A whole model of ours, with drawn weights, and the models themselves."""
+  folder = tmp_path_factory.mktemp("model")
+  parts = {
+    "transformer": (DiT, DIT, diffusers.save_transformer),
+    "vae": (VAE, AUTOENCODER, diffusers.save_vae),
+    "text_encoder": (T5Encoder, TEXT, diffusers.save_text_encoder),
+  }
+  models = {}
+  for seed, (name, (model, config, save)) in enumerate(parts.items()):
+    graphdef, params = drawn(model, config, seed)
+    save(folder / name, config, params)
+    models[name] = nnx.merge(graphdef, params)
+  diffusers.save_scheduler(folder / "scheduler", NOISE)
+  diffusers.save_tokenizer(folder / "tokenizer", Tokenizer(TOKENIZER))
+  write_index(folder, Settings(text_drop="zeros", guidance_scale=2.0, fps=4.0))
+  return folder, models
+
+
+def test_diffusers_opens_a_folder_of_ours_whole(model_folder):
+  folder, _ = model_folder
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Those of diffusers and transformers.
+    pipe = CogVideoXPipeline.from_pretrained(str(folder))
+    ids = pipe.tokenizer(["a red ball"], padding="max_length", max_length=10).input_ids
+    video = pipe(
+      "a red ball",
+      num_frames=5,
+      height=32,
+      width=32,
+      num_inference_steps=2,
+      max_sequence_length=DIT.text_length,
+      output_type="np",
+    ).frames
+  assert video.shape == (1, 5, 32, 32, 3)
+  assert pipe.scheduler.config.snr_shift_scale == NOISE.snr_shift
+  np.testing.assert_array_equal(ids, open_model(folder).tokenizer().encode(["a red ball"], 10))
+
+
+def test_we_open_a_folder_of_ours_whole(model_folder):
+  model = open_model(model_folder[0])
+  assert model.settings() == Settings(text_drop="zeros", guidance_scale=2.0, fps=4.0)
+  assert model.transformer()[0] == DIT
+  assert model.vae()[0] == AUTOENCODER
+  assert model.text_encoder()[0] == TEXT
+  assert model.scheduler() == NOISE
+
+
+def test_our_text_encoder_gives_the_same_states_in_transformers(model_folder):
+  folder, models = model_folder
+  ids = np.random.default_rng(0).integers(0, TEXT.vocab, (2, 30))
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    reference = T5EncoderModel.from_pretrained(str(folder / "text_encoder"))
+  with torch.no_grad():
+    expected = reference(torch.from_numpy(ids))[0]
+  ours = models["text_encoder"](jnp.asarray(ids))
+  np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+def test_our_vae_gives_the_same_frames_in_diffusers(model_folder):
+  folder, models = model_folder
+  z = np.random.default_rng(0).normal(size=(1, 3, 2, 3, 4)).astype(np.float32)
+  reference = AutoencoderKLCogVideoX.from_pretrained(str(folder / "vae"))
+  with torch.no_grad():
+    expected = reference.decode(torch.from_numpy(z).permute(0, 4, 1, 2, 3)).sample
+  ours = decode(models["vae"], jnp.asarray(z))
+  np.testing.assert_allclose(ours, expected.permute(0, 2, 3, 4, 1), atol=5e-5)
+
+
+def test_our_transformer_has_the_same_weights_in_diffusers(model_folder):
+  folder, _ = model_folder
+  reference = CogVideoXTransformer3DModel.from_pretrained(str(folder / "transformer"))
+  named = weights_of(folder / "transformer")
+  assert reference.state_dict().keys() == named.keys()
+  for name, tensor in reference.state_dict().items():
+    np.testing.assert_array_equal(tensor, named[name], err_msg=name)
+
+
+def test_every_published_size_is_in_the_tables():
+  """Counted from shapes alone: every tensor of the files, and none besides."""
+  from cogvideox_jax.conversion import names
+
+  found = {
+    "vae": (VAE, VAEConfig(), names.vae),
+    "t5": (T5Encoder, T5Config(), names.text_encoder),
+  }
+  counts = {
+    name: len(tensors.slots(table(config), tensors.abstract_params(model, config)))
+    for name, (model, config, table) in found.items()
+  }
+  assert counts == {"vae": 436, "t5": 3 + 24 * 9}
