@@ -112,7 +112,7 @@ def test_a_ring_or_a_pair_is_no_shape():
   for mask in (ring, pair):
     frames = np.where(mask[None, ..., None], shapes.PALETTE["red"], shapes.PALETTE["white"])
     reading = read_scene(np.repeat(frames, 9, axis=0).astype(np.uint8))
-    assert reading == Reading("white", "red", "none", "still")
+    assert reading == Reading("white", "red", "still", "none")
 
 
 def test_only_one_moving_object_can_be_scored():

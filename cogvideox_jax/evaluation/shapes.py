@@ -33,15 +33,15 @@ class Reading(NamedTuple):
 
   background: str
   colour: str
-  shape: str
   motion: str
+  shape: str
 
 
 def read_scene(frames: UInt8[np.ndarray, "F H W 3"]) -> Reading:
   """Reads a clip that shows one object. A single frame has no motion to read."""
   pixels = frames.astype(np.float32)
   ground = _border_colour(pixels)
-  background = _nearest(ground, shapes.BACKGROUNDS)
+  background = _named(ground)
   contrast = np.linalg.norm(pixels - ground, axis=-1)
   area = (contrast > CONTRAST).mean(axis=(1, 2))
   seen = (area > AREA[0]) & (area < AREA[1])
@@ -54,9 +54,9 @@ def read_scene(frames: UInt8[np.ndarray, "F H W 3"]) -> Reading:
   centroids = _centroids(mask)
   return Reading(
     background,
-    _nearest(colour, shapes.COLOURS),
-    _shape(mask[seen], centroids[seen]),
+    _named(colour),
     _motion(centroids / mask.shape[:0:-1], seen),
+    _shape(mask[seen], centroids[seen]),
   )
 
 
@@ -70,13 +70,8 @@ def score(
   if not videos or len(videos) != len(captions):
     raise ValueError(f"{len(videos)} videos cannot be scored by {len(captions)} captions.")
   wanted = [_words(caption) for caption in captions]
-  read = [read_scene(frames) for frames in videos]
-  return {
-    field: float(
-      np.mean([getattr(a, field) == getattr(b, field) for a, b in zip(read, wanted, strict=True)])
-    )
-    for field in ("background", "colour", "motion", "shape")
-  }
+  right = np.array([read_scene(frames) for frames in videos]) == np.array(wanted)
+  return dict(zip(Reading._fields, right.mean(axis=0).tolist(), strict=True))
 
 
 def _words(caption: str) -> Reading:
@@ -85,7 +80,7 @@ def _words(caption: str) -> Reading:
   colour, shape, motion = scene.objects[0]
   if len(scene.objects) > 1 or motion is None:
     raise ValueError(f"{caption!r} must say one object and its motion to be scored.")
-  return Reading(scene.background, colour, shape, motion)
+  return Reading(scene.background, colour, motion, shape)
 
 
 def _border_colour(pixels: Float[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "3"]:
@@ -94,10 +89,10 @@ def _border_colour(pixels: Float[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "3
   return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
 
 
-def _nearest(colour: Float[np.ndarray, "3"], names: Sequence[str]) -> str:
-  distances = [float(np.linalg.norm(colour - np.array(shapes.PALETTE[name]))) for name in names]
-  best = int(np.argmin(distances))
-  return names[best] if distances[best] < COLOUR_DISTANCE else NONE
+def _named(colour: Float[np.ndarray, "3"]) -> str:
+  distances = {name: float(np.linalg.norm(colour - rgb)) for name, rgb in shapes.PALETTE.items()}
+  nearest = min(distances, key=distances.__getitem__)
+  return nearest if distances[nearest] < COLOUR_DISTANCE else NONE
 
 
 def _object_colour(
