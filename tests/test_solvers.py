@@ -37,10 +37,11 @@ def solve(solver, denoise, x, drawn):
   return jax.jit(lambda x: jax.lax.scan(body, (x, jnp.zeros_like(x)), steps)[1])(x)
 
 
-# Step counts that divide 1000 and not: then a step does not end at the next timestep.
-@pytest.mark.parametrize("steps", [7, 8])
-@pytest.mark.parametrize("model", SCHEDULES)
-@pytest.mark.parametrize("kind", MAKERS)
+# 7 steps do not divide 1000: then a step does not end at the next timestep.
+@pytest.mark.parametrize(
+  ("kind", "model", "steps"),
+  [("ddim", "2b", 7), ("ddim", "5b", 8), ("dpm", "2b", 7), ("dpm", "5b", 8)],
+)
 def test_whole_path_matches_diffusers(kind, model, steps):
   case = load_file(CASES / f"{kind}_{model}_{steps}steps.safetensors")
   solver = MAKERS[kind](SCHEDULES[model], steps)
