@@ -69,15 +69,35 @@ class Carry:
     return tuple(self._kept)
 
 
+@jax.custom_vjp
 def convolve(
   x: Float[Array, "b f h w c"], kernel: Float[Array, "kt kh kw c o"]
 ) -> Float[Array, "b f2 h w o"]:
   """3-D convolution, zero-padded in space and not in time: `f2 = f - kt + 1`.
 
   The one place that chooses its form. XLA's 3-D convolution on CPU is several times slower than
-  the sum of the 2-D convolutions of its time taps; on accelerators it is the fast one.
+  the sum of the 2-D convolutions of its time taps; on accelerators it is the fast one. The choice
+  falls at lowering, so that a program compiled on a CPU host for a TPU gets the TPU's form.
   """
   return jax.lax.platform_dependent(x, kernel, cpu=_convolve_by_taps, default=_convolve_3d)
+
+
+def _convolve_forward(x, kernel):
+  return convolve(x, kernel), (x, kernel)
+
+
+def _convolve_backward(saved, gradient):
+  # Differentiated as it stands, `platform_dependent` leaves a branch in the program that XLA's CPU
+  # runs on one thread, 20 times slower (measured): so each direction makes the choice itself.
+  def pull_back(form, x, kernel, gradient):
+    return jax.vjp(form, x, kernel)[1](gradient)
+
+  return jax.lax.platform_dependent(
+    *saved,
+    gradient,
+    cpu=partial(pull_back, _convolve_by_taps),
+    default=partial(pull_back, _convolve_3d),
+  )
 
 
 def _convolve_3d(x, kernel):
@@ -97,6 +117,9 @@ def _convolve_by_taps(x, kernel):
       images, kernel[tap], (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
   return rearrange(total, "(b f) h w c -> b f h w c", f=frames)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class CausalConv(nnx.Module):
@@ -120,9 +143,7 @@ class EncoderNorm(nnx.GroupNorm):
   """Group norm over all frames of a chunk; takes and ignores what the decoder's norm needs."""
 
   def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
-    super().__init__(
-      channels, config.groups, epsilon=EPSILON, use_fast_variance=False, rngs=rngs
-    )
+    super().__init__(channels, config.groups, epsilon=EPSILON, use_fast_variance=False, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b f h w c"], z: None = None) -> Float[Array, "b f h w c"]:
     return super().__call__(x)
@@ -212,7 +233,10 @@ class Level(nnx.Module):
   def __init__(self, channels: int, out_channels: int, count: int, norm, resample, config, *, rngs):
     widths = [channels] + [out_channels] * count
     self.resnets = nnx.List(
-      [ResnetBlock(*pair, norm, config, rngs=rngs) for pair in zip(widths, widths[1:], strict=False)]
+      [
+        ResnetBlock(*pair, norm, config, rngs=rngs)
+        for pair in zip(widths, widths[1:], strict=False)
+      ]
     )
     self.resample = resample
 

@@ -1,0 +1,167 @@
+"""The expert transformer over packed rows (paper 2.2; diffusers `CogVideoXTransformer3DModel`)."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int, Num
+
+from cogvideox_jax.models import positions
+from cogvideox_jax.models.layers import EPSILON, Attention, Block, layer_norm, per_token
+from cogvideox_jax.types import TEXT
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+  """Sizes and the rule of positions; `configs/` hold the published ones."""
+
+  depth: int
+  heads: int
+  head_dim: int  # A multiple of 16.
+  time_width: int
+  in_channels: int
+  out_channels: int
+  patch: tuple[int, int, int]  # Latent frames, height, width; the published (1 or 2, 2, 2).
+  text_width: int
+  text_length: int
+  positions: str  # One of positions.RULES.
+  sample_frames: int  # Pixel frames that a sampler makes if not told otherwise,
+  sample_height: int  # and latent pixels; rope rescales its positions to these.
+  sample_width: int
+  spatial_interpolation: float  # Of sincos: positions are divided by it.
+  temporal_interpolation: float
+
+  @property
+  def width(self) -> int:
+    return self.heads * self.head_dim
+
+  @property
+  def base_grid(self) -> tuple[int, int]:
+    """Patches (height, width) of the sample size."""
+    return self.sample_height // self.patch[1], self.sample_width // self.patch[2]
+
+
+def timestep_sinusoid(timesteps: Num[Array, "..."], width: int) -> Float[Array, "... width"]:
+  """Cosines, then sines, of a timestep in 0..999, in fp32 (diffusers `Timesteps`)."""
+  half = width // 2
+  frequency = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+  angle = jnp.float32(timesteps)[..., None] * frequency
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def patchify(latents: Float[Array, "f h w c"], patch: tuple[int, int, int]) -> Float[Array, "n p"]:
+  """Tokens in order of t, h, w; within a patch channels are slowest, then t, h, w."""
+  pt, ph, pw = patch
+  order = "(t pt) (h ph) (w pw) c -> (t h w) (c pt ph pw)"
+  return rearrange(latents, order, pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(
+  tokens: Float[Array, "n p"], patch: tuple[int, int, int], grid: tuple[int, int, int]
+) -> Float[Array, "f h w c"]:
+  """The inverse of `patchify`; grid: patches along (t, h, w)."""
+  (pt, ph, pw), (t, h, w) = patch, grid
+  order = "(t h w) (c pt ph pw) -> (t pt) (h ph) (w pw) c"
+  return rearrange(tokens, order, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+class DiT(nnx.Module):
+  """Predicts v of every vision token of packed rows.
+
+  dtype: what it computes in; parameters are fp32 masters. remat: recompute each block's
+  activations in the backward pass.
+  """
+
+  def __init__(
+    self,
+    config: DiTConfig,
+    *,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = False,
+  ):
+    width, patch = config.width, math.prod(config.patch)
+    self.config, self.dtype, self.remat = config, dtype, remat
+
+    def linear(size: int, out: int, **options) -> nnx.Linear:
+      return nnx.Linear(size, out, dtype=dtype, rngs=rngs, **options)
+
+    @nnx.split_rngs(splits=config.depth)
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def stack(rngs: nnx.Rngs) -> Block:
+      return Block(width, config.heads, config.time_width, dtype=dtype, rngs=rngs)
+
+    zeros = nnx.initializers.zeros
+    self.vision_in = linear(config.in_channels * patch, width)
+    self.text_in = linear(config.text_width, width)
+    self.time_in = linear(width, config.time_width)
+    self.time_out = linear(config.time_width, config.time_width)
+    self.blocks = stack(rngs)
+    self.final_norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
+    self.out_norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
+    self.out_modulation = linear(config.time_width, 2 * width, kernel_init=zeros)
+    self.out = linear(width, config.out_channels * patch, kernel_init=zeros)
+
+  def __call__(
+    self,
+    vision: Float[Array, "b n p"],
+    text: Float[Array, "b k l t"],
+    time: Float[Array, "b s d"],
+    segment_ids: Int[Array, "b n"],
+    experts: Int[Array, "b n"],
+    coordinates: Int[Array, "b n 3"],
+    grids: Int[Array, "b s 3"],
+    *,
+    attention: Attention,
+  ) -> Float[Array, "b n q"]:
+    """One evaluation. What comes out at text and padding tokens means nothing.
+
+    Args:
+      vision: noised patches; whatever stands at text tokens is not read.
+      time: each segment's timestep, as `timestep_sinusoid` of the transformer's width.
+      attention: function of query, key, value [b n heads head_dim] and segment_ids.
+    """
+    time = self.time_out(nnx.silu(self.time_in(time.astype(self.dtype))))
+    x = self._embed(vision, text, segment_ids, experts, coordinates)
+    rotary = self._rotary(segment_ids, experts, coordinates, grids)
+    x = self._run_blocks(x, time, segment_ids, experts, rotary, attention)
+    shift, scale = jnp.split(
+      per_token(self.out_modulation(nnx.silu(time)), segment_ids), 2, axis=-1
+    )
+    return self.out(self.out_norm(self.final_norm(x)) * (1 + scale) + shift)
+
+  def _embed(self, vision, text, segment_ids, experts, coordinates) -> Float[Array, "b n d"]:
+    """Text and patches, each projected, side by side in the row."""
+    words = rearrange(self.text_in(text.astype(self.dtype)), "b k l d -> b (k l) d")
+    # Padding has segment 0: clip it to some word, since it is never a text token.
+    word = jnp.maximum(segment_ids - 1, 0) * text.shape[2] + coordinates[..., 0]
+    word = jnp.clip(word, 0, words.shape[1] - 1)
+    patches = self.vision_in(vision.astype(self.dtype))
+    x = jnp.where((experts == TEXT)[..., None], per_token(words, word), patches)
+    if self.config.positions != "sincos":
+      return x
+    scales = self.config.spatial_interpolation, self.config.temporal_interpolation
+    table = positions.sincos_table(coordinates, experts, self.config.width, *scales)
+    return x + table.astype(x.dtype)
+
+  def _rotary(self, segment_ids, experts, coordinates, grids):
+    rule = self.config.positions
+    if rule == "sincos":
+      return None
+    grid = positions.grid_of_token(grids, segment_ids)
+    where = positions.rotary_positions(rule, coordinates, grid, self.config.base_grid)
+    return positions.rotary_table(where, experts, self.config.head_dim)
+
+  def _run_blocks(self, x, time, segment_ids, experts, rotary, attention) -> Float[Array, "b n d"]:
+    graphdef, stacked = nnx.split(self.blocks)
+
+    def run(x: Array, params: nnx.State) -> tuple[Array, None]:
+      block = nnx.merge(graphdef, params)
+      return block(x, time, segment_ids, experts, rotary, attention), None
+
+    # Inside a scan nothing can be shared between the passes, so CSE need not be prevented.
+    body = jax.checkpoint(run, prevent_cse=False) if self.remat else run
+    return jax.lax.scan(body, x, stacked)[0]

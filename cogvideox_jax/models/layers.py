@@ -1,0 +1,115 @@
+"""The layers of the expert transformer (paper 2.2).
+
+Text and vision tokens live in one row and share every weight but their modulation.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from cogvideox_jax.models.positions import rotate
+
+Attention = Callable[..., Float[Array, "b n heads head_dim"]]
+RotaryTable = tuple[Float[Array, "b n half"], Float[Array, "b n half"]]
+
+EPSILON = 1e-5
+HEAD_NORM_EPSILON = 1e-6  # Of the norms of queries and keys.
+
+
+def layer_norm(width: int, epsilon: float, **options) -> nnx.LayerNorm:
+  """Variance about the mean, in fp32, as torch computes it."""
+  return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **options)
+
+
+class ExpertAdaLayerNorm(nnx.Module):
+  """Layer norm whose shift, scale and gate depend on a clip's timestep and on the expert.
+
+  Text and vision tokens share the norm; each expert has its own modulation. It starts at zero, so
+  a new block is the identity. Weights: diffusers `CogVideoXLayerNormZero`.
+  """
+
+  def __init__(self, width: int, time_width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    zeros = nnx.initializers.zeros
+    self.norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
+    self.modulation = nnx.Linear(time_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    time: Float[Array, "b s e"],
+    segment_ids: Int[Array, "b n"],
+    experts: Int[Array, "b n"],
+  ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
+    """Returns the modulated tokens, and the gate for the branch they are about to enter."""
+    table = rearrange(self.modulation(nnx.silu(time)), "b s (two d3) -> b (s two) d3", two=2)
+    shift, scale, gate = jnp.split(per_token(table, 2 * segment_ids + experts), 3, axis=-1)
+    return self.norm(x) * (1 + scale) + shift, gate
+
+
+def per_token(table: Float[Array, "b rows d"], index: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+  """Each token's row of its own table."""
+  return jnp.take_along_axis(table, index[..., None], axis=1)
+
+
+class SelfAttention(nnx.Module):
+  """Attention of every token to all of its clip, text and vision alike (3D full attention)."""
+
+  def __init__(self, width: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    head_dim = width // heads
+    for name in ("query", "key", "value"):
+      layer = nnx.LinearGeneral(width, (heads, head_dim), dtype=dtype, rngs=rngs)
+      setattr(self, name, layer)
+    self.query_norm = layer_norm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
+    self.key_norm = layer_norm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
+    self.out = nnx.LinearGeneral((heads, head_dim), width, axis=(-2, -1), dtype=dtype, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    segment_ids: Int[Array, "b n"],
+    rotary: RotaryTable | None,
+    attention: Attention,
+  ) -> Float[Array, "b n d"]:
+    query, key = self.query_norm(self.query(x)), self.key_norm(self.key(x))
+    if rotary is not None:
+      query, key = rotate(query, rotary), rotate(key, rotary)
+    return self.out(attention(query, key, self.value(x), segment_ids))
+
+
+class MLP(nnx.Module):
+  """Four times wider inside, tanh-approximated GELU."""
+
+  def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+    self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Block(nnx.Module):
+  """Attention, then MLP, each between an expert norm and its gate (`CogVideoXBlock`)."""
+
+  def __init__(self, width: int, heads: int, time_width: int, *, dtype, rngs: nnx.Rngs):
+    self.attention_norm = ExpertAdaLayerNorm(width, time_width, dtype=dtype, rngs=rngs)
+    self.attention = SelfAttention(width, heads, dtype=dtype, rngs=rngs)
+    self.mlp_norm = ExpertAdaLayerNorm(width, time_width, dtype=dtype, rngs=rngs)
+    self.mlp = MLP(width, dtype=dtype, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    time: Float[Array, "b s e"],
+    segment_ids: Int[Array, "b n"],
+    experts: Int[Array, "b n"],
+    rotary: RotaryTable | None,
+    attention: Attention,
+  ) -> Float[Array, "b n d"]:
+    h, gate = self.attention_norm(x, time, segment_ids, experts)
+    x = x + gate * self.attention(h, segment_ids, rotary, attention)
+    h, gate = self.mlp_norm(x, time, segment_ids, experts)
+    return x + gate * self.mlp(h)

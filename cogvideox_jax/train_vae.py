@@ -1,0 +1,24 @@
+"""Trains the causal 3D VAE.
+
+python -m cogvideox_jax.train_vae --config=configs/vae_tiny.py --workdir=runs/vae_tiny
+"""
+
+from absl import flags
+from etils import epath
+
+from cogvideox_jax import command
+
+CONFIG = command.config_flag()
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where the run lives; resumes by itself.", required=True
+)
+
+
+def main() -> int:
+  from cogvideox_jax.training import vae_loop
+
+  return vae_loop.train(CONFIG.value, epath.Path(WORKDIR.value))
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,52 @@
+"""The tiny VAE, trained on the embedded clips: compresses 4x in space and in time.
+
+python -m cogvideox_jax.train_vae --config=configs/vae_tiny.py --workdir=runs/vae_tiny
+
+What is not sized for the shapes is ours as well: the training of the published VAE was never
+released (paper 2.1 names its losses, not their weights).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0
+
+  config.model = ConfigDict()  # Fields of models.vae.VAEConfig but the measured scaling factor.
+  config.model.in_channels = 3
+  config.model.channels = (16, 32, 64)
+  config.model.latent_channels = 16
+  config.model.resnets = 1
+  config.model.groups = 8
+  config.model.temporal_compression = 4
+
+  config.data = ConfigDict()
+  config.data.path = ""  # Manifest or folder of videos; "": the embedded clips.
+  config.data.clips = 1200  # How many embedded clips to render.
+  config.data.fps = 8.0
+  config.data.sizes = ((32, 32), (24, 40))
+  config.data.durations = (1, 17)
+
+  config.train = ConfigDict()
+  config.train.steps = 2500
+  config.train.batch = 4  # Clips of one bucket.
+
+  config.loss = ConfigDict()
+  config.loss.kl = 5e-4  # Of the divergence from the unit normal, a mean over the latents.
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.warmup_steps = 100
+  config.optimizer.final_fraction = 0.01
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.95
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.clip_norm = 1.0
+  config.optimizer.ema_decay = 0.995
+
+  config.log_every = 20
+  config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+  config.preview = ConfigDict({"every": 500})
+  return config.lock()
