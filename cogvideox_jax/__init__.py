@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from cogvideox_jax.inference.pipeline import Pipeline
+  from cogvideox_jax.training.workdir import load
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__"]
+__all__ = ["Pipeline", "__version__", "load"]
 
-_HOMES = {"Pipeline": "cogvideox_jax.inference.pipeline"}
+_HOMES = {
+  "Pipeline": "cogvideox_jax.inference.pipeline",
+  "load": "cogvideox_jax.training.workdir",
+}
 
 
 def __getattr__(name: str):

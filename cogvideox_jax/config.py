@@ -42,18 +42,17 @@ MESH = "mesh."  # Along one axis, -1 stands for all devices that are left.
 
 
 def check(config: ConfigDict, model: str) -> None:
-  """Refuses a config that cannot work.
+  """Refuses a config of the transformer's training that cannot work.
 
   Args:
-    config: of the keys of configs/base.py.
+    config: has the keys of configs/base.py.
     model: whose VAE the clips go through, a shipped name or a folder; "": not known, so that sizes
       are checked against the patches alone.
 
   Raises:
     UserError: names the key, its value and what it may be.
   """
-  for key, value in leaves(config):
-    _check_value(key, value)
+  check_values(config)
   if [axis for axis, size in config.mesh.items() if size == -1][1:]:
     raise UserError(f"config.mesh is {dict(config.mesh)}: only one axis may be -1.")
   multiple = lcm(*config.model.patch[1:]) * (_spatial_compression(model) if model else 1)
@@ -64,6 +63,12 @@ def check(config: ConfigDict, model: str) -> None:
   if config.preview.every:
     size, num_frames = (config.preview.height, config.preview.width), config.preview.num_frames
     _check_buckets("config.preview", [size], [num_frames], multiple)
+
+
+def check_values(config: ConfigDict) -> None:
+  """Raises UserError for the first value of any config that is out of its range."""
+  for key, value in leaves(config):
+    _check_value(key, value)
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
