@@ -38,6 +38,15 @@ def test_each_row_stays_in_its_interval_and_reaches_both_its_ends(rows):
   np.testing.assert_array_equal(timesteps.max((0, 2)), last)
 
 
+def test_the_largest_draw_does_not_round_into_the_next_interval(monkeypatch):
+  largest = np.nextafter(np.float32(1), np.float32(0))
+  monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, largest))
+  for rows in (7, 8, 1500, 4096):
+    timesteps = explicit_uniform(jax.random.key(0), jnp.ones(rows, jnp.int32), SEGMENTS, STEPS)
+    last = (STEPS * np.arange(1, rows + 1) - 1) // rows
+    np.testing.assert_array_equal(timesteps[:, 1], last)
+
+
 def test_the_clips_of_a_row_share_its_interval_evenly_in_random_order():
   clips = jnp.array([5, 2, 1, 4])
   timesteps = np.asarray(draw_many(explicit_uniform, clips, 50))

@@ -87,7 +87,7 @@ def _draw_latents(
 ) -> tuple[Float[Array, "b n p"], Float[Array, "b n p"]]:
   """Returns scaled latents drawn from the VAE's posterior, and the noise to add to them."""
   posterior_key, noise_key = jax.random.split(key)
-  mean, logvar = batch.mean.astype(jnp.float32), batch.logvar.astype(jnp.float32)
+  mean, logvar = (jnp.asarray(x, jnp.float32) for x in (batch.mean, batch.logvar))
   spread = jnp.exp(jnp.clip(logvar, -30, 20) / 2)  # Clipped as the published VAE does.
   x0 = mean + spread * jax.random.normal(posterior_key, mean.shape)
   return x0 * scaling_factor, jax.random.normal(noise_key, mean.shape)

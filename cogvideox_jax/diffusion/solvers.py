@@ -28,7 +28,7 @@ from cogvideox_jax.errors import UserError
 class Weights(NamedTuple):
   """What each step multiplies its terms with: one row a step, or one row alone."""
 
-  x_to_x0: Float32[np.ndarray | Array, "*steps"]  # x0 = x_to_x0 * x - v_to_x0 * v.
+  x_to_x0: Float32[np.ndarray | Array, "*steps"]  # x0 = x * x_to_x0 - v * v_to_x0.
   v_to_x0: Float32[np.ndarray | Array, "*steps"]
   x: Float32[np.ndarray | Array, "*steps"]  # The next x is the sum of these four.
   x0: Float32[np.ndarray | Array, "*steps"]
@@ -92,8 +92,8 @@ def solver_step(
   noise: Float[Array, "*shape"],  # Standard normal.
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
   """Returns x of the next timestep, and the clean latents x0 that this step saw."""
-  x0 = weights.x_to_x0 * x - weights.v_to_x0 * v
-  x = weights.x * x + weights.x0 * x0 + weights.previous_x0 * previous_x0 + weights.noise * noise
+  x0 = x * weights.x_to_x0 - v * weights.v_to_x0
+  x = x * weights.x + x0 * weights.x0 + previous_x0 * weights.previous_x0 + noise * weights.noise
   return x, x0
 
 
