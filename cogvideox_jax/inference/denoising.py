@@ -1,0 +1,130 @@
+"""The network's side of sampling: noise in, latents out, one jitted step at a time.
+
+A video is a row of the training's kind with one clip in it: its text tokens, then its vision
+tokens. The two halves of guidance stand one after the other on the batch axis.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
+
+from cogvideox_jax.data.packing import pack
+from cogvideox_jax.diffusion.guidance import classifier_free
+from cogvideox_jax.diffusion.solvers import Solver, Weights, solver_step
+from cogvideox_jax.inference.inputs import Videos
+from cogvideox_jax.models.attention import attention
+from cogvideox_jax.models.dit import DiTConfig, patchify, timestep_sinusoid, unpatchify
+from cogvideox_jax.types import Batch, Example
+
+Params = dict[str, Any]  # Nested by the keys of a parameter's path; see nnx.to_pure_dict.
+INITIAL = 0  # Which draw of a video its first latents are; its later ones are of solver steps.
+
+
+class Step(NamedTuple):
+  """What changes from step to step: arrays, so that no number of steps compiles anew."""
+
+  timestep: Int32[np.ndarray | Array, ""]
+  guidance_scale: Float32[np.ndarray | Array, ""]
+  weights: Weights  # One row of a solver's.
+
+
+def solver_steps(solver: Solver, guidance_scales: Float[np.ndarray, "steps"]) -> list[Step]:
+  """The steps that a solver takes, in turn."""
+  scales = guidance_scales.astype(np.float32)
+  rows = zip(solver.timesteps, scales, zip(*solver.weights, strict=True), strict=True)
+  return [Step(timestep, scale, Weights(*weights)) for timestep, scale, weights in rows]
+
+
+@lru_cache
+def graph_of(model: type[nnx.Module], config: Any, **options: Any) -> nnx.GraphDef:
+  """The structure of a model, which `nnx.merge` joins with its parameters; allocates nothing."""
+  return nnx.split(nnx.eval_shape(lambda: model(config, **options, rngs=nnx.Rngs(0))))[0]
+
+
+@partial(jax.jit, static_argnames="shape")
+def draw_noise(
+  seeds: UInt32[Array, "b"],
+  indices: UInt32[Array, "b"],  # Of each video among those of its prompt.
+  draw: Int[Array, ""],  # INITIAL, or from 1 a solver's step.
+  shape: tuple[int, ...],
+) -> Float32[Array, "b f h w c"]:
+  """Standard normal latents that depend on seed, index and draw alone: not on the batch."""
+
+  def one(seed, index):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), draw)
+    return jax.random.normal(key, shape)
+
+  return jax.vmap(one)(seeds, indices)
+
+
+def denoise(
+  run: Callable[..., tuple[Array, Array]],  # `denoise_step`, but for what the steps share.
+  x: Float[Array, "b f h w c"],
+  text: Float[Array, "halves b l t"],
+  videos: Videos,
+  steps: Sequence[Step],
+  on_step: Callable[[], object],
+) -> Float[Array, "b f h w c"]:
+  """Takes noise through all steps. Waits for each, so that progress tells the truth."""
+  previous_x0, noise = jnp.zeros_like(x), jnp.zeros_like(x)
+  for draw, step in enumerate(steps, start=INITIAL + 1):
+    if step.weights.noise:
+      noise = draw_noise(videos.seeds, videos.indices, draw, x.shape[1:])
+    x, previous_x0 = jax.block_until_ready(run(x, previous_x0, noise, text, step))
+    on_step()
+  return x
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config"), donate_argnames=("x", "previous_x0"))
+def denoise_step(
+  params: Params,
+  x: Float[Array, "b f h w c"],
+  previous_x0: Float[Array, "b f h w c"],
+  noise: Float[Array, "b f h w c"],  # Zeros for a solver that adds none.
+  text: Float[Array, "halves b l t"],  # Negative, positive; the positive alone if not guided.
+  step: Step,
+  *,
+  graphdef: nnx.GraphDef,
+  config: DiTConfig,
+) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
+  """Returns the latents of the next timestep, and the clean ones that the network sees now."""
+  halves, videos = text.shape[:2]
+  rows = halves * videos
+  layout = row_layout(x.shape[1:], text.shape[2], config.patch)
+  grid = tuple(layout.grids[0, 1].tolist())
+  time = timestep_sinusoid(step.timestep, config.width)
+
+  vision = jax.vmap(partial(patchify, patch=config.patch))(x)
+  vision = jnp.pad(vision, ((0, 0), (text.shape[2], 0), (0, 0)))  # 0 at text tokens.
+  v = nnx.merge(graphdef, params)(
+    repeat(vision, "b n p -> (halves b) n p", halves=halves),
+    rearrange(text, "halves b l t -> (halves b) 1 l t"),
+    jnp.broadcast_to(time, (rows, 2, config.width)),
+    *(repeat(jnp.asarray(part), "1 ... -> rows ...", rows=rows) for part in layout[3:]),
+    attention=attention,
+  )
+  v = v[:, text.shape[2] :].astype(jnp.float32)
+  v = jax.vmap(partial(unpatchify, patch=config.patch, grid=grid))(v)
+  v = rearrange(v, "(halves b) f h w c -> halves b f h w c", halves=halves)
+  guided = classifier_free(v[0], v[1], step.guidance_scale) if halves == 2 else v[0]
+  return solver_step(step.weights, x, guided, previous_x0, noise)
+
+
+def row_layout(shape: tuple[int, ...], text_length: int, patch: tuple[int, int, int]) -> Batch:
+  """A row that one clip of these latents (f, h, w, ...) fills, packed as in training.
+
+  It has no channels: only its integer arrays are wanted.
+  """
+  nothing = np.zeros((*shape[:3], 0), np.float32)
+  text = np.zeros((text_length, 0), np.float32)
+  example = Example(nothing, nothing, text, "", "", num_frames=0, height=0, width=0, fps=0.0)
+  tokens = text_length + math.prod(shape[:3]) // math.prod(patch)
+  return pack([example], patch=patch, row_tokens=tokens, max_clips=1)

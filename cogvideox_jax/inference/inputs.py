@@ -1,0 +1,118 @@
+"""What a call asks for, checked before anything is compiled."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.vae import VAEConfig
+
+MAX_SEED = 2**32 - 1
+
+Embeds = Float[Array | np.ndarray, "b l t"]
+Condition = list[str] | Embeds  # Prompts, or their text states.
+
+
+class Size(NamedTuple):
+  """A video's size in pixels."""
+
+  num_frames: int
+  height: int
+  width: int
+
+
+class Videos(NamedTuple):
+  """Each video of a call."""
+
+  prompts: Int[np.ndarray, "b"]  # Which prompt it shows.
+  indices: UInt32[np.ndarray, "b"]  # Which of that prompt's videos it is.
+  seeds: UInt32[np.ndarray, "b"]
+
+
+def check_size(size: Size, model: DiTConfig, vae: VAEConfig) -> None:
+  """Raises UserError for a size that the VAE and the patches cannot hold."""
+  step = vae.temporal_compression
+  frames = size.num_frames
+  if frames < 1 or (frames - 1) % step:
+    lower = max(frames - 1, 0) // step * step + 1
+    raise UserError(
+      f"num_frames={frames}: the VAE keeps the first frame and compresses the others {step} at a "
+      f"time,\nso it must be {step}k + 1. The nearest are {lower} and {lower + step}."
+    )
+  for name, patch in (("height", model.patch[1]), ("width", model.patch[2])):
+    value, multiple = getattr(size, name), vae.spatial_compression * patch
+    if value < multiple or value % multiple:
+      lower = max(value // multiple, 1) * multiple
+      raise UserError(
+        f"{name}={value}: must be a multiple of {multiple} pixels (the VAE's "
+        f"{vae.spatial_compression} times the patch's {patch}).\n"
+        f"The nearest are {lower} and {lower + multiple}."
+      )
+
+
+def latent_shape(size: Size, model: DiTConfig, vae: VAEConfig) -> tuple[tuple[int, ...], int]:
+  """Shape (f, h, w, c) of a video's latents, and how many of f are extra.
+
+  A temporal patch (CogVideoX 1.5) needs a whole number of latent frames. The extra ones stand in
+  front, and are dropped before decoding, as in diffusers.
+  """
+  frames = (size.num_frames - 1) // vae.temporal_compression + 1
+  extra = -frames % model.patch[0]
+  scale = vae.spatial_compression
+  shape = (frames + extra, size.height // scale, size.width // scale, model.in_channels)
+  return shape, extra
+
+
+def condition(name: str, prompt: str | Sequence[str] | None, embeds: Embeds | None) -> Condition:
+  """The prompts of an argument as a list, or the text states given in their place."""
+  if (prompt is None) == (embeds is None):
+    raise UserError(f"Pass either {name} or {name}_embeds.")
+  if embeds is not None:
+    return embeds
+  prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+  if not prompts:
+    raise UserError(f"{name} is an empty list: pass at least one.")
+  return prompts
+
+
+def plan_videos(seed: int | Sequence[int], prompts: int, videos_per_prompt: int) -> Videos:
+  """The videos of a call, those of a prompt side by side."""
+  if videos_per_prompt < 1:
+    raise UserError(f"num_videos_per_prompt={videos_per_prompt}: must be at least 1.")
+  seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
+  if len(seeds) != prompts:
+    raise UserError(f"{len(seeds)} seeds for {prompts} prompts: pass one, or one for each prompt.")
+  for each in seeds:
+    if not 0 <= each <= MAX_SEED:
+      raise UserError(f"seed={each}: must be from 0 to {MAX_SEED}.")
+  return Videos(
+    prompts=np.repeat(np.arange(prompts), videos_per_prompt),
+    indices=np.tile(np.arange(videos_per_prompt, dtype=np.uint32), prompts),
+    seeds=np.repeat(np.array(seeds, np.uint32), videos_per_prompt),
+  )
+
+
+def chunks(count: int, size: int | None) -> list[Int[np.ndarray, "size"]]:
+  """Places 0 to count - 1 in chunks of one size, so that one program runs them all.
+
+  The last chunk is filled up with the last place. size: None means all at once.
+  """
+  if size is not None and size < 1:
+    raise UserError(f"batch_size={size}: must be at least 1.")
+  size = min(size or count, count)
+  return [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+  """Raises UserError for a value that is not one of the choices."""
+  if value not in choices:
+    raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}.")
+
+
+def check_shape(name: str, array: Array | np.ndarray, shape: tuple[int, ...]) -> None:
+  """Raises UserError unless an array that the user passed has the shape the call needs."""
+  if array.shape != shape:
+    raise UserError(f"{name} has shape {tuple(array.shape)}; this call needs {shape}.")

@@ -1,0 +1,127 @@
+"""Text to video: `python -m cogvideox_jax.sample --model=tiny --prompt="..." --output=out.mp4`.
+
+What is not said on the command line is as the model's folder, or its training, has it. The mp4
+keeps in its comment, as JSON, all that it was made with.
+"""
+
+import json
+from typing import Any
+
+from absl import flags
+from etils import epath
+
+from cogvideox_jax import __version__, command
+from cogvideox_jax.conversion.folder import Settings, open_model
+from cogvideox_jax.data.video import write_mp4
+from cogvideox_jax.diffusion.noise import NoiseConfig
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference.pipeline import SOLVERS, Pipeline
+from cogvideox_jax.inference.progress import Progress
+from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.training.checkpoint import load_weights
+
+MODEL = flags.DEFINE_string(
+  "model", None, "A model folder, a shipped name (tiny), or a training workdir.", required=True
+)
+PROMPT = flags.DEFINE_string("prompt", None, "What the video shows.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "The mp4 file to write.", required=True)
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What it should not show.")
+HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's.")
+WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's.")
+NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "4k + 1; by default the model's.")
+FPS = flags.DEFINE_float(
+  "fps", None, "Frames a second of the file; by default the model's.", lower_bound=0.1
+)
+STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; by default the model's.")
+GUIDANCE_SCALE = flags.DEFINE_float(
+  "guidance_scale", None, "How hard to follow the prompt; 1: no guidance. By default the model's."
+)
+DYNAMIC_CFG = flags.DEFINE_bool("dynamic_cfg", False, "Change the guidance with the timestep.")
+SOLVER = flags.DEFINE_enum("solver", "ddim", list(SOLVERS), "How to step from noise to video.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the noise: the same seed gives the same video.")
+WEIGHTS = flags.DEFINE_enum(
+  "weights", "ema", ["ema", "raw"], "Of a training workdir: the moving average, or as trained."
+)
+
+
+def main() -> None:
+  output = epath.Path(OUTPUT.value)
+  check_output(output)
+  progress = Progress()
+  with progress.phase("load") as bar:
+    pipe = load(MODEL.value, WEIGHTS.value, progress)
+    bar.update()
+  arguments = call_arguments(pipe)
+  fps = pipe.settings.fps if FPS.value is None else FPS.value
+  frames = pipe(**arguments, output_type="uint8").frames[0]
+  with progress.phase("write") as bar:
+    made_with = {"model": MODEL.value, "fps": fps, "version": __version__, **arguments}
+    write_mp4(output, frames, fps, metadata=made_with)
+    bar.update()
+  print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.seconds.items()))
+  shape = f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} at {fps:g} fps"
+  print(f"Wrote {output}: {shape}, seed {SEED.value}.")
+
+
+def check_output(path: epath.Path) -> None:
+  """Raises UserError unless a file can be written there; makes its folder."""
+  if path.suffix != ".mp4":
+    raise UserError(f"--output={path}: videos are written as mp4; give a name ending in .mp4.")
+  draft = path.with_name(f".{path.name}.draft")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft.write_bytes(b"")
+    draft.unlink()
+  except OSError as error:
+    raise UserError(
+      f"--output={path}: nothing can be written there ({error.strerror}).\nChoose another folder."
+    ) from error
+
+
+def load(model: str, weights: str, progress: Progress) -> Pipeline:
+  """The pipeline of a model folder or shipped name, or of a training workdir's newest weights."""
+  workdir = epath.Path(model)
+  if not (workdir / "checkpoints").is_dir():
+    return Pipeline.from_pretrained(model, progress=progress)
+  config = json.loads((workdir / "config.json").read_text())
+  components = open_model(config["components"])
+  fields = config["model"]
+  transformer = DiTConfig(**{**fields, "patch": tuple(fields["patch"])})
+  return Pipeline(
+    (transformer, load_weights(workdir, weights)),
+    components.vae(),
+    components.text_encoder(),
+    components.tokenizer(),
+    NoiseConfig(**config["noise"]),
+    Settings(
+      text_drop=config["text"]["drop"],
+      guidance_scale=config["preview"]["guidance_scale"],
+      num_inference_steps=config["preview"]["steps"],
+      fps=config["data"]["fps"],
+    ),
+    progress=progress,
+  )
+
+
+def call_arguments(pipe: Pipeline) -> dict[str, Any]:
+  """What to call the pipeline with: the flags, and the model's values for those not given."""
+  size = pipe.default_size
+  given = {
+    "height": (HEIGHT.value, size.height),
+    "width": (WIDTH.value, size.width),
+    "num_frames": (NUM_FRAMES.value, size.num_frames),
+    "num_inference_steps": (STEPS.value, pipe.settings.num_inference_steps),
+    "guidance_scale": (GUIDANCE_SCALE.value, pipe.settings.guidance_scale),
+  }
+  return {
+    "prompt": PROMPT.value,
+    "negative_prompt": NEGATIVE_PROMPT.value,
+    "seed": SEED.value,
+    "solver": SOLVER.value,
+    "use_dynamic_cfg": DYNAMIC_CFG.value,
+    **{name: default if value is None else value for name, (value, default) in given.items()},
+  }
+
+
+if __name__ == "__main__":
+  command.run(main)

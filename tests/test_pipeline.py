@@ -1,0 +1,193 @@
+"""Text to video on models of a few thousand drawn weights."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drawn import DIT_CONFIG, NOISE, T5_CONFIG, VAE_CONFIG, draw, make_pipeline
+from flax import nnx
+
+from cogvideox_jax.conversion import diffusers, folder
+from cogvideox_jax.conversion.folder import Settings
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference.denoising import INITIAL, denoise_step, draw_noise, graph_of
+from cogvideox_jax.inference.pipeline import Pipeline
+from cogvideox_jax.inference.progress import Progress
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.t5 import T5Encoder
+from cogvideox_jax.models.vae import VAE, decode
+
+QUICK = {"num_inference_steps": 3, "output_type": "latent"}
+PROMPTS = ["a red circle", "a blue square", "a green star"]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+  return make_pipeline()
+
+
+@pytest.fixture
+def traces(monkeypatch) -> list[int]:
+  """Rows of the network's batch, each time that it is traced."""
+  rows, call = [], DiT.__call__
+
+  def spy(self, vision, *args, **kwargs):
+    rows.append(len(vision))
+    return call(self, vision, *args, **kwargs)
+
+  denoise_step.clear_cache()
+  monkeypatch.setattr(DiT, "__call__", spy)
+  return rows
+
+
+def test_same_seed_same_video_and_another_seed_another(pipe):
+  first, again, other = (pipe("a circle", seed=seed, **QUICK).frames for seed in (5, 5, 6))
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 0.1
+
+
+def test_drawn_noise_is_bit_equal_whatever_the_batch():
+  seeds, indices = np.uint32([3, 3, 2**32 - 1]), np.uint32([0, 1, 0])
+  together = draw_noise(seeds, indices, INITIAL, (2, 4, 4, 4))
+  for i in range(3):
+    alone = draw_noise(seeds[i : i + 1], indices[i : i + 1], INITIAL, (2, 4, 4, 4))
+    np.testing.assert_array_equal(together[i], alone[0])
+  assert len(np.unique(together[:, 0, 0, 0, 0])) == 3
+
+
+def test_a_video_does_not_depend_on_what_else_is_in_the_call(pipe):
+  call = {**QUICK, "num_videos_per_prompt": 3}
+  together = pipe(PROMPTS, seed=[1, 2, 3], batch_size=2, **call).frames
+  assert together.shape == (9, 3, 4, 6, 4)
+  for i in (2, 0):
+    alone = pipe(PROMPTS[i], seed=i + 1, batch_size=1, **call).frames
+    np.testing.assert_allclose(together[3 * i : 3 * i + 3], alone, atol=1e-4)
+
+
+def test_a_stochastic_solver_draws_its_noise_for_each_video(pipe):
+  together = pipe(PROMPTS[:2], seed=4, solver="dpm", **QUICK).frames
+  alone = pipe(PROMPTS[1], seed=4, solver="dpm", **QUICK).frames
+  np.testing.assert_allclose(together[1:], alone, atol=1e-4)
+  assert np.abs(alone - pipe(PROMPTS[1], seed=4, **QUICK).frames).max() > 0.1
+
+
+def test_guidance_moves_from_the_negative_prompt_through_the_prompt(pipe):
+  # One step from pure noise returns -v, so videos are linear in the guided v.
+  call = {"num_inference_steps": 1, "output_type": "latent", "seed": 1}
+  negative, positive = (pipe(p, guidance_scale=1.0, **call).frames for p in PROMPTS[:2])
+  guided = pipe(PROMPTS[1], PROMPTS[0], guidance_scale=3.0, **call).frames
+  np.testing.assert_allclose(guided, negative + 3 * (positive - negative), atol=1e-4)
+  assert np.abs(positive - negative).max() > 1e-2
+
+
+def test_without_guidance_the_negative_half_is_not_computed(pipe, traces):
+  plain = pipe("a circle", guidance_scale=1.0, **QUICK).frames
+  ignored = pipe("a circle", "a negative prompt", guidance_scale=1.0, **QUICK).frames
+  np.testing.assert_array_equal(plain, ignored)
+  pipe("a circle", guidance_scale=1.5, **QUICK)
+  assert traces == [1, 2]
+
+
+@pytest.mark.parametrize("text_drop", ["zeros", "empty"])
+def test_the_default_negative_is_what_training_dropped_captions_to(text_drop):
+  pipe = make_pipeline(settings=Settings(text_drop=text_drop))
+  zeros = np.zeros((1, 6, 8), np.float32)
+  given = {"negative_prompt_embeds": zeros} if text_drop == "zeros" else {"negative_prompt": ""}
+  expected = pipe("a circle", **given, **QUICK).frames
+  np.testing.assert_array_equal(pipe("a circle", **QUICK).frames, expected)
+  assert np.abs(pipe("a circle", "a square", **QUICK).frames - expected).max() > 1e-2
+
+
+def test_other_weights_steps_or_guidance_compile_nothing_anew(pipe, traces):
+  latents = pipe("a circle", **QUICK).frames
+  other = make_pipeline(seed=1)
+  others = [
+    other("a circle", **QUICK).frames,
+    pipe("a circle", **{**QUICK, "num_inference_steps": 5}).frames,
+    pipe("a circle", guidance_scale=2.0, use_dynamic_cfg=True, solver="dpm", **QUICK).frames,
+  ]
+  assert len(traces) == 1
+  assert all(np.abs(each - latents).max() > 1e-2 for each in others)
+
+
+def test_given_noise_and_text_states_replace_drawn_and_encoded_ones(pipe):
+  drawn = pipe("a circle", seed=9, **QUICK).frames
+  noise = np.asarray(draw_noise(np.uint32([9]), np.uint32([0]), INITIAL, (3, 4, 6, 4)))
+  _, params = draw(T5Encoder, T5_CONFIG)
+  model = nnx.merge(graph_of(T5Encoder, T5_CONFIG), params)
+  embeds = model(jnp.asarray(pipe._tokenizer.encode(["a circle"], 6)))
+  given = pipe(latents=noise, prompt_embeds=embeds, **QUICK).frames
+  np.testing.assert_allclose(given, drawn, atol=1e-5)
+
+
+def test_extra_frames_of_a_temporal_patch_are_dropped_from_the_front():
+  pipe = make_pipeline(patch=(2, 2, 2))
+  latents = pipe("a circle", **QUICK).frames
+  assert latents.shape[1] == 4  # 3 rounded up to a whole number of patches.
+  frames = pipe("a circle", **{**QUICK, "output_type": "np"}).frames
+  vae = nnx.merge(graph_of(VAE, VAE_CONFIG), draw(VAE, VAE_CONFIG)[1])
+  expected = decode(vae, jnp.asarray(latents[:, 1:]) / VAE_CONFIG.scaling_factor)
+  np.testing.assert_allclose(frames, np.clip(expected / 2 + 0.5, 0, 1), atol=1e-5)
+
+
+def test_output_types_hold_the_same_frames(pipe):
+  floats, whole, images = (
+    pipe("a circle", num_inference_steps=1, output_type=kind).frames[0]
+    for kind in ("np", "uint8", "pil")
+  )
+  assert whole.shape == floats.shape == (9, 16, 24, 3)
+  assert whole.dtype == np.uint8
+  np.testing.assert_array_equal(whole, np.round(255 * floats))
+  np.testing.assert_array_equal(np.stack([np.asarray(image) for image in images]), whole)
+  assert floats.std() > 0.05
+  (frames,) = pipe("a circle", num_inference_steps=1, output_type="np", return_dict=False)
+  np.testing.assert_array_equal(frames[0], floats)
+
+
+def test_progress_counts_compilation_apart(traces):
+  pipe = make_pipeline(sample_width=4)
+  pipe("a circle", num_inference_steps=2)
+  seconds = pipe.progress.seconds
+  assert seconds["compile"] > 10 * seconds["denoise"] > 0
+  assert {"encode", "decode"} < seconds.keys()
+
+
+def test_a_saved_folder_gives_the_same_video(pipe, tmp_path):
+  diffusers.save_transformer(tmp_path / "transformer", *draw(DiT, DIT_CONFIG))
+  diffusers.save_vae(tmp_path / "vae", *draw(VAE, VAE_CONFIG))
+  diffusers.save_text_encoder(tmp_path / "text_encoder", *draw(T5Encoder, T5_CONFIG))
+  diffusers.save_tokenizer(tmp_path / "tokenizer", pipe._tokenizer)
+  diffusers.save_scheduler(tmp_path / "scheduler", NOISE)
+  folder.write_index(tmp_path, Settings(text_drop="zeros"))
+  loaded = Pipeline.from_pretrained(tmp_path, progress=Progress(show=False))
+  np.testing.assert_array_equal(
+    loaded("a circle", **QUICK).frames, pipe("a circle", **QUICK).frames
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"num_frames": 10}, r"num_frames=10.*\n.*4k \+ 1.*9 and 13"),
+    ({"num_frames": 0}, "num_frames=0"),
+    ({"height": 20}, "height=20.*multiple of 8"),
+    ({"width": 0}, "width=0.*multiple of 8"),
+    ({"num_inference_steps": 0}, "0 sampling steps"),
+    ({"num_inference_steps": 1001}, "1001 sampling steps"),
+    ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0"),
+    ({"output_type": "pt"}, "output_type='pt'.*pil, np, uint8, latent"),
+    ({"solver": "euler"}, "solver='euler'.*ddim, dpm"),
+    ({"seed": -1}, "seed=-1"),
+    ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"prompt": None}, "either prompt or prompt_embeds"),
+    ({"prompt": []}, "prompt is an empty list"),
+    ({"prompt_embeds": np.zeros((1, 6, 8), np.float32)}, "either prompt or prompt_embeds"),
+    ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+    ({"negative_prompt_embeds": np.zeros((1, 5, 8), np.float32)}, r"\(1, 6, 8\)"),
+    ({"latents": np.zeros((1, 3, 4, 4, 4), np.float32)}, r"latents.*\(1, 3, 4, 6, 4\)"),
+  ],
+)
+def test_bad_arguments_are_explained_before_anything_is_compiled(pipe, traces, arguments, message):
+  with pytest.raises(UserError, match=message):
+    pipe(**{"prompt": "a circle", **arguments})
+  assert not traces

@@ -1,0 +1,104 @@
+"""The command line, from prompt to mp4."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from drawn import make_pipeline
+
+from cogvideox_jax import __version__, sample
+from cogvideox_jax.conversion.folder import Settings
+from cogvideox_jax.data.video import probe, read_metadata
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference.pipeline import Pipeline
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+  """Runs the verb on drawn weights, with flags by name; returns where the video should be."""
+  settings = Settings(text_drop="zeros", guidance_scale=2.0, num_inference_steps=2, fps=12.0)
+  pipe = make_pipeline(settings=settings)
+  monkeypatch.setattr(Pipeline, "from_pretrained", lambda model, progress: pipe)
+
+  flags.FLAGS.mark_as_parsed()
+
+  def call(**values):
+    output = str(tmp_path / "out" / "video.mp4")
+    values = {"model": "drawn", "prompt": "a red circle", "output": output, **values}
+    with flagsaver.flagsaver(**values):
+      sample.main()
+    return values["output"]
+
+  return call
+
+
+def test_flags_not_given_are_as_the_model_has_them(run):
+  path = run()
+  info = probe(path)
+  assert (info.num_frames, info.height, info.width, info.fps) == (9, 16, 24, 12.0)
+
+
+def test_the_file_tells_all_it_was_made_with(run):
+  prompt = 'a "red" circle, Привет 🎈'
+  path = run(
+    prompt=prompt, negative_prompt="blur", seed=7, steps=3, guidance_scale=3.5, solver="dpm",
+    num_frames=1, height=24, width=32, fps=8.0, dynamic_cfg=True,
+  )  # fmt: skip
+  assert read_metadata(path) == {
+    "model": "drawn",
+    "version": __version__,
+    "prompt": prompt,
+    "negative_prompt": "blur",
+    "seed": 7,
+    "num_inference_steps": 3,
+    "guidance_scale": 3.5,
+    "use_dynamic_cfg": True,
+    "solver": "dpm",
+    "num_frames": 1,
+    "height": 24,
+    "width": 32,
+    "fps": 8.0,
+  }
+
+
+def test_the_same_command_writes_the_same_bytes(run, tmp_path):
+  first, again, other = (
+    Path(run(seed=seed, output=str(tmp_path / f"{i}.mp4"))).read_bytes()
+    for i, seed in enumerate((1, 1, 2))
+  )
+  assert first == again != other
+
+
+def test_it_says_where_the_video_is_and_what_compiling_took(run, capsys):
+  path = run()
+  printed = capsys.readouterr().out
+  assert f"Wrote {path}: 9 frames of 24x16 at 12 fps, seed 0." in printed
+  assert "compile" in printed
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"output": "video.avi"}, "mp4"),
+    ({"output": "/proc/none/video.mp4"}, "nothing can be written there"),
+    ({"num_frames": 8}, "num_frames=8"),
+    ({"seed": -1}, "seed=-1"),
+  ],
+)
+def test_mistakes_are_explained(run, values, message):
+  with pytest.raises(UserError, match=message):
+    run(**values)
+
+
+def test_a_missing_model_ends_with_2_and_how_to_get_one(tmp_path):
+  arguments = ["--model=nowhere", "--prompt=a", f"--output={tmp_path / 'video.mp4'}"]
+  ended = subprocess.run(
+    [sys.executable, "-m", "cogvideox_jax.sample", *arguments], capture_output=True, text=True
+  )
+  assert ended.returncode == 2
+  assert "nowhere" in ended.stderr and "tiny" in ended.stderr
+  assert "Traceback" not in ended.stderr
+  assert not list(tmp_path.iterdir())
