@@ -3,8 +3,9 @@
 python -m cogvideox_jax.train --config=configs/tiny.py --workdir=runs/tiny
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

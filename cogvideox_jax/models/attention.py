@@ -103,7 +103,8 @@ def _forward_row(
       total = total * shrink[..., None] + _product("hqk,hke->hqe", exp.astype(v.dtype), v[j])
       return total, weight * shrink + exp.sum(-1), new_top
 
-    total = jnp.zeros_like(q, dtype=jnp.float32)  # Not `zeros`: shard_map wants q's kind.
+    # Made like q, so that shard_map knows that they differ between devices as q does.
+    total = jnp.zeros_like(q, dtype=jnp.float32)
     weight = jnp.zeros_like(total[..., 0])
     top = jnp.full_like(weight, MASKED)
     total, weight, top = jax.lax.fori_loop(start, stop, add, (total, weight, top))

@@ -7,6 +7,8 @@ content.
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +133,14 @@ class T5Encoder(nnx.Module):
 
     x, _ = jax.lax.scan(layer, self.embedding(ids), params)
     return self.final_norm(x)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def encode_text(
+  params: dict[str, Any], ids: Int[Array, "b l"], *, graphdef: nnx.GraphDef
+) -> Float[Array, "b l t"]:
+  """T5's states of token ids, from an encoder's graph and its parameters."""
+  return nnx.merge(graphdef, params)(ids)
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "l l"]:

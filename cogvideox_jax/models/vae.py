@@ -6,8 +6,8 @@ chunks never change earlier latents. Inside a chunk only the convolutions are ca
 sees all frames of its chunk, so the plan of chunks is part of the numbers.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -233,10 +233,7 @@ class Level(nnx.Module):
   def __init__(self, channels: int, out_channels: int, count: int, norm, resample, config, *, rngs):
     widths = [channels] + [out_channels] * count
     self.resnets = nnx.List(
-      [
-        ResnetBlock(*pair, norm, config, rngs=rngs)
-        for pair in zip(widths, widths[1:], strict=False)
-      ]
+      [ResnetBlock(*pair, norm, config, rngs=rngs) for pair in itertools.pairwise(widths)]
     )
     self.resample = resample
 
