@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 
 import av
 from av.container import InputContainer
+from av.error import FFmpegError
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
@@ -26,17 +27,13 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 # What PyAV and PIL raise at a damaged file, found by feeding them such files.
 _FAULTS = (
-  av.FFmpegError,
+  FFmpegError,
   Image.DecompressionBombError,
   Image.DecompressionBombWarning,
   OSError,
   ValueError,
   SyntaxError,
   EOFError,
-  IndexError,
-  KeyError,
-  TypeError,
-  OverflowError,
   MemoryError,
   struct.error,
   zlib.error,
@@ -73,27 +70,28 @@ def as_path(path: str | os.PathLike[str]) -> Any:
 @contextmanager
 def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
   """Opens a file within the limits; any fault met while it is open becomes a VideoError."""
-  path = as_path(path)
+  place = as_path(path)
   try:
-    if not path.is_file():  # Before opening: a pipe would wait for its other end.
-      raise VideoError("not a regular file" if path.exists() else "the file is absent")
-    with path.open("rb") as file:
+    if not place.is_file():  # Before opening: a pipe would wait for its other end.
+      raise VideoError("not a regular file" if place.exists() else "the file is absent")
+    with place.open("rb") as file:
       size = file.seek(0, io.SEEK_END)
       if not 0 < size <= limits.max_bytes:
         raise VideoError(f"{size} bytes; a file may have 1 to {limits.max_bytes}")
       file.seek(0)
       yield file
+  except UnidentifiedImageError as error:  # Its own message names the file.
+    raise VideoError("not a JPEG, PNG or WebP image") from error
   except _FAULTS as error:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     raise VideoError(f"cannot be decoded: {reason or type(error).__name__}") from error
 
 
-@contextmanager
-def open_image(path: str | os.PathLike[str], limits: Limits) -> Iterator[Image.Image]:
-  """Opens an image, upright and RGB."""
+def load_image(path: str | os.PathLike[str], limits: Limits) -> Image.Image:
+  """Decodes an image: upright, RGB. Of an animation, the first frame."""
   with _opened(path, limits) as file, Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
     check_size(image.width, image.height, limits)
-    yield ImageOps.exif_transpose(image).convert("RGB")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @contextmanager
@@ -108,11 +106,13 @@ def open_video(
   }
   with (
     _opened(path, limits) as file,
-    av.open(file, options=options, metadata_errors="replace", buffer_size=2**18) as container,
+    av.open(file, "r", options=options, metadata_errors="replace", buffer_size=2**18) as container,
   ):
     if not container.streams.video:
       raise VideoError("holds no video")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+      raise VideoError("its video codec is unknown")
     check_size(stream.width, stream.height, limits)
     stream.codec_context.options = {"max_pixels": options["max_pixels"]}
     stream.codec_context.thread_count = 1

@@ -28,7 +28,7 @@ from cogvideox_jax.data.media import (
   as_path,
   check_size,
   is_image,
-  open_image,
+  load_image,
   open_video,
 )
 
@@ -69,8 +69,8 @@ def probe(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> Vide
   Raises VideoError if the file cannot be used.
   """
   if is_image(path):
-    with open_image(path, limits) as image:
-      return VideoInfo(1, image.height, image.width, 0.0, 0.0)
+    image = load_image(path, limits)
+    return VideoInfo(1, image.height, image.width, 0.0, 0.0)
   with open_video(path, limits) as (container, stream):
     return _measure(container, stream, limits)
 
@@ -93,9 +93,8 @@ def read(
   frames = np.empty((num_frames, height, width, 3), np.uint8)
   count = 0
   if is_image(path):
-    with open_image(path, limits) as image:
-      frames[0] = _fit(image, image.size, height, width)
-    count = 1
+    image = load_image(path, limits)
+    frames[0], count = _fit(image, image.size, height, width), 1
   else:
     with open_video(path, limits) as (container, stream):
       for frame in _resample(container, stream, fps, num_frames, limits):
@@ -204,10 +203,10 @@ def _sheet_row(frames: UInt8[np.ndarray, "F H W 3"], caption: str) -> Image.Imag
 
 def _write_whole(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes a file that nobody can find half written."""
-  path = as_path(path)
-  unfinished = path.with_name(path.name + ".unfinished")
+  whole = as_path(path)
+  unfinished = whole.with_name(whole.name + ".unfinished")
   unfinished.write_bytes(data)
-  unfinished.replace(path)
+  unfinished.replace(whole)
 
 
 def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> VideoInfo:
@@ -232,7 +231,7 @@ def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> 
     raise VideoError("holds no frame")
   if packets < stream.frames:
     raise VideoError(f"cut short: {packets} of {stream.frames} frames")
-  seconds = float((end - start) * stream.time_base)
+  seconds = (end - start) * float(stream.time_base or 0)
   if seconds > limits.max_seconds:
     raise VideoError(f"{seconds:.0f} seconds; a video may have {limits.max_seconds:.0f}")
   if shown > 1 and shown > seconds * limits.max_fps:
