@@ -56,7 +56,7 @@ def make_pipeline(seed=0, settings=ZEROS, **changes) -> Pipeline:
     draw(DiT, dataclasses.replace(DIT_CONFIG, **changes), seed),
     draw(VAE, VAE_CONFIG),
     draw(T5Encoder, T5_CONFIG),
-    Tokenizer(epath.resource_path("cogvideox_jax") / "assets" / "t5_tokenizer"),
+    Tokenizer(epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer"),
     NOISE,
     settings,
     progress=Progress(show=False),

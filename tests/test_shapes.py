@@ -63,7 +63,7 @@ def test_every_caption_fits_the_tiny_model_s_text():
   things = [shapes.Thing(*words) for words in itertools.product(*WORDS[:2], (*WORDS[2], None))]
   pairs = [shapes.Scene(pair, "blue") for pair in itertools.product(things, repeat=2)]
   grounds = [shapes.Scene((things[0],), ground) for ground in shapes.BACKGROUNDS]
-  tokenizer = Tokenizer(epath.resource_path("cogvideox_jax") / "assets" / "t5_tokenizer")
+  tokenizer = Tokenizer(epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer")
   lengths = (tokenizer.encode([shapes.caption(s) for s in pairs + grounds], 226) != 0).sum(axis=1)
   assert lengths[: len(pairs)].max() == 19
   assert len(set(lengths[len(pairs) :])) == 1  # So any background is as long as blue.

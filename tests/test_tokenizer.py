@@ -8,7 +8,7 @@ from transformers import T5Tokenizer
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.errors import UserError
 
-FOLDER = epath.resource_path("cogvideox_jax") / "assets" / "t5_tokenizer"
+FOLDER = epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer"
 PROMPTS = (
   "",
   " ",
