@@ -7,7 +7,7 @@ of the paths: `opt_state/1/0/mu/blocks/mlp/up/kernel` is placed as `params/block
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -121,6 +121,15 @@ def row_sharding(mesh: Mesh, rules: Rules, rows: int) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Of an array that every device holds wholly."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> Callable[..., Any]:
+  """Runs `attention(q, k, v, segment_ids)` on each device's own rows and heads."""
+  tokens = PartitionSpec(rules["rows"], None, rules.get("heads"))
+  segments = PartitionSpec(rules["rows"])
+  return jax.shard_map(
+    attention, mesh=mesh, in_specs=(tokens, tokens, tokens, segments), out_specs=tokens
+  )
 
 
 def _logical_axes(name: str, ndim: int) -> list[str]:

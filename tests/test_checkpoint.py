@@ -18,12 +18,17 @@ FSDP = sharding.rules_named("fsdp")
 
 
 def make_state(mesh_sizes, seed=0):
-  def params():
+  def params(seed):
     kernel = jax.random.normal(jax.random.key(seed), (2, 16, 2048))
     return {"blocks": {"mlp": {"up": {"kernel": kernel, "bias": jnp.full((2, 2048), 0.5)}}}}
 
   mesh = sharding.make_mesh({"context": 1, "tensor": 1, **mesh_sizes})
-  return state.create(params, optax.adamw(1e-3), mesh, FSDP)
+  tx = optax.adamw(1e-3)
+  return state.create(params, seed, tx, state.abstract(params(seed), tx, mesh, FSDP))
+
+
+def abstract(value):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
 
 
 @jax.jit
@@ -63,7 +68,7 @@ def assert_same(tree, other):
 
 def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
   checkpoints, states, _ = save_steps(epath.Path(tmp_path), [7])
-  target = state.abstract(make_state({"data": 2, "fsdp": 4}, seed=1))
+  target = abstract(make_state({"data": 2, "fsdp": 4}, seed=1))
   restored = checkpoints.restore(target)
   assert_same(restored.state, states[7])
   assert restored.skipped == {}
@@ -86,7 +91,7 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
   checkpoints = checkpoint.Checkpoints(epath.Path(tmp_path), keep=1, on_saved=lambda *_: None)
   value = make_state({"data": 1, "fsdp": 8})
   before = jax.tree.map(np.array, value)
-  shapes = state.abstract(value)
+  shapes = abstract(value)
   overwrite = jax.jit(lambda x: jax.tree.map(lambda y: y * 0 - 1, x), donate_argnums=0)
   checkpoints.save(0, value)
   jax.block_until_ready(overwrite(value))
@@ -107,13 +112,13 @@ def test_a_flipped_bit_is_found_and_the_step_before_is_used(tmp_path):
   folder = epath.Path(tmp_path)
   checkpoints, states, _ = save_steps(folder, [1, 2])
   flip_a_bit_of_the_arrays(folder / "2")
-  restored = checkpoints.restore(state.abstract(states[1]))
+  restored = checkpoints.restore(abstract(states[1]))
   assert_same(restored.state, states[1])
   assert "sha256 differs" in restored.skipped[2]
   assert "kernel" in restored.skipped[2]
   checkpoints.save(2, states[2])  # The step can be saved anew.
   checkpoints.wait()
-  assert_same(checkpoints.restore(state.abstract(states[1])).state, states[2])
+  assert_same(checkpoints.restore(abstract(states[1])).state, states[2])
 
 
 def test_damage_of_any_file_is_found_and_named(tmp_path):
@@ -125,9 +130,9 @@ def test_damage_of_any_file_is_found_and_named(tmp_path):
     for damage in (content[: len(content) // 2], bytes(len(content))):
       file.write_bytes(damage)
       with pytest.raises(UserError, match=file.name):
-        checkpoints.restore(state.abstract(states[1]))
+        checkpoints.restore(abstract(states[1]))
       file.write_bytes(content)
-  checkpoints.restore(state.abstract(states[1]))
+  checkpoints.restore(abstract(states[1]))
   assert len(files) > 5
 
 
@@ -135,14 +140,14 @@ def test_a_step_without_digests_was_never_completed(tmp_path):
   folder = epath.Path(tmp_path)
   checkpoints, states, _ = save_steps(folder, [1, 2])
   (folder / "2" / "digests.json").unlink()
-  restored = checkpoints.restore(state.abstract(states[1]))
+  restored = checkpoints.restore(abstract(states[1]))
   assert int(restored.state.step) == 1
   assert restored.skipped == {2: digests.INCOMPLETE}
 
 
 def test_nothing_saved_is_a_new_run(tmp_path):
   checkpoints = checkpoint.Checkpoints(epath.Path(tmp_path) / "no", keep=1, on_saved=print)
-  assert checkpoints.restore(state.abstract(make_state({"data": 8, "fsdp": 1}))) is None
+  assert checkpoints.restore(abstract(make_state({"data": 8, "fsdp": 1}))) is None
 
 
 def test_a_run_with_no_good_checkpoint_is_not_started_again_from_nothing(tmp_path):
@@ -150,7 +155,7 @@ def test_a_run_with_no_good_checkpoint_is_not_started_again_from_nothing(tmp_pat
   checkpoints, states, _ = save_steps(folder, [1])
   flip_a_bit_of_the_arrays(folder / "1")
   with pytest.raises(UserError, match=r"step 1: .*sha256 differs"):
-    checkpoints.restore(state.abstract(states[1]))
+    checkpoints.restore(abstract(states[1]))
   assert checkpoint.good_steps(folder) == [1]  # Left where it was.
 
 
@@ -181,4 +186,4 @@ def test_a_save_that_cannot_be_written_is_one_message_and_harms_no_other(tmp_pat
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert checkpoint.good_steps(folder) == [1]
-  assert_same(checkpoints.restore(state.abstract(states[1])).state, states[1])
+  assert_same(checkpoints.restore(abstract(states[1])).state, states[1])

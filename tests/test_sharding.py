@@ -14,9 +14,14 @@ SIZES = {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
 FSDP = sharding.rules_named("fsdp")
 
 
-def params():
-  up = jax.random.normal(jax.random.key(0), (3, 8, 16))
+def params(seed=0):
+  up = jax.random.normal(jax.random.key(seed), (3, 8, 16))
   return {"blocks": {"mlp": {"up": {"kernel": up, "bias": jnp.ones((3, 16))}}}}
+
+
+def make_state(mesh):
+  tx = optax.adamw(1e-3)
+  return state.create(params, 0, tx, state.abstract(params(), tx, mesh, FSDP))
 
 
 def test_one_size_of_the_mesh_may_be_left_open():
@@ -35,7 +40,7 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(change):
 
 def test_optimizer_state_and_average_are_placed_as_their_parameters():
   mesh = sharding.make_mesh(SIZES)
-  made = state.create(params, optax.adamw(1e-3), mesh, FSDP)
+  made = make_state(mesh)
   kernels = [
     leaf for path, leaf in jax.tree.leaves_with_path(made) if "kernel" in sharding.path_name(path)
   ]
@@ -47,7 +52,7 @@ def test_optimizer_state_and_average_are_placed_as_their_parameters():
 
 def test_the_average_has_its_own_buffers():
   mesh = sharding.make_mesh({**SIZES, "data": 8, "fsdp": 1})
-  made = state.create(params, optax.adamw(1e-3), mesh, FSDP)
+  made = make_state(mesh)
 
   def pointers(tree):
     return {

@@ -46,6 +46,15 @@ class Checkpoints:
     self._worker = ThreadPoolExecutor(1, "checkpoint")
     self._pending: tuple[int, Future[None]] | None = None
 
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind: object, *_: object) -> None:
+    """Waits for a save under way; its failure is not raised over another error."""
+    if kind is None:
+      self.wait()
+    self._worker.shutdown()
+
   def save(self, step: int, state: TrainState) -> None:
     """Copies the state and returns; hashing and writing go on beside the next steps."""
     self.wait()
@@ -230,7 +239,7 @@ def _quieten_orbax() -> None:
   logging.getLogger("absl").addFilter(_not_from_orbax)
   report = sys.unraisablehook
 
-  def report_others(args: sys.UnraisableHookArgs) -> None:
+  def report_others(args: Any) -> None:
     if str(args.exc_value) != "Event loop is closed":
       report(args)
 

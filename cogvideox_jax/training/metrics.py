@@ -1,19 +1,28 @@
 """The files that a run adds to: metrics.jsonl, events.jsonl and TensorBoard's."""
 
 import json
+import math
 import os
 import tempfile
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 from tensorboardX import SummaryWriter
+from tqdm import tqdm
 
+from cogvideox_jax.data.loader import Loader
+from cogvideox_jax.errors import UserError
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 LONGEST_LINE = 1 << 20  # Bytes.
 
 
 class RunLog:
-  """Writes a run's metrics and events, each line at once; process 0 holds the only one.
+  """Writes a run's metrics and events, each line at once; of a job's processes only the first.
 
   A bucket cannot be appended to: for a workdir there, the files grow in a local folder and are
   copied by `upload`, which the loop calls at each checkpoint.
@@ -23,26 +32,30 @@ class RunLog:
     self._workdir = workdir
     self._remote = "://" in os.fspath(workdir)
     self._folder = Path(tempfile.mkdtemp(prefix="run_log_") if self._remote else workdir)
-    for name in ("metrics.jsonl", "events.jsonl"):
-      if self._remote and (workdir / name).exists():
-        (self._folder / name).write_bytes((workdir / name).read_bytes())
-      drop_torn_line(self._folder / name)
-    self._board = SummaryWriter(str(self._folder / "tensorboard"))
+    self._board = None
+    if jax.process_index() == 0:
+      for name in (METRICS, EVENTS):
+        if self._remote and (workdir / name).exists():
+          (self._folder / name).write_bytes((workdir / name).read_bytes())
+        drop_torn_line(self._folder / name)
+      self._board = SummaryWriter(str(self._folder / "tensorboard"))
 
   def metrics(self, step: int, values: dict[str, float]) -> None:
     """Adds the object of one logged step, and the same numbers to TensorBoard."""
-    append_line(self._folder / "metrics.jsonl", {"step": step, **values})
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
-    self._board.flush()
+    if self._board:
+      append_line(self._folder / METRICS, {"step": step, **values})
+      for name, value in values.items():
+        self._board.add_scalar(name, value, step)
+      self._board.flush()
 
   def event(self, name: str, **fields: Any) -> None:
     """Adds an object to events.jsonl. May be called from any thread."""
-    append_line(self._folder / "events.jsonl", {"event": name, **fields})
+    if self._board:
+      append_line(self._folder / EVENTS, {"event": name, **fields})
 
   def upload(self) -> None:
     """Copies the files to the bucket, where the workdir is one."""
-    if self._remote:
+    if self._board and self._remote:
       for file in self._folder.rglob("*"):
         if file.is_file():
           target = self._workdir / file.relative_to(self._folder).as_posix()
@@ -50,8 +63,10 @@ class RunLog:
           target.write_bytes(file.read_bytes())
 
   def close(self) -> None:
-    self._board.close()
-    self.upload()
+    """Copies the files a last time; nothing may be added after it."""
+    if self._board:
+      self._board.close()
+      self.upload()
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -69,3 +84,64 @@ def drop_torn_line(path: Path) -> None:
     start = max(file.seek(0, os.SEEK_END) - LONGEST_LINE, 0)
     file.seek(start)
     file.truncate(start + file.read().rfind(b"\n") + 1)
+
+
+class Recorder:
+  """Turns what steps return into logged numbers, without holding up the device.
+
+  Reading a number waits for its step, so it is done `lag` steps late.
+  """
+
+  def __init__(self, log: RunLog, loader: Loader, bar: tqdm, *, tokens: int, every: int, lag: int):
+    """tokens: of a global batch, padding included. every: a logged step stands for so many."""
+    self._log, self._loader, self._bar = log, loader, bar
+    self._tokens, self._every, self._lag = tokens, every, lag
+    self._waiting: deque[tuple[int, dict[str, jax.Array], dict[str, float]]] = deque()
+    self._mark, self._seconds, self._steps = time.perf_counter(), 0.0, 0
+
+  def add(self, step: int, metrics: dict[str, jax.Array], extra: dict[str, float]) -> None:
+    """Takes a step's metrics, and numbers that make it a logged step whatever its number."""
+    self._waiting.append((step, metrics, extra))
+    while len(self._waiting) > self._lag:
+      self._read(*self._waiting.popleft())
+
+  def drain(self) -> None:
+    """Reads what is waiting: after it, all steps so far are known to be finite."""
+    while self._waiting:
+      self._read(*self._waiting.popleft())
+
+  def restart_clock(self) -> None:
+    """Leaves out of the steps' time what was done since the last of them."""
+    self._mark = time.perf_counter()
+
+  def _read(self, step: int, metrics: dict[str, jax.Array], extra: dict[str, float]) -> None:
+    values = {name: float(value) for name, value in metrics.items()}
+    now = time.perf_counter()
+    self._seconds, self._steps, self._mark = self._seconds + now - self._mark, self._steps + 1, now
+    for name, value in values.items():
+      if not math.isfinite(value):
+        self._log.event("not_finite", step=step, metric=name)
+        raise UserError(
+          f"Training stopped: {name} was {value} at step {step}; earlier checkpoints are intact.\n"
+          "The same command would meet it again. Train on from the newest checkpoint in a new "
+          "workdir, with\n--config.init_from=THIS_WORKDIR and a smaller "
+          "config.optimizer.learning_rate, or look for odd numbers in the data."
+        )
+    self._bar.update()
+    self._bar.set_postfix(loss=f"{values['loss']:.4f}")
+    if step % self._every == 0 or extra:
+      self._write(step, values, extra)
+
+  def _write(self, step: int, values: dict[str, float], extra: dict[str, float]) -> None:
+    padding = self._loader.padding_fraction(step - 1)
+    seconds = self._seconds / self._steps
+    self._seconds, self._steps = 0.0, 0
+    numbers = {
+      **values,
+      "step_seconds": seconds,
+      "tokens_per_second": self._tokens * (1 - padding) / seconds,
+      "padding_fraction": padding,
+      "epoch": self._loader.epoch(step - 1),
+      **extra,
+    }
+    self._log.metrics(step, numbers)

@@ -32,23 +32,37 @@ def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 
 def create(
-  make_params: Callable[[], Params],
+  make_params: Callable[[Any], Params],
+  argument: Any,
   tx: optax.GradientTransformation,
-  mesh: Mesh,
-  rules: sharding.Rules,
+  like: TrainState,
 ) -> TrainState:
-  """Draws a state straight onto the mesh, so that no device ever holds all of it.
+  """Makes a state straight onto a mesh, so that no device ever holds all of it.
 
   The shardings are given by name: a bare `jax.jit(tx.init)` leaves the moments unsharded.
+
+  Args:
+    make_params: traced; given `argument`, such as a key, or arrays that are on the mesh already.
+    like: what `abstract` returns.
   """
 
-  def make() -> TrainState:
-    return new_state(make_params(), tx)
+  def make(argument: Any) -> TrainState:
+    return new_state(make_params(argument), tx)
 
-  places = sharding.shardings(jax.eval_shape(make), mesh, rules)
-  return jax.jit(make, out_shardings=places)()
+  return jax.jit(make, out_shardings=shardings_of(like))(argument)
 
 
-def abstract(state: TrainState) -> TrainState:
-  """Shapes, types and shardings of a state, without its arrays."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+def abstract(
+  params: Params, tx: optax.GradientTransformation, mesh: Mesh, rules: sharding.Rules
+) -> TrainState:
+  """Shapes, types and shardings of a state; `params` are arrays, or their shapes."""
+  shapes = jax.eval_shape(lambda params: new_state(params, tx), params)
+  places = sharding.shardings(shapes, mesh, rules)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+  )
+
+
+def shardings_of(state: TrainState) -> TrainState:
+  """The sharding of each array of a state, or of an abstract one."""
+  return jax.tree.map(lambda x: x.sharding, state)

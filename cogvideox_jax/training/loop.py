@@ -1,0 +1,212 @@
+"""The training loop: from a config and a workdir to a trained model, over any number of starts."""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from cogvideox_jax import sharding
+from cogvideox_jax.data.files import disk_errors
+from cogvideox_jax.inference.progress import COMPILE, Progress
+from cogvideox_jax.training import resume, setup, state
+from cogvideox_jax.training.checkpoint import Checkpoints
+from cogvideox_jax.training.interrupts import Interrupts
+from cogvideox_jax.training.metrics import Recorder, RunLog
+from cogvideox_jax.training.preview import Previewer
+from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.types import Batch
+
+# Where on the noise schedule the validation loss is taken, as fractions of its steps; ours.
+VALIDATION_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+READ_AHEAD = 2  # Batches that are on the device before their step.
+
+
+def train(config: ConfigDict, workdir: epath.Path) -> int:
+  """Trains until config.train.steps, from the workdir's newest good checkpoint if it has one.
+
+  Returns:
+    The exit code: 0, or once a signal came and the state is saved, that signal's.
+
+  Raises:
+    UserError: the config, the data or the workdir do not allow it; before any compile.
+  """
+  with disk_errors(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+  resume.check_config(workdir, config)
+  run = Run(config, workdir)
+  with disk_errors(workdir):
+    resume.store(workdir, config, run.data_digests)
+    log = RunLog(workdir)
+
+  def on_saved(step: int, digest: str) -> None:
+    log.event("checkpoint_saved", step=step, digest=digest)
+    log.upload()
+
+  folder = workdir / "checkpoints"
+  with (
+    closing(log),
+    Interrupts() as interrupts,
+    Checkpoints(folder, keep=config.checkpoint.keep, on_saved=on_saved) as checkpoints,
+  ):
+    value = run.start(checkpoints, log)
+    step = run.go(value, checkpoints, log, interrupts)
+  if step == config.train.steps:
+    say(f"Trained for {step} steps: {folder / str(step)}")
+    return 0
+  say(f"Stopped at step {step}, which is saved. The same command goes on from there.")
+  return interrupts.exit_code
+
+
+class Programs(NamedTuple):
+  """What is compiled before the first step."""
+
+  train: Callable[..., Any]
+  validate: Callable[..., Any]
+
+
+class Run:
+  """One start of the training of a workdir."""
+
+  def __init__(self, config: ConfigDict, workdir: epath.Path):
+    """Prepares all that needs no compiled program of the transformer."""
+    self._config, self._steps = config, config.train.steps
+    self._mesh, rules = setup.make_mesh(config)
+    name, self._stage = setup.only_stage(config)
+    self._rows = sharding.row_sharding(self._mesh, rules, self._stage.rows)
+    self._functions = setup.make_functions(config, self._mesh, rules)
+    self._previewer = None
+    if config.preview.every and config.preview.prompts:
+      self._previewer = Previewer(config, setup.model_config(config), workdir / "previews")
+    dataset = setup.open_data(config, workdir)
+    self.data_digests = {name: dataset.digest}
+    resume.check_data(workdir, self.data_digests)
+    self._loader = setup.make_loader(config, dataset, "train")
+    self._held_out = None
+    if config.validation.every:
+      self._held_out = setup.make_loader(config, dataset, "validation")
+    # On CPU, steps that are not waited for can deadlock where devices are many.
+    self._waits = self._mesh.devices.flat[0].platform == "cpu"
+    keys = jax.random.split(jax.random.key(config.seed), 3)
+    self._create_key, self._train_key, self._validation_key = keys
+
+  def start(self, checkpoints: Checkpoints, log: RunLog) -> TrainState:
+    """The state to go on from, restored or new; says which."""
+    restored = checkpoints.restore(self._functions.abstract)
+    for step, reason in (restored.skipped if restored else {}).items():
+      log.event("checkpoint_skipped", step=step, reason=reason)
+      say(f"Passed over the checkpoint of step {step}: {reason}.")
+    value = restored.state if restored else self._functions.create(self._create_key)
+    step = int(value.step)
+    log.event("resumed", step=step)
+    say(f"resumed at step {step} of {self._steps}" if restored else f"new run, {self._steps} steps")
+    return value
+
+  def go(
+    self, value: TrainState, checkpoints: Checkpoints, log: RunLog, interrupts: Interrupts
+  ) -> int:
+    """Takes the steps that are left. Returns the last one taken, which is saved by then."""
+    before, config = int(value.step), self._config
+    if before >= self._steps:
+      return before
+    with closing(self._loader.iterate(before)) as rows:
+      batches = self._read_ahead(rows)
+      first = next(batches)
+      programs = self._compile(value, first)
+      with tqdm(desc="train", initial=before, total=self._steps, disable=not is_first()) as bar:
+        recorder = self._recorder(log, bar)
+        for step, batch in enumerate(itertools.chain([first], batches), start=before + 1):
+          value, metrics = programs.train(value, batch, self._train_key)
+          if self._waits:
+            jax.block_until_ready(value)
+          validates = is_due(step, config.validation.every)
+          recorder.add(step, metrics, self._validate(programs, value.ema) if validates else {})
+          stops = step == self._steps or interrupts.exit_code is not None
+          if stops or is_due(step, config.checkpoint.every):
+            recorder.drain()  # So that nothing is saved that is not finite.
+            checkpoints.save(step, value)
+          if self._previewer and is_due(step, config.preview.every):
+            self._previewer.write(step, value.ema)
+          checkpoints.check()
+          if stops:
+            break
+          recorder.restart_clock()
+    checkpoints.wait()
+    return step
+
+  def _compile(self, value: TrainState, batch: Batch) -> Programs:
+    places = state.shardings_of(value)
+    train = jax.jit(self._functions.train, out_shardings=(places, None), donate_argnums=0)
+    validate = jax.jit(self._functions.validate)
+    progress = Progress()
+    with progress.phase(COMPILE, 2 if self._held_out else 1) as bar:
+      train = train.lower(value, batch, self._train_key).compile()
+      bar.update()
+      if self._held_out:
+        validate = validate.lower(value.ema, batch, *self._validation_noise()).compile()
+        bar.update()
+    say(f"compiled in {progress.seconds[COMPILE]:.1f} s")
+    return Programs(train, validate)
+
+  def _validate(self, programs: Programs, params: Params) -> dict[str, float]:
+    """The loss on the held-out clips, by timestep and over all: always the same clips and noise."""
+    rows = self._stage.rows
+    count = min(self._config.validation.batches, -(-self._held_out.rows_per_epoch // rows))
+    noise = self._validation_noise()
+    losses = np.mean(
+      [
+        jax.device_get(programs.validate(params, self._place(self._held_out.batch(k)), *noise))
+        for k in range(count)
+      ],
+      axis=0,
+    )
+    each = {f"validation_loss_{t}": float(loss) for t, loss in zip(noise[1], losses, strict=True)}
+    return {"validation_loss": float(losses.mean()), **each}
+
+  def _validation_noise(self) -> tuple[jax.Array, np.ndarray]:
+    points = np.array(VALIDATION_POINTS) * self._config.noise.steps
+    return self._validation_key, points.astype(np.int32)
+
+  def _recorder(self, log: RunLog, bar: tqdm) -> Recorder:
+    return Recorder(
+      log,
+      self._loader,
+      bar,
+      tokens=self._stage.rows * self._stage.row_tokens,
+      every=self._config.log_every,
+      lag=0 if self._waits else READ_AHEAD,
+    )
+
+  def _read_ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Batches on the mesh, each put there while earlier ones are computed with."""
+    waiting: deque[Batch] = deque()
+    for batch in batches:
+      waiting.append(self._place(batch))
+      if len(waiting) > READ_AHEAD:
+        yield waiting.popleft()
+
+  def _place(self, batch: Batch) -> Batch:
+    """This host's rows as its part of the global batch."""
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, self._rows), batch)
+
+
+def is_due(step: int, every: int) -> bool:
+  """Whether something done `every` so many steps, never if that is 0, is to be done at `step`."""
+  return every > 0 and step % every == 0
+
+
+def is_first() -> bool:
+  return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+  """A line in the terminal, once for all processes of a job."""
+  if is_first():
+    print(text, flush=True)

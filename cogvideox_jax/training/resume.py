@@ -1,0 +1,85 @@
+"""Whether a workdir may be gone on with: its config against the one now given."""
+
+import json
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from cogvideox_jax.data.files import write_atomically
+from cogvideox_jax.errors import UserError
+
+NAME = "config.json"
+DIGESTS = "data_digests"  # In that file, beside the config's keys.
+# Keys that do not change what is trained, or whose change is compared by other means.
+FREE = ("log_every", "checkpoint", "preview", "mesh", "sharding", "data.path")
+
+
+def check_config(workdir: epath.Path, config: ConfigDict) -> None:
+  """Raises a UserError if the workdir was begun with a config that trains something else.
+
+  Names the keys, both values, and the way out.
+  """
+  if not (workdir / NAME).exists():
+    return
+  try:
+    stored = json.loads((workdir / NAME).read_text())
+  except ValueError as error:
+    raise UserError(
+      f"{workdir / NAME} is damaged ({error}).\nRestore it, or start in a new workdir."
+    ) from error
+  stored.pop(DIGESTS, None)
+  before, now = _flat(stored), _flat(json.loads(config.to_json()))
+  changed = [
+    f"  config.{key}: was {_text(before, key)}, is {_text(now, key)}"
+    for key in sorted(before.keys() | now.keys())
+    if before.get(key) != now.get(key) and not _is_free(key)
+  ]
+  if changed:
+    raise UserError(
+      "\n".join([f"{workdir} was begun with another config:", *changed, _way_out(workdir)])
+    )
+
+
+def check_data(workdir: epath.Path, digests: dict[str, str]) -> None:
+  """Raises a UserError if the workdir was begun on other data; `digests` are by stage."""
+  if not (workdir / NAME).exists():
+    return
+  before = json.loads((workdir / NAME).read_text()).get(DIGESTS, {})
+  for stage, digest in digests.items():
+    if before.get(stage, digest) != digest:
+      raise UserError(
+        f"{workdir} was begun on another dataset: the records of stage {stage!r} are not the same "
+        f"as then.\nSet config.data.path to the former one, or{_way_out(workdir)[2:]}"
+      )
+
+
+def store(workdir: epath.Path, config: ConfigDict, digests: dict[str, str]) -> None:
+  """Writes config.json: the config as JSON, and under `data_digests` what it was trained on."""
+  fields = {**json.loads(config.to_json()), DIGESTS: digests}
+  write_atomically(workdir / NAME, (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def _way_out(workdir: epath.Path) -> str:
+  return (
+    f"To train on from its weights with the new config, use a new --workdir and "
+    f"--config.init_from={workdir}"
+  )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  leaves: dict[str, Any] = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      leaves |= _flat(value, f"{prefix}{name}.")
+    else:
+      leaves[prefix + name] = value
+  return leaves
+
+
+def _is_free(key: str) -> bool:
+  return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _text(leaves: dict[str, Any], key: str) -> str:
+  return json.dumps(leaves[key]) if key in leaves else "absent"

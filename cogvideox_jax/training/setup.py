@@ -1,0 +1,183 @@
+"""From a config to everything that a training run needs, each part checked before any compile."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx, traverse_util
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from cogvideox_jax import encoding, sharding
+from cogvideox_jax.conversion import configs, diffusers
+from cogvideox_jax.conversion.folder import open_model
+from cogvideox_jax.data import shapes
+from cogvideox_jax.data.loader import Loader
+from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference.pipeline import compute_dtype
+from cogvideox_jax.models.attention import attention
+from cogvideox_jax.models.dit import DiT, DiTConfig
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.training import checkpoint, optimizer, state
+from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.step import Network, train_step, validation_step
+
+
+class Functions(NamedTuple):
+  """The run's functions of arrays alone."""
+
+  abstract: TrainState  # Shapes and shardings of a state.
+  create: Callable[[Key[Array, ""]], TrainState]
+  train: Callable[..., Any]  # (state, batch, key) -> (state, metrics), not jitted; so is validate:
+  validate: Callable[..., Any]  # (params, batch, key, timesteps) -> losses
+
+
+def make_mesh(config: ConfigDict) -> tuple[Mesh, sharding.Rules]:
+  return sharding.make_mesh(dict(config.mesh)), sharding.rules_named(config.sharding)
+
+
+def only_stage(config: ConfigDict) -> tuple[str, ConfigDict]:
+  """The stage that the config trains; several in one run are not supported yet."""
+  stages = list(config.stages.items())
+  if len(stages) != 1:
+    raise UserError(
+      f"config.stages has {len(stages)} stages; a run trains one.\nKeep one of them, and start the "
+      "next in another workdir with --config.init_from=THIS_WORKDIR."
+    )
+  return stages[0]
+
+
+def open_data(config: ConfigDict, workdir: epath.Path) -> Dataset:
+  """The encoded clips of the config's stage; the embedded clips are made first if it names none."""
+  name, stage = only_stage(config)
+  if config.data.path:
+    return Dataset(epath.Path(config.data.path) / name)
+  manifest = shapes.render_dataset(
+    workdir / "data" / "clips",
+    config.data.clips,
+    config.seed,
+    sizes=stage.sizes,
+    durations=stage.durations,
+    fps=config.data.fps,
+  )
+  encoded = workdir / "data" / "encoded"
+  encoding.encode(config, manifest, encoded, config.components)
+  return Dataset(encoded / name)
+
+
+def model_config(config: ConfigDict) -> DiTConfig:
+  return DiTConfig(**config.model.to_dict())
+
+
+def make_loader(config: ConfigDict, dataset: Dataset, split: str) -> Loader:
+  """Batches of this host's rows; a UserError if the clips are not such as the model takes."""
+  _, stage = only_stage(config)
+  _check_clips(dataset, model_config(config))
+  return Loader(
+    dataset,
+    rows=stage.rows,
+    row_tokens=stage.row_tokens,
+    max_clips=stage.max_clips,
+    patch=tuple(config.model.patch),
+    seed=config.seed,
+    drop="zeros" if config.text.drop == "zeros" else _empty_prompt(config),
+    drop_rate=config.text.drop_rate,
+    validation_fraction=config.data.validation_fraction,
+    split=split,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def make_functions(config: ConfigDict, mesh: Mesh, rules: sharding.Rules) -> Functions:
+  """What the loop compiles; `config.components` gives the scale of the latents."""
+  model = model_config(config)
+  options = {"dtype": compute_dtype(config.dtype), "remat": config.remat}
+  network = Network(
+    graph_of(DiT, model, **options), model.width, sharding.shard_attention(attention, mesh, rules)
+  )
+  learning_rate = optimizer.learning_rate(config.optimizer, config.train.steps)
+  tx = optimizer.make_optimizer(config.optimizer, learning_rate)
+  shared = {
+    "network": network,
+    "schedule": noise_schedule(NoiseConfig(**config.noise)),
+    "scaling_factor": _scaling_factor(config),
+  }
+  draw = partial(_draw_params, model)
+  shapes = jax.eval_shape(draw, jax.random.key(0))
+  abstract = state.abstract(shapes, tx, mesh, rules)
+
+  def create(key: Key[Array, ""]) -> TrainState:
+    if not config.init_from:
+      return state.create(draw, key, tx, abstract)
+    params = load_initial(config.init_from, shapes)
+    params = jax.device_put(params, state.shardings_of(abstract).params)
+    return state.create(lambda given: given, params, tx, abstract)
+
+  return Functions(
+    abstract=abstract,
+    create=create,
+    train=partial(
+      train_step,
+      tx=tx,
+      learning_rate=learning_rate,
+      ema_decay=config.optimizer.ema_decay,
+      explicit_uniform=config.train.explicit_uniform,
+      **shared,
+    ),
+    validate=partial(validation_step, **shared),
+  )
+
+
+def _draw_params(model: DiTConfig, key: Key[Array, ""]) -> Params:
+  return nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def load_initial(source: str, wanted: Params) -> Params:
+  """The transformer of a model folder, or the average of a workdir, as fp32 host arrays.
+
+  Raises:
+    UserError: there is none, or its arrays are not those `wanted`.
+  """
+  if (epath.Path(source) / "checkpoints").is_dir():
+    params = checkpoint.load_weights(source)
+  else:
+    params = open_model(source).transformer()[1]
+  found, shapes_wanted = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, wanted))
+  for name in sorted(found.keys() | shapes_wanted.keys()):
+    has = found[name].shape if name in found else None
+    wants = shapes_wanted[name].shape if name in shapes_wanted else None
+    if has != wants:
+      raise UserError(
+        f"config.init_from={source} has another transformer than config.model: {name} is "
+        f"{has or 'absent'} there and {wants or 'absent'} here.\nMake config.model the same as its."
+      )
+  return jax.tree.map(partial(np.asarray, dtype=np.float32), params)
+
+
+def _scaling_factor(config: ConfigDict) -> float:
+  fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
+  return configs.read_vae(fields, where).scaling_factor
+
+
+def _empty_prompt(config: ConfigDict) -> Float[np.ndarray, "l t"]:
+  return encoding.Encoders(open_model(config.components), config).text([""])[0]
+
+
+def _check_clips(dataset: Dataset, model: DiTConfig) -> None:
+  channels, text = dataset.index.latent_shape[0, 3], tuple(dataset.index.text_shape[0].tolist())
+  for what, has, wants in (
+    ("latent channels", int(channels), model.in_channels),
+    ("text states (tokens, width)", text, (model.text_length, model.text_width)),
+  ):
+    if has != wants:
+      raise UserError(
+        f"The clips of {dataset.directory} have {what} {has}, but config.model says {wants}.\n"
+        "Encode them with this config's components, or give the config they were encoded with."
+      )

@@ -1,0 +1,87 @@
+"""The files that only grow."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from tqdm import tqdm
+
+from cogvideox_jax.data.loader import Loader
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.training import metrics
+
+
+@pytest.fixture
+def log(tmp_path):
+  log = metrics.RunLog(epath.Path(tmp_path))
+  yield log
+  log.close()
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Rows(Loader):
+  """What a recorder asks of a loader."""
+
+  def __init__(self):
+    pass
+
+  def padding_fraction(self, k):
+    return 0.25
+
+  def epoch(self, k):
+    return k // 2
+
+
+def test_lines_can_be_read_as_soon_as_they_are_added(log, tmp_path):
+  log.event("resumed", step=0)
+  log.metrics(1, {"loss": 0.5})
+  assert lines(tmp_path / "events.jsonl") == [{"event": "resumed", "step": 0}]
+  assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+  assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 3, "lo'])
+def test_a_line_torn_by_a_kill_is_cut_off_at_the_next_start(tmp_path, torn):
+  whole = '{"step": 1}\n{"step": 2}\n'
+  (tmp_path / "metrics.jsonl").write_text(whole + torn)
+  log = metrics.RunLog(epath.Path(tmp_path))
+  log.metrics(3, {})
+  log.close()
+  assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_logged_step_stands_for_those_before_it(log, tmp_path):
+  recorder = metrics.Recorder(log, Rows(), tqdm(disable=True), tokens=100, every=3, lag=0)
+  for step in range(1, 7):
+    recorder.add(step, {"loss": jnp.float32(step)}, {"validation_loss": 1.0} if step == 5 else {})
+  logged = lines(tmp_path / "metrics.jsonl")
+  assert [line["step"] for line in logged] == [3, 5, 6]
+  assert [line["epoch"] for line in logged] == [1, 2, 2]
+  for line in logged:
+    assert line["tokens_per_second"] == pytest.approx(75 / line["step_seconds"])
+  assert ["validation_loss" in line for line in logged] == [False, True, False]
+
+
+def test_numbers_are_read_late_and_none_is_lost(log, tmp_path):
+  recorder = metrics.Recorder(log, Rows(), tqdm(disable=True), tokens=1, every=1, lag=2)
+  seen = []
+  for step in range(1, 5):
+    recorder.add(step, {"loss": jnp.float32(1)}, {})
+    seen.append((tmp_path / "metrics.jsonl").exists() and len(lines(tmp_path / "metrics.jsonl")))
+  assert seen == [0, 0, 1, 2]
+  recorder.drain()
+  assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_number_that_is_not_finite_stops_the_run_and_names_the_step(log, tmp_path, value):
+  recorder = metrics.Recorder(log, Rows(), tqdm(disable=True), tokens=1, every=10, lag=0)
+  recorder.add(1, {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)}, {})
+  with pytest.raises(UserError, match=r"grad_norm was .* at step 2"):
+    recorder.add(2, {"loss": jnp.float32(1), "grad_norm": jnp.float32(value)}, {})
+  stop = {"event": "not_finite", "step": 2, "metric": "grad_norm"}
+  assert lines(tmp_path / "events.jsonl") == [stop]

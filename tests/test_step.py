@@ -1,0 +1,172 @@
+"""One update of the real transformer: the same on any mesh, and for any packing of the clips."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from drawn import DIT_CONFIG, NOISE, draw
+
+from cogvideox_jax import sharding
+from cogvideox_jax.data.packing import pack
+from cogvideox_jax.diffusion.loss import v_loss
+from cogvideox_jax.diffusion.noise import noise_schedule
+from cogvideox_jax.models.attention import attention
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.training import state, step
+from cogvideox_jax.types import VISION, Batch, Example
+
+SCHEDULE = noise_schedule(NOISE)
+SGD = optax.sgd(1.0)  # With which the change of a weight is its gradient.
+KEY = jax.random.key(7)
+PARAMS = draw(DiT, DIT_CONFIG)[1]
+
+
+def network(dtype=jnp.float32, attend=attention):
+  return step.Network(graph_of(DiT, DIT_CONFIG, dtype=dtype), DIT_CONFIG.width, attend)
+
+
+def make_step(tx=SGD, **changes):
+  return partial(
+    step.train_step,
+    tx=tx,
+    learning_rate=optax.constant_schedule(1.0),
+    schedule=SCHEDULE,
+    scaling_factor=0.7,
+    ema_decay=0.75,
+    **{"network": network(), "explicit_uniform": True, **changes},
+  )
+
+
+def example(seed, grid):
+  rng = np.random.default_rng(seed)
+  shape = (*grid, DIT_CONFIG.in_channels)
+  mean, logvar = rng.normal(size=shape), rng.normal(-3, 1, size=shape)
+  text = rng.normal(size=(DIT_CONFIG.text_length, DIT_CONFIG.text_width))
+  arrays = (part.astype(np.float32) for part in (mean, logvar, text))
+  return Example(*arrays, "", "", num_frames=0, height=0, width=0, fps=8.0)
+
+
+def row(examples, tokens=40):
+  return pack(examples, patch=DIT_CONFIG.patch, row_tokens=tokens, max_clips=3)
+
+
+def stack(rows):
+  return Batch(*map(np.concatenate, zip(*rows, strict=True)))
+
+
+def batch_of(rows=8):
+  clips = [[example(2 * r, (1, 4, 4)), example(2 * r + 1, (1 + r % 3, 4, 4))] for r in range(rows)]
+  return stack([row(pair) for pair in clips])
+
+
+@pytest.mark.parametrize(
+  "name, sizes",
+  [
+    ("fsdp", {"data": 8}),
+    ("fsdp", {"data": 4, "fsdp": 2}),
+    ("fsdp", {"fsdp": 8}),
+    ("fsdp_tensor", {"data": 2, "fsdp": 2, "tensor": 2}),
+  ],
+)
+def test_a_sharded_step_equals_that_of_one_device(name, sizes):
+  batch, tx = batch_of(), SGD
+  alone, alone_metrics = jax.jit(make_step())(state.new_state(PARAMS, tx), batch, KEY)
+
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **sizes})
+  rules = sharding.rules_named(name)
+  places = state.shardings_of(state.abstract(PARAMS, tx, mesh, rules))
+  start = jax.device_put(state.new_state(PARAMS, tx), places)
+  attend = sharding.shard_attention(attention, mesh, rules)
+  run = jax.jit(make_step(network=network(attend=attend)), out_shardings=(places, None))
+  sharded, metrics = run(start, jax.device_put(batch, sharding.row_sharding(mesh, rules, 8)), KEY)
+
+  np.testing.assert_allclose(metrics["loss"], alone_metrics["loss"], rtol=1e-5)
+  np.testing.assert_allclose(metrics["grad_norm"], alone_metrics["grad_norm"], rtol=1e-4)
+  jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), sharded.params, alone.params)
+
+
+def test_every_kernel_and_its_moments_are_spread_over_fsdp():
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "context": 1, "tensor": 1})
+  abstract = state.abstract(PARAMS, optax.adamw(1e-3), mesh, sharding.rules_named("fsdp"))
+  for path, leaf in jax.tree.leaves_with_path(abstract):
+    spread = "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec))
+    assert spread == sharding.path_name(path).endswith("kernel"), path
+
+
+def losses_of(params, batch, x0, noise, timesteps):
+  denoise = step.denoiser(network(), params, batch)
+  return v_loss(denoise, x0, noise, timesteps, batch, SCHEDULE)
+
+
+def test_clips_packed_in_one_row_train_as_each_alone():
+  clips = [example(0, (1, 4, 4)), example(1, (3, 4, 4)), example(2, (2, 4, 4))]
+  packed, alone = row(clips, tokens=48), stack([row([clip], tokens=48) for clip in clips])
+  rng = np.random.default_rng(3)
+  noise = rng.normal(size=packed.mean.shape).astype(np.float32)
+  noise_alone = np.zeros_like(alone.mean)
+  for clip in range(3):  # The same noise for the same token.
+    of_packed = (packed.segment_ids[0] == clip + 1) & (packed.experts[0] == VISION)
+    of_alone = (alone.segment_ids[clip] == 1) & (alone.experts[clip] == VISION)
+    noise_alone[clip, of_alone] = noise[0, of_packed]
+  timesteps = np.array([[0, 100, 500, 900]], np.int32)
+  timesteps_alone = np.array([[0, t, 0, 0] for t in (100, 500, 900)], np.int32)
+
+  run = jax.jit(jax.value_and_grad(losses_of))
+  loss, grads = run(PARAMS, packed, packed.mean, noise, timesteps)
+  loss_alone, grads_alone = run(PARAMS, alone, alone.mean, noise_alone, timesteps_alone)
+  np.testing.assert_allclose(loss, loss_alone, rtol=1e-5)
+  jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), grads, grads_alone)
+
+
+def test_what_stands_in_the_padding_changes_nothing():
+  batch = row([example(0, (2, 4, 4))])
+  padding = batch.segment_ids == 0
+  filled = batch._replace(mean=np.where(padding[..., None], 100.0, batch.mean).astype(np.float32))
+  filled.text[:, 1:] = 50.0
+  run, start = jax.jit(make_step()), state.new_state(PARAMS, optax.sgd(1.0))
+  clean = row([example(0, (2, 4, 4))])
+  np.testing.assert_array_equal(
+    run(start, filled, KEY)[1]["loss"], run(start, clean, KEY)[1]["loss"]
+  )
+
+
+def test_noise_is_that_of_the_step_and_the_average_follows():
+  batch, tx = batch_of(rows=2), optax.sgd(0.1)
+  run = jax.jit(make_step(tx))
+  start = state.new_state(PARAMS, tx)
+  first, metrics = run(start, batch, KEY)
+  again, repeated = run(start, batch, KEY)
+  _, later = run(start._replace(step=jnp.int32(1)), batch, KEY)
+  assert metrics["loss"] == repeated["loss"] != later["loss"]
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  assert int(first.step) == 1
+  jax.tree.map(
+    lambda ema, old, new: np.testing.assert_allclose(ema, 0.75 * old + 0.25 * new, rtol=1e-5),
+    first.ema,
+    PARAMS,
+    first.params,
+  )
+
+
+def test_computing_in_bfloat16_leaves_the_weights_and_moments_in_float32():
+  tx = optax.adamw(1e-3)
+  run = jax.jit(make_step(tx, network=network(jnp.bfloat16)))
+  after, metrics = run(state.new_state(PARAMS, tx), batch_of(rows=1), KEY)
+  exact = jax.jit(make_step(tx))(state.new_state(PARAMS, tx), batch_of(rows=1), KEY)[1]
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(after)} == {"float32", "int32"}
+  np.testing.assert_allclose(metrics["loss"], exact["loss"], rtol=0.05)
+  assert metrics["loss"] != exact["loss"]
+
+
+def test_training_on_one_batch_learns_it():
+  tx = optax.adam(3e-3)
+  run = jax.jit(make_step(tx))
+  batch, value, losses = batch_of(rows=2), state.new_state(PARAMS, tx), []
+  for _ in range(30):
+    value, metrics = run(value, batch, KEY)
+    losses.append(float(metrics["loss"]))
+  assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
