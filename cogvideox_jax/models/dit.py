@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from cogvideox_jax.models import positions
@@ -80,7 +81,7 @@ class DiT(nnx.Module):
     config: DiTConfig,
     *,
     rngs: nnx.Rngs,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     remat: bool = False,
   ):
     width, patch = config.width, math.prod(config.patch)
@@ -158,7 +159,7 @@ class DiT(nnx.Module):
   def _run_blocks(self, x, time, segment_ids, experts, rotary, attention) -> Float[Array, "b n d"]:
     graphdef, stacked = nnx.split(self.blocks)
 
-    def run(x: Array, params: nnx.State) -> tuple[Array, None]:
+    def run(x, params):
       block = nnx.merge(graphdef, params)
       return block(x, time, segment_ids, experts, rotary, attention), None
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from cogvideox_jax.models.positions import rotate
@@ -32,7 +33,7 @@ class ExpertAdaLayerNorm(nnx.Module):
   a new block is the identity. Weights: diffusers `CogVideoXLayerNormZero`.
   """
 
-  def __init__(self, width: int, time_width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, time_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     zeros = nnx.initializers.zeros
     self.norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
     self.modulation = nnx.Linear(time_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
@@ -58,7 +59,7 @@ def per_token(table: Float[Array, "b rows d"], index: Int[Array, "b n"]) -> Floa
 class SelfAttention(nnx.Module):
   """Attention of every token to all of its clip, text and vision alike (3D full attention)."""
 
-  def __init__(self, width: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     head_dim = width // heads
     for name in ("query", "key", "value"):
       layer = nnx.LinearGeneral(width, (heads, head_dim), dtype=dtype, rngs=rngs)
@@ -83,7 +84,7 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
   """Four times wider inside, tanh-approximated GELU."""
 
-  def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
     self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
 
@@ -94,7 +95,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
   """Attention, then MLP, each between an expert norm and its gate (`CogVideoXBlock`)."""
 
-  def __init__(self, width: int, heads: int, time_width: int, *, dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, heads: int, time_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.attention_norm = ExpertAdaLayerNorm(width, time_width, dtype=dtype, rngs=rngs)
     self.attention = SelfAttention(width, heads, dtype=dtype, rngs=rngs)
     self.mlp_norm = ExpertAdaLayerNorm(width, time_width, dtype=dtype, rngs=rngs)
