@@ -1,0 +1,184 @@
+"""From real files to an encoded dataset, with clips that cannot be used, and killed midway."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drawn import T5_CONFIG, VAE_CONFIG, draw
+from etils import epath
+
+from cogvideox_jax import encoding
+from cogvideox_jax.conversion import diffusers
+from cogvideox_jax.conversion.folder import open_model
+from cogvideox_jax.data import video
+from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.t5 import T5Encoder
+from cogvideox_jax.models.vae import VAE
+from configs import tiny
+
+TOKENIZER = epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("model")
+  diffusers.save_vae(folder / "vae", *draw(VAE, VAE_CONFIG))
+  diffusers.save_text_encoder(folder / "text_encoder", *draw(T5Encoder, T5_CONFIG))
+  diffusers.save_tokenizer(folder / "tokenizer", Tokenizer(TOKENIZER))
+  return str(folder)
+
+
+@pytest.fixture
+def config():
+  config = tiny.get_config()
+  config.model.text_length = 6
+  config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
+  return config
+
+
+def write_clips(folder, count, seed=0):
+  """Videos of 9 frames and, every third, an image, with captions."""
+  rng = np.random.default_rng(seed)
+  folder.mkdir()
+  lines = []
+  for index in range(count):
+    file = f"{index:03d}.mp4"
+    frames = rng.integers(0, 255, (1 if index % 3 == 0 else 9, 16, 16, 3), np.uint8)
+    video.write_mp4(folder / file, frames, 8.0)
+    lines.append({"file": file, "caption": f"number {index}"})
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (folder / "manifest.jsonl").write_text(text)
+  return folder
+
+
+def sources(output):
+  dataset = Dataset(output / "tiny")
+  return [dataset[index].source for index in range(len(dataset))]
+
+
+def test_an_example_holds_the_moments_of_its_clip_and_the_states_of_its_caption(
+  tmp_path, model, config
+):
+  clips = write_clips(tmp_path / "clips", 3)
+  encoding.encode(config, clips, tmp_path / "out", model)
+  dataset = Dataset(tmp_path / "out" / "tiny")
+  examples = [dataset[index] for index in range(len(dataset))]
+  example = next(example for example in examples if example.caption == "number 1")
+  frames = video.read(clips / "001.mp4", fps=8.0, num_frames=9, height=16, width=16)
+
+  vae_config, params = open_model(model).vae()
+  network = encoding.nnx.merge(encoding.graph_of(VAE, vae_config), params)
+  mean, logvar = encoding.vae.encode(network, jnp.float32(frames[None]) / 127.5 - 1)
+  np.testing.assert_allclose(example.mean, mean[0], atol=2e-2)  # Stored as float16.
+  np.testing.assert_allclose(example.logvar, logvar[0], atol=2e-2)
+  assert (example.num_frames, example.height, example.width, example.fps) == (9, 16, 16, 8.0)
+
+  graph = encoding.graph_of(T5Encoder, T5_CONFIG)
+  ids = Tokenizer(TOKENIZER).encode(["number 1"], 6)
+  states = encoding.encode_text(draw(T5Encoder, T5_CONFIG)[1], ids, graphdef=graph)
+  np.testing.assert_allclose(np.float32(example.text), states[0], atol=2e-2)
+
+
+def test_clips_that_cannot_be_used_get_their_line_and_the_rest_is_encoded(tmp_path, model, config):
+  clips = write_clips(tmp_path / "clips", 4)
+  (clips / "empty.mp4").write_bytes(b"")
+  (clips / "torn.mp4").write_bytes((clips / "001.mp4").read_bytes()[:300])
+  with (clips / "manifest.jsonl").open("a") as manifest:
+    manifest.write('{"file": "empty.mp4", "caption": "nothing"}\n')
+    manifest.write('{"file": "torn.mp4", "caption": "torn"}\n')
+    manifest.write('{"file": "absent.mp4", "caption": "absent"}\n')
+    manifest.write('{"file": "../outside.mp4", "caption": "outside"}\n')
+    manifest.write('{"file": "000.mp4"}\n')
+    manifest.write("not json\n")
+  counts = encoding.encode(config, clips, tmp_path / "out", model)
+  lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+  refused = [json.loads(line) for line in lines]
+  assert counts == (4, 6)
+  assert sorted(line["line"] for line in refused) == [5, 6, 7, 8, 9, 10]
+  assert all(line["reason"] for line in refused)
+  assert all(line.keys() == {"file", "line", "reason"} for line in refused)
+
+
+def test_a_clip_shorter_than_every_duration_is_refused_with_the_reason(tmp_path, model, config):
+  config.stages.tiny.durations = (9,)
+  clips = write_clips(tmp_path / "clips", 2)
+  encoding.encode(config, clips, tmp_path / "out", model)
+  (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+  assert "9 frames at 8 frames a second" in json.loads(line)["reason"]
+
+
+def test_encoding_again_does_nothing_and_keeps_the_quarantine(tmp_path, model, config):
+  clips = write_clips(tmp_path / "clips", 3)
+  (clips / "002.mp4").write_bytes(b"x")
+  encoding.encode(config, clips, tmp_path / "out", model)
+  before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.array_record*")}
+  quarantine = (tmp_path / "out" / "quarantine.jsonl").read_text()
+  counts = encoding.encode(config, clips, tmp_path / "out", model)
+  assert counts == (2, 1)
+  assert (tmp_path / "out" / "quarantine.jsonl").read_text() == quarantine
+  for path, time_of in before.items():
+    assert path.stat().st_mtime_ns == time_of
+
+
+def test_another_manifest_into_the_same_place_is_refused(tmp_path, model, config):
+  encoding.encode(config, write_clips(tmp_path / "one", 2), tmp_path / "out", model)
+  other = write_clips(tmp_path / "two", 3)
+  with pytest.raises(UserError, match="other files or settings"):
+    encoding.encode(config, other, tmp_path / "out", model)
+
+
+RUN = """
+import sys
+from pathlib import Path
+from cogvideox_jax import encoding
+from configs import tiny
+encoding.SHARD_ITEMS = 4
+config = tiny.get_config()
+config.model.text_length = 6
+config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
+encoding.encode(config, *map(Path, sys.argv[1:3]), sys.argv[3])
+"""
+
+
+def test_a_killed_run_started_again_holds_each_clip_once(tmp_path, model):
+  clips, output = write_clips(tmp_path / "clips", 24), tmp_path / "out"
+  command = [sys.executable, "-c", RUN, str(clips), str(output), model]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+  killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+  deadline = time.monotonic() + 120
+  while len(list(output.glob("tiny/*.array_record-*-of-00006"))) < 2:
+    assert killed.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  killed.send_signal(signal.SIGKILL)
+  killed.wait()
+  assert not (output / "tiny" / "index.npz").exists()
+  subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+  assert sorted(sources(output)) == sorted(f"{index:03d}" for index in range(24)) or sorted(
+    sources(output)
+  ) == sorted(f"{index:03d}.mp4" for index in range(24))
+
+
+def test_the_text_encoder_runs_as_one_program_whatever_the_number_of_captions(model, config):
+  encoders = encoding.Encoders(open_model(model), config)
+  before = encoding.encode_text._cache_size()
+  one = encoders.text(["a clip"])
+  three = encoders.text(["another", "a clip", "one more"])
+  assert encoding.encode_text._cache_size() - before <= 1
+  np.testing.assert_array_equal(one[0], three[1])
+
+
+def test_encoding_imports_no_tensorflow():
+  code = "import sys, cogvideox_jax.encoding; sys.exit('tensorflow' in sys.modules)"
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+  assert jax.default_backend() == "cpu"

@@ -1,0 +1,119 @@
+"""The VAE: what sees what, its two forms of convolution, its chunks, its published size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drawn import VAE_CONFIG, draw
+from flax import nnx
+
+from cogvideox_jax.conversion.tensors import abstract_params
+from cogvideox_jax.models import vae
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.vae import VAE, Carry, CausalConv, VAEConfig
+
+
+@pytest.fixture(scope="module")
+def model():
+  return nnx.merge(graph_of(VAE, VAE_CONFIG), draw(VAE, VAE_CONFIG)[1])
+
+
+def frames_of(count, seed=0):
+  return jax.random.normal(jax.random.key(seed), (1, count, 8, 8, 3))
+
+
+def gradient_by_frame(function, x):
+  """How strongly each frame of x moves the function's value."""
+  return np.abs(jax.grad(function)(x)).sum((0, 2, 3, 4))
+
+
+def test_the_published_vae_has_as_many_parameters_as_diffusers():
+  sizes = [x.size for x in jax.tree.leaves(abstract_params(VAE, VAEConfig()))]
+  assert sum(sizes) == 215_583_907
+
+
+def test_frames_of_a_later_chunk_do_not_change_earlier_latents(model):
+  def first_chunk(x):
+    return jnp.square(vae.encode(model, x)[0][:, :3]).sum()
+
+  moved = gradient_by_frame(first_chunk, frames_of(17))
+  assert (moved[:9] > 0).all()
+  assert (moved[9:] == 0).all()
+
+
+def test_a_later_chunk_sees_the_frames_before_it(model):
+  def second_chunk(x):
+    return jnp.square(vae.encode(model, x)[0][:, 3:]).sum()
+
+  moved = gradient_by_frame(second_chunk, frames_of(17))
+  assert (moved[9:] > 0).all()
+  assert (moved[7:9] > 0).all()  # Carried by the convolutions.
+
+
+def test_a_convolution_sees_no_later_frame_of_its_chunk():
+  conv = CausalConv(3, 4, rngs=nnx.Rngs(0))
+
+  def frame_3(x):
+    return jnp.square(conv(x, Carry(None))[:, 3]).sum()
+
+  moved = gradient_by_frame(frame_3, frames_of(6))
+  assert (moved > 0).tolist() == [False, True, True, True, False, False]
+
+
+def test_convolutions_in_chunks_equal_the_whole():
+  conv = CausalConv(3, 4, rngs=nnx.Rngs(0))
+  x = frames_of(7)
+  whole = conv(x, Carry(None))
+  carry = Carry(None)
+  first = conv(x[:, :4], carry)
+  second = conv(x[:, 4:], Carry(carry.kept))
+  np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-5)
+
+
+def test_both_forms_of_the_convolution_agree_in_values_and_gradients():
+  x = jax.random.normal(jax.random.key(0), (2, 5, 6, 4, 3))
+  kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 4))
+
+  def run(form):
+    def loss(x, kernel):
+      return jnp.sin(form(x, kernel)).sum()
+
+    return form(x, kernel), jax.grad(loss, (0, 1))(x, kernel)
+
+  expected = run(vae._convolve_3d)
+  for form in (vae._convolve_by_taps, vae.convolve):
+    for ours, theirs in zip(jax.tree.leaves(run(form)), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_for_a_tpu_keeps_the_3d_form():
+  x = jax.ShapeDtypeStruct((1, 5, 8, 8, 8), jnp.float32)
+  kernel = jax.ShapeDtypeStruct((3, 3, 3, 8, 8), jnp.float32)
+
+  def convolutions(platform):
+    lowered = jax.jit(vae.convolve).trace(x, kernel).lower(lowering_platforms=(platform,))
+    return lowered.as_text().count("stablehlo.convolution")
+
+  assert convolutions("tpu") == 1
+  assert convolutions("cpu") == 3
+
+
+@pytest.mark.parametrize(
+  ("frames", "lengths"),
+  [(1, [1]), (5, [5]), (8, [8]), (9, [9]), (13, [13]), (17, [9, 8]), (49, [9, 8, 8, 8, 8, 8])],
+)
+def test_the_remainder_goes_into_the_first_chunk(frames, lengths):
+  assert np.diff([0, *vae.chunk_ends(frames, vae.ENCODE_CHUNK)]).tolist() == lengths
+
+
+@pytest.mark.parametrize(("latents", "frames"), [(1, 1), (2, 8), (3, 9), (5, 17)])
+def test_odd_latents_decode_to_a_first_frame_alone_and_even_ones_do_not(model, latents, frames):
+  z = jax.ShapeDtypeStruct((1, latents, 2, 2, 4), jnp.float32)
+  assert jax.eval_shape(lambda z: vae.decode(model, z), z).shape == (1, frames, 8, 8, 3)
+
+
+def test_one_program_for_the_first_chunk_and_one_for_all_later_ones(model):
+  before = vae._encode_chunk._cache_size()
+  for count in (9, 17, 25):
+    vae.encode(model, frames_of(count))
+  assert vae._encode_chunk._cache_size() - before <= 2
