@@ -24,9 +24,10 @@ from cogvideox_jax.conversion.folder import Settings, open_model, write_index
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference.denoising import graph_of, row_layout
+from cogvideox_jax.inference.denoising import row_layout
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT, DiTConfig, patchify, timestep_sinusoid, unpatchify
+from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
 from cogvideox_jax.models.vae import VAE, VAEConfig, decode
 from configs import base
@@ -359,8 +360,9 @@ def test_our_transformer_gives_the_same_v_in_diffusers(tmp_path):
       torch.tensor([7]),
     ).sample
   layout = row_layout(latents.shape[:3], DIT.text_length, DIT.patch)
-  v = nnx.merge(graph_of(DiT, config), params)(
-    jnp.pad(patchify(latents, DIT.patch), ((DIT.text_length, 0), (0, 0)))[None],
+  run = jax.jit(nnx.merge(graph_of(DiT, config), params).__call__, static_argnames="attention")
+  v = run(
+    jnp.pad(patchify(jnp.asarray(latents), DIT.patch), ((DIT.text_length, 0), (0, 0)))[None],
     jnp.asarray(text)[None, None],
     jnp.broadcast_to(timestep_sinusoid(jnp.asarray(7), DIT.width), (1, 2, DIT.width)),
     *map(jnp.asarray, layout[3:]),

@@ -21,11 +21,14 @@ from safetensors.numpy import load_file
 
 from cogvideox_jax.conversion import configs, diffusers
 from cogvideox_jax.diffusion import guidance, noise, solvers
-from cogvideox_jax.inference.denoising import graph_of, row_layout
+from cogvideox_jax.inference.denoising import row_layout
+from cogvideox_jax.models import positions
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT, patchify, timestep_sinusoid, unpatchify
+from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.t5 import T5Encoder
 from cogvideox_jax.models.vae import VAE, decode, encode
+from cogvideox_jax.types import TEXT, VISION
 
 FOLDER = Path(__file__).parent / "data" / "goldens"
 INDEX = json.loads((FOLDER / "index.json").read_text())
@@ -107,11 +110,12 @@ def test_transformer(case):
   text = stored["in.encoder_hidden_states"]
   rows, length = text.shape[:2]
   layout = row_layout(latents.shape[1:], length, config.patch)
+  grid = tuple(layout.grids[0, 1].tolist())
   coordinates = layout.coordinates
   if config.positions != "sincos" and "in.rope_cos" not in stored:
-    # The reference was given no rotation: all tokens at one place are not turned to one another.
+    # The reference was given no rotation, as if all patches stood where there is none.
     config = dataclasses.replace(config, positions="rope_index")
-    coordinates = np.zeros_like(coordinates)
+    coordinates = np.where(layout.experts[..., None] == TEXT, coordinates, 0)
   vision = jnp.stack([patchify(clip, config.patch) for clip in latents])
   run = jax.jit(nnx.merge(graph_of(DiT, config), params).__call__, static_argnames="attention")
   for time, tolerance in [
@@ -126,8 +130,36 @@ def test_transformer(case):
       *(repeat(x, "1 ... -> b ...", b=rows) for x in (coordinates, layout.grids)),
       attention=attention,
     )
-    v = [unpatchify(clip, layout.grids[0, 1], config.patch) for clip in v[:, length:]]
+    v = [unpatchify(clip, config.patch, grid) for clip in v[:, length:]]
     close(jnp.stack(v), rearrange(stored["out.sample"], "b f c h w -> b f h w c"), tolerance)
+
+
+@pytest.mark.parametrize("case", cases("table", "rope_tables"))
+def test_rotary_tables(case):
+  """At real sizes. The reference stores its separable tables axis by axis, each angle twice."""
+  call, stored = CASES[case]["call"], tensors(case)
+  head_dim, entries = call["head_dim"], CASES[case]["values"]["rope"]
+  size = max(max(entry["grid"]) for entry in entries)
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def tables(rule, base, coordinates, grids):
+    where = positions.rotary_positions(rule, coordinates, grids, base)
+    return positions.rotary_table(where, jnp.full(where.shape[:2], VISION), head_dim)
+
+  edges = np.zeros((3, size, 3), np.int32)  # Along t at h = w = 0, along h, along w.
+  for axis in range(3):
+    edges[axis, :, axis] = np.arange(size)
+  for entry in entries:
+    key, grid = entry["key"], entry["grid"]
+    published = key.startswith("tab.rope10")
+    rule, base = ("rope", call["base10"]) if published else ("rope_index", call["base15"])
+    grids = np.broadcast_to(np.array(grid, np.int32), edges.shape)
+    ends = np.cumsum([head_dim // 8, head_dim // 16 * 3])
+    ours = tables(rule, tuple(base), edges, grids)
+    for name, table in zip(("cos", "sin"), ours, strict=True):
+      for axis, part in enumerate(np.split(np.asarray(table), ends, axis=-1)):
+        pairs = np.repeat(part[axis, : grid[axis]], 2, axis=-1)
+        close(pairs, stored[f"{key}.{name}_{'thw'[axis]}"], 1e-5)
 
 
 def schedule_of(case: str) -> noise.NoiseSchedule:
