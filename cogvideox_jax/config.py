@@ -14,9 +14,10 @@ from cogvideox_jax.conversion import configs, diffusers
 from cogvideox_jax.conversion.folder import TEXT_DROPS, open_model
 from cogvideox_jax.data import buckets
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.models import graphs
 
 CHOICES: dict[str, tuple[str, ...]] = {
-  "dtype": ("auto", "bfloat16", "float32"),
+  "dtype": graphs.DTYPES,
   "model.positions": configs.POSITIONS,
   "text.drop": TEXT_DROPS,
 }

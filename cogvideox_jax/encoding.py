@@ -7,7 +7,6 @@ not at all. So a killed run loses at most one shard's work, and goes on where it
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -28,9 +27,8 @@ from cogvideox_jax.data.files import disk_errors, write_atomically
 from cogvideox_jax.data.manifest import Item, read_manifest
 from cogvideox_jax.data.records import Counts, ShardWriter, identity, storage_fault
 from cogvideox_jax.data.tokenizer import Tokenizer
-from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
-from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.models.t5 import T5Encoder, encode_text
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.types import Clip, Example
@@ -40,7 +38,9 @@ BATCH_CLIPS = 16  # At most this many clips of one bucket go through the VAE tog
 BATCH_PIXELS = 2**22  # and about this many pixels; but always one clip.
 
 
-def encode(config: ConfigDict, source: epath.PathLike, output: epath.PathLike, model: str) -> Counts:
+def encode(
+  config: ConfigDict, source: epath.PathLike, output: epath.PathLike, model: str
+) -> Counts:
   """Encodes the clips of a manifest or folder into OUTPUT/STAGE, for each stage of the config.
 
   A clip that cannot be used gets its line in OUTPUT/quarantine.jsonl. Called again, it finishes
@@ -76,12 +76,15 @@ class Encoders:
 
   def __init__(self, folder: ModelFolder, config: ConfigDict):
     vae_config, vae_params = folder.vae()
-    text_config, self._text_params = folder.text_encoder()
-    self._vae = nnx.merge(graph_of(VAE, vae_config), jax.device_put(vae_params))
-    self._text_graph = graph_of(T5Encoder, text_config)
+    text_config, text_params = folder.text_encoder()
+    # The VAE computes in float32, as in sampling: latents are what training must reproduce.
+    floats = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), vae_params)
+    self._vae = nnx.merge(graph_of(VAE, vae_config), floats)
+    self._text_params = jax.device_put(text_params)
+    self._text_graph = graph_of(T5Encoder, text_config, dtype=compute_dtype(config.dtype))
     self._tokenizer: Tokenizer = folder.tokenizer()
     self._text_length: int = config.model.text_length
-    self.digest = _digest({"vae": vae_params, "text": self._text_params})
+    self.digest = _digest({"vae": vae_params, "text": text_params})
 
   def text(self, captions: Sequence[str]) -> Float[np.ndarray, "b l t"]:
     """T5's states. Always of one batch size, so that there is one program."""
@@ -182,9 +185,7 @@ class _Stage:
       return refuse(item, str(error))
     return Clip(frames, item.captions[0], item.id, self._fps)
 
-  def _encode(
-    self, pairs: list[tuple[Item, Clip]], batch: int
-  ) -> Iterator[tuple[Item, Example]]:
+  def _encode(self, pairs: list[tuple[Item, Clip]], batch: int) -> Iterator[tuple[Item, Example]]:
     if not pairs:
       return
     clips = [clip for _, clip in pairs]
@@ -194,9 +195,7 @@ class _Stage:
       num_frames, height, width = clip.frames.shape[:3]
       yield (
         item,
-        Example(
-          mean, logvar, text, clip.caption, clip.source, num_frames, height, width, clip.fps
-        ),
+        Example(mean, logvar, text, clip.caption, clip.source, num_frames, height, width, clip.fps),
       )
 
 

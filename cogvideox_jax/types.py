@@ -1,13 +1,13 @@
 """The records that cross from stage to stage, and the letters of their axes.
 
-| letter | axis                                         | letter    | axis                            |
-|--------|----------------------------------------------|-----------|---------------------------------|
-| `b`    | packed rows of a batch, or videos            | `F H W`   | pixel frames, height, width     |
-| `n`    | tokens of a row, text and vision together    | `f h w`   | latent frames, height, width    |
-| `s`    | segments of a row; segment 0 is padding      | `c`       | channels                        |
-| `k`    | clips a row can hold, `s - 1`                | `l`       | text tokens of a clip           |
-| `p`    | numbers in a vision patch                    | `t`       | width of the text states        |
-| `d`    | width of the transformer                     | `e`       | width of the time embedding     |
+| letter | axis                              | letter  | axis                         |
+|--------|-----------------------------------|---------|------------------------------|
+| `b`    | packed rows of a batch, or videos | `F H W` | pixel frames, height, width  |
+| `n`    | tokens of a row, text and vision  | `f h w` | latent frames, height, width |
+| `s`    | segments of a row; 0 is padding   | `c`     | channels                     |
+| `k`    | clips a row can hold, `s - 1`     | `l`     | text tokens of a clip        |
+| `p`    | numbers in a vision patch         | `t`     | width of the text states     |
+| `d`    | width of the transformer          | `e`     | width of the time embedding  |
 
 `F = 4 f - 3`: the first frame is compressed alone, the others four at a time.
 """

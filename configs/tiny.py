@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     depth=6,
     heads=6,
     head_dim=32,
-    time_width=192,
+    time_width=64,
     text_width=64,
     text_length=24,
     positions="rope_index",
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
   with config.unlocked():
     config.stages = ConfigDict()
     config.stages.tiny = base.stage(
-      sizes=((64, 64), (48, 80), (80, 48)),
+      sizes=((32, 32), (24, 40), (40, 24)),
       durations=(1, 9, 17),
       rows=8,
       row_tokens=512,
@@ -48,8 +48,8 @@ def get_config() -> ConfigDict:
       "a yellow square moves up on a black background",
     ),
     num_frames=17,
-    height=64,
-    width=64,
+    height=32,
+    width=32,
     steps=25,
     guidance_scale=2.0,
   )

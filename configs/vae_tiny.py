@@ -29,11 +29,13 @@ def get_config() -> ConfigDict:
   config.data.durations = (1, 17)
 
   config.train = ConfigDict()
-  config.train.steps = 2500
-  config.train.batch = 4  # Clips of one bucket.
+  config.train.steps = 1500
+  config.train.frames = 64  # Of a batch, which holds clips of one bucket.
 
   config.loss = ConfigDict()
-  config.loss.kl = 5e-4  # Of the divergence from the unit normal, a mean over the latents.
+  config.loss.l1 = 0.1  # Weights of means over pixels of [-1, 1],
+  config.loss.l2 = 1.0  # on which L2 alone learns edges sooner than L1 (measured),
+  config.loss.kl = 1e-4  # and of the divergence from the unit normal, a mean over the latents.
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 2e-3

@@ -9,18 +9,22 @@ single neighbours; with T5's own, every head averages the whole prompt, and "a r
 background" has the states of "a blue circle on a red background" in another order.
 """
 
+import json
+
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import app, flags
 from etils import epath
 from flax import nnx
+from ml_collections import ConfigDict
 
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.conversion.folder import Settings, write_index
-from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.diffusion.noise import NoiseConfig
+from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
+from cogvideox_jax.training import checkpoint
 
 TARGET = flags.DEFINE_string("target", "cogvideox_jax/assets/tiny", "The model folder.")
 VAE = flags.DEFINE_string("vae", None, "What train_vae left: WORKDIR/vae.", required=True)
@@ -36,17 +40,26 @@ def text_encoder() -> tuple[T5Config, dict]:
   params["relative_bias"]["embedding"] = RELATIVE_BIAS_STD * jax.random.normal(
     jax.random.key(1), bias.shape
   )
-  return config, jax.tree.map(lambda x: np.asarray(x, ml_dtypes.bfloat16), params)
+  return config, half(params)
+
+
+def half(params: dict) -> dict:
+  """As bfloat16, which is what the published models are stored in."""
+  return jax.tree.map(lambda x: np.asarray(x, ml_dtypes.bfloat16), params)
 
 
 def main(_) -> None:
   target = epath.Path(TARGET.value)
   diffusers.save_text_encoder(target / "text_encoder", *text_encoder())
   config, params = diffusers.load_vae(VAE.value)
-  diffusers.save_vae(target / "vae", config, params)
-  write_index(target, SETTINGS)
+  diffusers.save_vae(target / "vae", config, half(params))
   if TRANSFORMER.value:
-    save_transformer(target, TRANSFORMER.value)
+    trained = ConfigDict(json.loads((epath.Path(TRANSFORMER.value) / "config.json").read_text()))
+    transformer = DiTConfig(**{**trained.model, "patch": tuple(trained.model.patch)})
+    weights = checkpoint.load_weights(TRANSFORMER.value)
+    diffusers.save_transformer(target / "transformer", transformer, half(weights))
+    diffusers.save_scheduler(target / "scheduler", NoiseConfig(**trained.noise))
+  write_index(target, SETTINGS)
 
 
 if __name__ == "__main__":

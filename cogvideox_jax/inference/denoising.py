@@ -6,7 +6,7 @@ tokens. The two halves of guidance stand one after the other on the batch axis.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,12 +41,6 @@ def solver_steps(solver: Solver, guidance_scales: Float[np.ndarray, "steps"]) ->
   scales = guidance_scales.astype(np.float32)
   rows = zip(solver.timesteps, scales, zip(*solver.weights, strict=True), strict=True)
   return [Step(timestep, scale, Weights(*weights)) for timestep, scale, weights in rows]
-
-
-@lru_cache
-def graph_of(model: type[nnx.Module], config: Any, **options: Any) -> nnx.GraphDef:
-  """The structure of a model, which `nnx.merge` joins with its parameters; allocates nothing."""
-  return nnx.split(nnx.eval_shape(lambda: model(config, **options, rngs=nnx.Rngs(0))))[0]
 
 
 @partial(jax.jit, static_argnames="shape")

@@ -25,11 +25,15 @@ class Size(NamedTuple):
 
 
 class Videos(NamedTuple):
-  """Each video of a call."""
+  """Each video of a call, or of a chunk of it."""
 
+  places: Int[np.ndarray, "b"]  # Where it stands in the call.
   prompts: Int[np.ndarray, "b"]  # Which prompt it shows.
   indices: UInt32[np.ndarray, "b"]  # Which of that prompt's videos it is.
   seeds: UInt32[np.ndarray, "b"]
+
+  def take(self, places: Int[np.ndarray, "chunk"]) -> "Videos":
+    return Videos(*(part[places] for part in self))
 
 
 def check_size(size: Size, model: DiTConfig, vae: VAEConfig) -> None:
@@ -89,6 +93,7 @@ def plan_videos(seed: int | Sequence[int], prompts: int, videos_per_prompt: int)
     if not 0 <= each <= MAX_SEED:
       raise UserError(f"seed={each}: must be from 0 to {MAX_SEED}.")
   return Videos(
+    places=np.arange(prompts * videos_per_prompt),
     prompts=np.repeat(np.arange(prompts), videos_per_prompt),
     indices=np.tile(np.arange(videos_per_prompt, dtype=np.uint32), prompts),
     seeds=np.repeat(np.array(seeds, np.uint32), videos_per_prompt),

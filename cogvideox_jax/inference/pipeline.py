@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 from PIL import Image
 
 from cogvideox_jax.conversion.folder import Settings, open_model
@@ -32,13 +32,13 @@ from cogvideox_jax.inference.denoising import (
   denoise,
   denoise_step,
   draw_noise,
-  graph_of,
   solver_steps,
 )
 from cogvideox_jax.inference.inputs import Condition, Embeds, Size, Videos
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.models.dit import DiT, DiTConfig
-from cogvideox_jax.models.t5 import T5Config, T5Encoder
+from cogvideox_jax.models.graphs import compute_dtype, graph_of
+from cogvideox_jax.models.t5 import T5Config, T5Encoder, encode_text
 from cogvideox_jax.models.vae import VAE, VAEConfig, decode
 
 SOLVERS = {"ddim": solvers.ddim, "dpm": solvers.dpm}
@@ -184,9 +184,14 @@ class Pipeline:
       inputs.check_shape("latents", latents, (len(videos.seeds), *shape))
 
     text = self._encode(halves, batch_size)
-    if latents is None:
-      latents = draw_noise(videos.seeds, videos.indices, INITIAL, shape)
-    latents = self._denoise(latents, text, videos, solver_steps(path, scales), batch_size)
+    chunks = [videos.take(places) for places in inputs.chunks(len(videos.seeds), batch_size)]
+    noise = [
+      draw_noise(chunk.seeds, chunk.indices, INITIAL, shape)
+      if latents is None
+      else jnp.asarray(latents[chunk.places], jnp.float32)
+      for chunk in chunks
+    ]
+    latents = self._denoise(noise, text, chunks, solver_steps(path, scales))
     if output_type == "latent":
       frames = np.asarray(latents)
     else:
@@ -249,28 +254,24 @@ class Pipeline:
 
   def _denoise(
     self,
-    noise: Latents,
+    noise: list[Array],
     text: Float[Array, "halves prompts l t"],
-    videos: Videos,
+    chunks: list[Videos],
     steps: list[Step],
-    batch_size: int | None,
   ) -> Float[Array, "b f h w c"]:
-    """Takes the noise of all videos to their latents, batch_size of them at a time."""
-    chunks = inputs.chunks(len(noise), batch_size)
-    starts = [jnp.asarray(noise[chunk], jnp.float32) for chunk in chunks]
-    texts = [text[:, videos.prompts[chunk]] for chunk in chunks]
+    """Takes the noise of each chunk of videos [chunk f h w c] to the latents of all."""
+    texts = [text[:, chunk.prompts] for chunk in chunks]
     fixed = {"graphdef": self._graphdef, "config": self.config}
     with self.progress.phase(COMPILE) as bar:
-      x = starts[0]
+      x = noise[0]
       denoise_step.lower(self._params, x, x, x, texts[0], steps[0], **fixed).compile()
       bar.update()
     with self.progress.phase("denoise", len(chunks) * len(steps)) as bar:
       run = partial(denoise_step, self._params, **fixed)
       latents = [
-        denoise(run, x, states, Videos(*(part[chunk] for part in videos)), steps, bar.update)
-        for x, states, chunk in zip(starts, texts, chunks, strict=True)
+        denoise(run, *start, steps, bar.update) for start in zip(noise, texts, chunks, strict=True)
       ]
-    return jnp.concatenate(latents)[: len(noise)]
+    return jnp.concatenate(latents)[: chunks[-1].places[-1] + 1]
 
   def _decode(
     self, latents: Float[Array, "b f h w c"], batch_size: int | None
@@ -284,22 +285,6 @@ class Pipeline:
         videos.append(np.asarray(jnp.clip(decode(self._vae, z) / 2 + 0.5, 0, 1)))
         bar.update()
     return np.concatenate(videos)[: len(latents)]
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-  """The dtype of `float32`, `bfloat16` or `auto`, which is the device's best."""
-  inputs.check_choice("dtype", name, ("auto", "float32", "bfloat16"))
-  if name == "auto":
-    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return jnp.dtype(name)
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def encode_text(
-  params: Params, ids: Int[Array, "b l"], *, graphdef: nnx.GraphDef
-) -> Float[Array, "b l t"]:
-  """T5's states of token ids."""
-  return nnx.merge(graphdef, params)(ids)
 
 
 def as_output(frames: Float[np.ndarray, "b F H W 3"], output_type: str) -> Any:

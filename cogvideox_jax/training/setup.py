@@ -20,10 +20,9 @@ from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference.pipeline import compute_dtype
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT, DiTConfig
-from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.training import checkpoint, optimizer, state
 from cogvideox_jax.training.state import Params, TrainState
 from cogvideox_jax.training.step import Network, train_step, validation_step

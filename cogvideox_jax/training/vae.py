@@ -1,7 +1,7 @@
 """Trains the VAE to reconstruct clips through the chunks that it is used with.
 
-The loss is L1 plus the divergence of the latents from the unit normal (paper 2.1; its perceptual
-and adversarial terms are not here yet).
+The loss is L1, L2 and the divergence of the latents from the unit normal (paper 2.1 and its first
+version; the perceptual and adversarial terms are not here yet).
 """
 
 from typing import NamedTuple
@@ -25,6 +25,14 @@ from cogvideox_jax.training.state import Params, TrainState
 Metrics = dict[str, Float[Array, ""]]
 
 
+class LossWeights(NamedTuple):
+  """Of the means over pixels in [-1, 1] and over latents. Not published; ours."""
+
+  l1: float
+  l2: float
+  kl: float
+
+
 def to_float(frames: UInt8[Array, "b F H W 3"]) -> Float[Array, "b F H W 3"]:
   """Bytes to [-1, 1]."""
   return jnp.float32(frames) / 127.5 - 1
@@ -37,7 +45,7 @@ def sample_posterior(
 
 
 def vae_loss(
-  model: VAE, frames: Float[Array, "b F H W 3"], key: Key[Array, ""], kl_weight: float
+  model: VAE, frames: Float[Array, "b F H W 3"], key: Key[Array, ""], weights: LossWeights
 ) -> tuple[Float[Array, ""], Metrics]:
   """Reconstruction from a sample of the posterior, and its divergence; both are means."""
   mean, logvar = vae.encode(model, frames)
@@ -46,7 +54,7 @@ def vae_loss(
   kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).mean()
   mse = jnp.square(restored - frames).mean()
   psnr = 10 * jnp.log10(4 / mse)  # The range of [-1, 1] is 2.
-  loss = l1 + kl_weight * kl
+  loss = weights.l1 * l1 + weights.l2 * mse + weights.kl * kl
   return loss, {"loss": loss, "l1": l1, "kl": kl, "psnr": psnr}
 
 
@@ -57,14 +65,14 @@ def vae_step(
   *,
   graphdef: nnx.GraphDef,
   tx: optax.GradientTransformation,
-  kl_weight: float,
+  weights: LossWeights,
   ema_decay: float,
 ) -> tuple[TrainState, Metrics]:
   """Reconstructs one batch and moves the weights. Pure, as training.step.train_step."""
   key = jax.random.fold_in(key, state.step)
 
   def loss_fn(params: Params) -> tuple[Float[Array, ""], Metrics]:
-    return vae_loss(nnx.merge(graphdef, params), to_float(frames), key, kl_weight)
+    return vae_loss(nnx.merge(graphdef, params), to_float(frames), key, weights)
 
   grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -79,12 +87,11 @@ class Clips(NamedTuple):
 
   by_bucket: dict[Bucket, UInt8[np.ndarray, "clips F H W 3"]]
 
-  def batch(self, size: int, seed: int, step: int) -> UInt8[np.ndarray, "b F H W 3"]:
-    """Clips of one bucket; a bucket's chance is its number of clips."""
+  def batch(self, frames: int, seed: int, step: int) -> UInt8[np.ndarray, "b F H W 3"]:
+    """Clips of one bucket, `frames` frames in all or the most below; buckets have equal chances."""
     rng = np.random.default_rng((seed, step))
-    counts = np.array([len(clips) for clips in self.by_bucket.values()])
-    clips = list(self.by_bucket.values())[rng.choice(len(counts), p=counts / counts.sum())]
-    return clips[rng.integers(len(clips), size=size)]
+    clips = list(self.by_bucket.values())[rng.integers(len(self.by_bucket))]
+    return clips[rng.integers(len(clips), size=max(frames // clips.shape[1], 1))]
 
 
 def read_clips(path: str, config: ConfigDict) -> Clips:
@@ -114,12 +121,16 @@ def read_clips(path: str, config: ConfigDict) -> Clips:
   return Clips({bucket: np.stack(clips) for bucket, clips in sorted(found.items())})
 
 
-def measure_scaling_factor(model: VAE, clips: Clips, batch: int) -> float:
-  """1 over the standard deviation of the latents (samples of the posterior) of all clips."""
+def measure_scaling_factor(model: VAE, clips: Clips, batch_frames: int) -> float:
+  """1 over the standard deviation of the latents (samples of the posterior) of the clips.
+
+  Every clip counts but those of a bucket's last, incomplete batch.
+  """
   count = total = squares = 0.0
   for frames in clips.by_bucket.values():
-    for start in range(0, len(frames), batch):
-      mean, logvar = vae.encode(model, to_float(jnp.asarray(frames[start : start + batch])))
+    size = min(max(batch_frames // frames.shape[1], 1), len(frames))
+    for start in range(0, len(frames) - size + 1, size):
+      mean, logvar = vae.encode(model, to_float(jnp.asarray(frames[start : start + size])))
       count += mean.size
       total += float(mean.sum())
       squares += float((mean**2 + jnp.exp(logvar)).sum())

@@ -21,7 +21,14 @@ from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.interrupts import Interrupts
 from cogvideox_jax.training.metrics import RunLog
 from cogvideox_jax.training.state import TrainState
-from cogvideox_jax.training.vae import Clips, measure_scaling_factor, read_clips, to_float, vae_step
+from cogvideox_jax.training.vae import (
+  Clips,
+  LossWeights,
+  measure_scaling_factor,
+  read_clips,
+  to_float,
+  vae_step,
+)
 
 PREVIEW_CLIPS = 4
 
@@ -71,7 +78,7 @@ class Run:
       vae_step,
       graphdef=self._graphdef,
       tx=self._tx,
-      kl_weight=config.loss.kl,
+      weights=LossWeights(**config.loss),
       ema_decay=config.optimizer.ema_decay,
     )
     self._step = jax.jit(step, donate_argnums=0)
@@ -84,7 +91,7 @@ class Run:
     with Interrupts() as interrupts, tqdm(total=steps, initial=first, desc="Training VAE") as bar:
       for step in range(first + 1, steps + 1):
         begin = time.perf_counter()
-        batch = self._clips.batch(config.train.batch, config.seed, step)
+        batch = self._clips.batch(config.train.frames, config.seed, step)
         value, metrics = self._step(value, batch, self._train_key)
         jax.block_until_ready(metrics)
         bar.update()
@@ -160,7 +167,7 @@ def _manifest(config: ConfigDict, workdir: epath.Path) -> str:
 
 
 def _export(config: ConfigDict, workdir: epath.Path, model: VAE, clips: Clips) -> None:
-  factor = round(measure_scaling_factor(model, clips, config.train.batch), 6)
+  factor = round(measure_scaling_factor(model, clips, config.train.frames), 6)
   vae_config = VAEConfig(**config.model.to_dict(), scaling_factor=factor)
   params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   diffusers.save_vae(workdir / "vae", vae_config, params)
