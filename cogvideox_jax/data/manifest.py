@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from cogvideox_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from cogvideox_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, not_a_file
 from cogvideox_jax.errors import UserError
 
 MANIFEST = "manifest.jsonl"
@@ -166,8 +166,6 @@ def _inside(name: str, folder: epath.Path) -> epath.Path:
   if os.path.isabs(name) or "://" in name or os.path.commonpath([root, real]) != root:
     raise _RefusedError("the file is outside the manifest's folder")
   file = folder / name
-  if not file.exists():
-    raise _RefusedError("the file is absent")
-  if not file.is_file():
-    raise _RefusedError("not a regular file")
+  if reason := not_a_file(file):
+    raise _RefusedError(reason)
   return file

@@ -67,14 +67,22 @@ def as_path(path: str | os.PathLike[str]) -> Any:
   return Path(path) if isinstance(path, str) else path
 
 
+def not_a_file(path: str | os.PathLike[str]) -> str:
+  """Why a path is no file to read; empty if it is one. To ask before opening: a pipe would wait."""
+  place = as_path(path)
+  if not place.exists():
+    return "the file is absent"
+  special = os.path.exists(path) and not os.path.isfile(path)  # epath takes a pipe for a file.
+  return "not a regular file" if special or not place.is_file() else ""
+
+
 @contextmanager
 def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
   """Opens a file within the limits; any fault met while it is open becomes a VideoError."""
-  place = as_path(path)
   try:
-    if not place.is_file():  # Before opening: a pipe would wait for its other end.
-      raise VideoError("not a regular file" if place.exists() else "the file is absent")
-    with place.open("rb") as file:
+    if reason := not_a_file(path):
+      raise VideoError(reason)
+    with as_path(path).open("rb") as file:
       size = file.seek(0, io.SEEK_END)
       if not 0 < size <= limits.max_bytes:
         raise VideoError(f"{size} bytes; a file may have 1 to {limits.max_bytes}")
@@ -121,4 +129,6 @@ def open_video(
 
 def check_size(width: int, height: int, limits: Limits) -> None:
   if not 0 < width * height <= limits.max_pixels:
-    raise VideoError(f"{width}x{height} pixels; a frame may have 1 to {limits.max_pixels}")
+    # FFmpeg shows no size where its decoder alone, stopped by the limit, would know it.
+    size = f"{width}x{height} pixels" if width * height else "an unknown number of pixels"
+    raise VideoError(f"{size}; a frame may have 1 to {limits.max_pixels}")

@@ -1,0 +1,87 @@
+"""Buckets: the models can take each, and a clip gets the one that crops and shortens it least."""
+
+import itertools
+
+import pytest
+
+from cogvideox_jax.data.buckets import Bucket, assign, check
+from cogvideox_jax.data.video import VideoInfo
+from cogvideox_jax.errors import UserError
+
+SIZES = ((64, 64), (48, 80), (80, 48))
+DURATIONS = (1, 9, 17)
+
+
+def clip(num_frames: int, height: int, width: int, fps: float = 8.0) -> VideoInfo:
+  return VideoInfo(num_frames, height, width, fps, num_frames / fps)
+
+
+def image(height: int, width: int) -> VideoInfo:
+  return VideoInfo(1, height, width, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "durations", "words"),
+  [
+    (SIZES, (1, 16), ("16 frames", "13 or 17")),
+    (SIZES, (0,), ("0 frames", "1 or 5")),
+    (SIZES, (-3,), ("-3 frames", "1 or 5")),
+    (((60, 64),), DURATIONS, ("60x64", "multiple of 16", "64x64")),
+    (((64, 65),), DURATIONS, ("64x65", "64x64")),
+    (((0, 64),), DURATIONS, ("0x64", "16x64")),
+    ((), DURATIONS, ("at least one size",)),
+    (SIZES, (), ("at least one size and one duration",)),
+  ],
+)
+def test_a_bucket_that_the_models_cannot_take_is_named_with_the_nearest_ones(
+  sizes, durations, words
+):
+  with pytest.raises(UserError) as caught:
+    check(sizes, durations, multiple_of=16)
+  assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_good_buckets_pass():
+  check(SIZES, DURATIONS, multiple_of=16)
+  check(((480, 720), (768, 1360)), (1, 49, 81, 161), multiple_of=16)
+
+
+@pytest.mark.parametrize(
+  ("height", "width", "size"),
+  [
+    (1080, 1920, (48, 80)),
+    (1920, 1080, (80, 48)),
+    (480, 480, (64, 64)),
+    (480, 600, (64, 64)),  # 1.25: nearer to 1 than to 1.67, by ratio.
+    (480, 640, (48, 80)),  # 1.33 is past their geometric mean, 1.29.
+    (640, 480, (80, 48)),
+    (2, 8000, (48, 80)),
+  ],
+)
+def test_a_clip_goes_to_the_nearest_shape(height, width, size):
+  for order in itertools.permutations(SIZES):
+    assert assign(clip(17, height, width), order, DURATIONS, 8.0) == Bucket(17, *size)
+
+
+def test_of_equal_shapes_the_nearest_in_size_is_taken():
+  sizes = ((256, 384), (512, 768), (1024, 1536))
+  assert assign(image(480, 720), sizes, (1,), 8.0) == Bucket(1, 512, 768)
+  assert assign(image(20, 30), sizes, (1,), 8.0) == Bucket(1, 256, 384)
+  assert assign(image(4000, 6000), sizes, (1,), 8.0) == Bucket(1, 1024, 1536)
+
+
+@pytest.mark.parametrize(
+  ("num_frames", "fps", "taken"),
+  [(17, 8.0, 17), (16, 8.0, 9), (8, 8.0, 1), (2, 8.0, 1), (48, 24.0, 17), (60, 24.0, 17)],
+)
+def test_a_clip_keeps_the_longest_duration_it_has(num_frames, fps, taken):
+  """48 frames at 24 fps are 2 s, that is 17 frames at 8 fps: the last is at 2.0, or nearly."""
+  info = clip(num_frames, 64, 64, fps)
+  assert assign(info, SIZES, DURATIONS, 8.0) == Bucket(taken, 64, 64)
+  assert assign(info, SIZES, DURATIONS[::-1], 8.0) == Bucket(taken, 64, 64)
+
+
+def test_what_is_shorter_than_every_duration_has_no_bucket():
+  assert assign(image(64, 64), SIZES, (9, 17), 8.0) is None
+  assert assign(clip(8, 64, 64), SIZES, (9, 17), 8.0) is None
+  assert assign(clip(9, 64, 64), SIZES, (9, 17), 8.0) == Bucket(9, 64, 64)
