@@ -7,6 +7,7 @@ import sys
 import time
 import zlib
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -70,17 +71,13 @@ def sound_only(path: Path) -> None:
     container.mux(stream.encode())
 
 
-def cut_off(path: Path) -> None:
+def cut_off(path: Path, *, within_a_frame: bool) -> None:
   """An index that comes first promises frames that are not there."""
-  frames = np.random.default_rng(0).integers(0, 255, (24, 64, 64, 3), np.uint8)
-  with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-    stream = container.add_stream("libx264", rate=24)
-    stream.height = stream.width = 64
-    stream.pix_fmt = "yuv420p"
-    for frame in frames:
-      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-    container.mux(stream.encode())
-  path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+  encode(path, "libx264", (64, 64), 24, movflags="faststart")
+  with av.open(str(path)) as container:
+    packets = [packet for packet in container.demux(video=0) if packet.size]
+    end = sorted(packet.pos + packet.size for packet in packets)[11]
+  path.write_bytes(path.read_bytes()[: end - 5 if within_a_frame else end])
 
 
 def vast_png(path: Path) -> None:
@@ -116,7 +113,8 @@ HOSTILE = {
   "video.jpg": (lambda path: path.write_bytes((CLIPS / "v1.m4v").read_bytes()), "not a JPEG"),
   "half.jpg": (half("lion.jpg"), "cannot be decoded"),
   "half.mp4": (half("v1.m4v"), "cannot be decoded"),
-  "cut.mp4": (cut_off, "cut short|damaged"),
+  "cut.mp4": (partial(cut_off, within_a_frame=False), "cut short: 12 of 24 frames"),
+  "torn.mp4": (partial(cut_off, within_a_frame=True), "damaged at packet 12"),
   "sound.mp4": (sound_only, "holds no video"),
   "vast.avi": (lambda path: encode(path, "mjpeg", (4096, 4096), 1), "unknown number of pixels"),
   "vast.mp4": (lambda path: encode(path, "libx264", (4096, 4096), 1), "4096x4096 pixels"),
