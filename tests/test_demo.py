@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 from drawn import DIT_CONFIG, NOISE, T5_CONFIG, VAE_CONFIG, ZEROS, draw
-from etils import epath
 from small_run import config_flags_of, settings
 
 from cogvideox_jax.conversion import diffusers
-from cogvideox_jax.conversion.folder import write_index
-from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.conversion.folder import open_model, write_index
 from cogvideox_jax.data.video import probe
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.t5 import T5Encoder
@@ -24,12 +22,11 @@ WORDS = {"background", "colour", "shape", "motion"}
 
 def make_model(folder: Path) -> Path:
   """A model folder of drawn weights."""
-  tokenizer = epath.resource_path("cogvideox_jax") / "assets" / "t5_tokenizer"
   diffusers.save_transformer(folder / "transformer", *draw(DiT, DIT_CONFIG))
   diffusers.save_vae(folder / "vae", *draw(VAE, VAE_CONFIG))
   diffusers.save_text_encoder(folder / "text_encoder", *draw(T5Encoder, T5_CONFIG))
   diffusers.save_scheduler(folder / "scheduler", NOISE)
-  diffusers.save_tokenizer(folder / "tokenizer", Tokenizer(tokenizer))
+  diffusers.save_tokenizer(folder / "tokenizer", open_model("tiny").tokenizer())
   write_index(folder, ZEROS)
   return folder
 
