@@ -61,9 +61,9 @@ class SelfAttention(nnx.Module):
 
   def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     head_dim = width // heads
-    for name in ("query", "key", "value"):
-      layer = nnx.LinearGeneral(width, (heads, head_dim), dtype=dtype, rngs=rngs)
-      setattr(self, name, layer)
+    self.query = nnx.LinearGeneral(width, (heads, head_dim), dtype=dtype, rngs=rngs)
+    self.key = nnx.LinearGeneral(width, (heads, head_dim), dtype=dtype, rngs=rngs)
+    self.value = nnx.LinearGeneral(width, (heads, head_dim), dtype=dtype, rngs=rngs)
     self.query_norm = layer_norm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
     self.key_norm = layer_norm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
     self.out = nnx.LinearGeneral((heads, head_dim), width, axis=(-2, -1), dtype=dtype, rngs=rngs)
