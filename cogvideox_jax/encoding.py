@@ -7,6 +7,7 @@ not at all. So a killed run loses at most one shard's work, and goes on where it
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
