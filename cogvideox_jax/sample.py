@@ -4,21 +4,17 @@ What is not said on the command line is as the model's folder, or its training, 
 keeps in its comment, as JSON, all that it was made with.
 """
 
-import json
 from typing import Any
 
 from absl import flags
 from etils import epath
 
 from cogvideox_jax import __version__, command
-from cogvideox_jax.conversion.folder import Settings, open_model
 from cogvideox_jax.data.video import write_mp4
-from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.pipeline import SOLVERS, Pipeline
 from cogvideox_jax.inference.progress import Progress
-from cogvideox_jax.models.dit import DiTConfig
-from cogvideox_jax.training.checkpoint import load_weights
+from cogvideox_jax.training import workdir
 
 MODEL = flags.DEFINE_string(
   "model", None, "A model folder, a shipped name (tiny), or a training workdir.", required=True
@@ -49,7 +45,7 @@ def main() -> None:
   check_output(output)
   progress = Progress()
   with progress.phase("load") as bar:
-    pipe = load(MODEL.value, WEIGHTS.value, progress)
+    pipe = workdir.load(MODEL.value, weights=WEIGHTS.value, progress=progress)
     bar.update()
   arguments = call_arguments(pipe)
   fps = pipe.settings.fps if FPS.value is None else FPS.value
@@ -76,31 +72,6 @@ def check_output(path: epath.Path) -> None:
     raise UserError(
       f"--output={path}: nothing can be written there ({error.strerror}).\nChoose another folder."
     ) from error
-
-
-def load(model: str, weights: str, progress: Progress) -> Pipeline:
-  """The pipeline of a model folder or shipped name, or of a training workdir's newest weights."""
-  workdir = epath.Path(model)
-  if not (workdir / "checkpoints").is_dir():
-    return Pipeline.from_pretrained(model, progress=progress)
-  config = json.loads((workdir / "config.json").read_text())
-  components = open_model(config["components"])
-  fields = config["model"]
-  transformer = DiTConfig(**{**fields, "patch": tuple(fields["patch"])})
-  return Pipeline(
-    (transformer, load_weights(workdir, weights)),
-    components.vae(),
-    components.text_encoder(),
-    components.tokenizer(),
-    NoiseConfig(**config["noise"]),
-    Settings(
-      text_drop=config["text"]["drop"],
-      guidance_scale=config["preview"]["guidance_scale"],
-      num_inference_steps=config["preview"]["steps"],
-      fps=config["data"]["fps"],
-    ),
-    progress=progress,
-  )
 
 
 def call_arguments(pipe: Pipeline) -> dict[str, Any]:

@@ -50,10 +50,10 @@ def draw(model, config, seed=0):
   return config, jax.tree_util.tree_map_with_path(leaf, abstract_params(model, config))
 
 
-def make_pipeline(seed=0, settings=ZEROS, **changes) -> Pipeline:
-  """A silent pipeline; seed is of the transformer's weights, changes are of its config."""
+def make_pipeline(transformer=None, settings=ZEROS, **changes) -> Pipeline:
+  """A silent pipeline, of a given transformer or of one drawn with changes of its config."""
   return Pipeline(
-    draw(DiT, dataclasses.replace(DIT_CONFIG, **changes), seed),
+    transformer or draw(DiT, dataclasses.replace(DIT_CONFIG, **changes)),
     draw(VAE, VAE_CONFIG),
     draw(T5Encoder, T5_CONFIG),
     Tokenizer(epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer"),

@@ -1,11 +1,13 @@
 """Text to video on models of a few thousand drawn weights."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import DIT_CONFIG, NOISE, T5_CONFIG, VAE_CONFIG, draw, make_pipeline
 from flax import nnx
 
+from cogvideox_jax import sharding
 from cogvideox_jax.conversion import diffusers, folder
 from cogvideox_jax.conversion.folder import Settings
 from cogvideox_jax.errors import UserError
@@ -99,7 +101,7 @@ def test_the_default_negative_is_what_training_dropped_captions_to(text_drop):
 
 def test_other_weights_steps_or_guidance_compile_nothing_anew(pipe, traces):
   latents = pipe("a circle", **QUICK).frames
-  other = make_pipeline(seed=1)
+  other = make_pipeline(draw(DiT, DIT_CONFIG, seed=1))
   others = [
     other("a circle", **QUICK).frames,
     pipe("a circle", **{**QUICK, "num_inference_steps": 5}).frames,
@@ -107,6 +109,16 @@ def test_other_weights_steps_or_guidance_compile_nothing_anew(pipe, traces):
   ]
   assert len(traces) == 1
   assert all(np.abs(each - latents).max() > 1e-2 for each in others)
+
+
+def test_weights_on_a_mesh_make_the_same_video_by_one_program(pipe):
+  mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "context": 1, "tensor": 1})
+  config, params = draw(DiT, DIT_CONFIG)
+  places = sharding.shardings(params, mesh, sharding.rules_named("fsdp"))
+  denoise_step.clear_cache()
+  latents = make_pipeline((config, jax.device_put(params, places)))("a circle", **QUICK).frames
+  assert denoise_step._cache_size() == 1
+  np.testing.assert_allclose(latents, pipe("a circle", **QUICK).frames, atol=1e-4)
 
 
 def test_given_noise_and_text_states_replace_drawn_and_encoded_ones(pipe):
@@ -191,3 +203,8 @@ def test_bad_arguments_are_explained_before_anything_is_compiled(pipe, traces, a
   with pytest.raises(UserError, match=message):
     pipe(**{"prompt": "a circle", **arguments})
   assert not traces
+
+
+def test_a_model_that_also_wants_an_image_is_refused():
+  with pytest.raises(UserError, match="8 channels and makes 4"):
+    make_pipeline(in_channels=8)

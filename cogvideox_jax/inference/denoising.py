@@ -29,10 +29,13 @@ INITIAL = 0  # Which draw of a video its first latents are; its later ones are o
 
 
 class Step(NamedTuple):
-  """What changes from step to step: arrays, so that no number of steps compiles anew."""
+  """What changes from step to step: arrays, so that no number of steps compiles anew.
 
-  timestep: Int32[np.ndarray | Array, ""]
-  guidance_scale: Float32[np.ndarray | Array, ""]
+  They come from the host; the annotations name the shapes only.
+  """
+
+  timestep: Int32[Array, ""]
+  guidance_scale: Float32[Array, ""]
   weights: Weights  # One row of a solver's.
 
 

@@ -72,10 +72,10 @@ def latent_shape(size: Size, model: DiTConfig, vae: VAEConfig) -> tuple[tuple[in
 
 def condition(name: str, prompt: str | Sequence[str] | None, embeds: Embeds | None) -> Condition:
   """The prompts of an argument as a list, or the text states given in their place."""
-  if (prompt is None) == (embeds is None):
-    raise UserError(f"Pass either {name} or {name}_embeds.")
-  if embeds is not None:
+  if prompt is None and embeds is not None:
     return embeds
+  if prompt is None or embeds is not None:
+    raise UserError(f"Pass either {name} or {name}_embeds.")
   prompts = [prompt] if isinstance(prompt, str) else list(prompt)
   if not prompts:
     raise UserError(f"{name} is an empty list: pass at least one.")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Float32
 from PIL import Image
 
@@ -40,6 +41,7 @@ from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.models.t5 import T5Config, T5Encoder, encode_text
 from cogvideox_jax.models.vae import VAE, VAEConfig, decode
+from cogvideox_jax.sharding import replicated
 
 SOLVERS = {"ddim": solvers.ddim, "dpm": solvers.dpm}
 OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
@@ -84,12 +86,18 @@ class Pipeline:
       progress: what to show; by default bars on stderr.
     """
     self.config, self._params = transformer[0], jax.tree.map(jnp.asarray, transformer[1])
+    if self.config.in_channels != self.config.out_channels:
+      raise UserError(
+        f"This transformer takes {self.config.in_channels} channels and makes "
+        f"{self.config.out_channels}: it also wants an image, which is not supported yet."
+      )
     self.vae_config, vae_params = vae
     text_config, self._text_params = text_encoder[0], jax.tree.map(jnp.asarray, text_encoder[1])
     self.settings = settings or Settings()
     self.progress = progress or Progress()
     self._tokenizer = tokenizer
     self._schedule = noise_schedule(noise)
+    self._place = place_beside(self._params)
     compute = compute_dtype(dtype)
     self._graphdef = graph_of(DiT, self.config, dtype=compute)
     self._text_graphdef = graph_of(T5Encoder, text_config, dtype=compute)
@@ -137,7 +145,7 @@ class Pipeline:
     *,
     solver: str = "ddim",
     batch_size: int | None = None,
-  ) -> VideoOutput | tuple[Any]:
+  ) -> VideoOutput:
     """Makes num_videos_per_prompt videos of each prompt.
 
     Names and defaults are those of diffusers' `CogVideoXPipeline`, but for `seed`, which replaces
@@ -157,16 +165,14 @@ class Pipeline:
       latents: initial noise of all videos, in place of drawn noise.
       prompt_embeds: text states in place of prompt; negative_prompt_embeds likewise.
       output_type: pil, np, uint8 or latent; see VideoOutput.
-      return_dict: if False, a plain tuple is returned.
+      return_dict: taken for diffusers' sake; what is returned is a tuple in any case.
       solver: ddim or dpm.
       batch_size: how many videos to make at once; by default all.
 
     Raises:
       UserError: an argument is out of its range; before anything is compiled.
     """
-    given = Size(num_frames, height, width)
-    size = Size(*(d if g is None else g for g, d in zip(given, self.default_size, strict=True)))
-    inputs.check_size(size, self.config, self.vae_config)
+    size = self._size(num_frames, height, width)
     inputs.check_choice("output_type", output_type, OUTPUT_TYPES)
     inputs.check_choice("solver", solver, SOLVERS)
     path = SOLVERS[solver](self._schedule, num_inference_steps)
@@ -196,13 +202,20 @@ class Pipeline:
       frames = np.asarray(latents)
     else:
       frames = as_output(self._decode(latents[:, extra:], batch_size), output_type)
-    return VideoOutput(frames) if return_dict else (frames,)
+    return VideoOutput(frames)
 
   @property
   def default_size(self) -> Size:
     """The size that the transformer was made for (its config's `sample_*`)."""
     scale, config = self.vae_config.spatial_compression, self.config
     return Size(config.sample_frames, config.sample_height * scale, config.sample_width * scale)
+
+  def _size(self, *given: int | None) -> Size:
+    """The size asked for, num_frames, height and width, checked; the model's where it is None."""
+    pairs = zip(given, self.default_size, strict=True)
+    size = Size(*(default if value is None else value for value, default in pairs))
+    inputs.check_size(size, self.config, self.vae_config)
+    return size
 
   def _negative(
     self, prompt: str | Sequence[str] | None, embeds: Embeds | None, count: int
@@ -226,10 +239,6 @@ class Pipeline:
       if not isinstance(half, list):
         shape = (len(half), self.config.text_length, self.config.text_width)
         inputs.check_shape("prompt_embeds", half, shape)
-      elif self._tokenizer is None:
-        raise UserError(
-          "This pipeline has no tokenizer: pass prompt_embeds and negative_prompt_embeds."
-        )
 
   def _encode(
     self, halves: list[Condition], batch_size: int | None
@@ -238,6 +247,8 @@ class Pipeline:
     prompts = list(dict.fromkeys(p for half in halves if isinstance(half, list) for p in half))
     table = {}
     if prompts:
+      if self._tokenizer is None:
+        raise UserError("There is no tokenizer: pass prompt_embeds and negative_prompt_embeds.")
       ids = self._tokenizer.encode(prompts, self.config.text_length)
       chunks = inputs.chunks(len(prompts), batch_size)
       with self.progress.phase("encode", len(chunks)) as bar:
@@ -261,13 +272,17 @@ class Pipeline:
   ) -> Float[Array, "b f h w c"]:
     """Takes the noise of each chunk of videos [chunk f h w c] to the latents of all."""
     texts = [text[:, chunk.prompts] for chunk in chunks]
+    noise, texts = jax.device_put((noise, texts), self._place)
     fixed = {"graphdef": self._graphdef, "config": self.config}
     with self.progress.phase(COMPILE) as bar:
       x = noise[0]
       denoise_step.lower(self._params, x, x, x, texts[0], steps[0], **fixed).compile()
       bar.update()
+
+    def run(*arguments):
+      return jax.device_put(denoise_step(self._params, *arguments, **fixed), self._place)
+
     with self.progress.phase("denoise", len(chunks) * len(steps)) as bar:
-      run = partial(denoise_step, self._params, **fixed)
       latents = [
         denoise(run, *start, steps, bar.update) for start in zip(noise, texts, chunks, strict=True)
       ]
@@ -285,6 +300,17 @@ class Pipeline:
         videos.append(np.asarray(jnp.clip(decode(self._vae, z) / 2 + 0.5, 0, 1)))
         bar.update()
     return np.concatenate(videos)[: len(latents)]
+
+
+def place_beside(params: Params) -> NamedSharding | None:
+  """Where latents go: to all devices of the mesh that the parameters are on, if they are on one.
+
+  Left on one device, the first step's latents would lie elsewhere than those that it returns, and
+  the program be compiled twice.
+  """
+  place = jax.tree.leaves(params)[0].sharding
+  on_mesh = isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh)
+  return replicated(place.mesh) if on_mesh else None
 
 
 def as_output(frames: Float[np.ndarray, "b F H W 3"], output_type: str) -> Any:

@@ -30,9 +30,9 @@ class Progress:
     """Times and shows one phase of `total` equal parts; the caller updates the bar it yields."""
     compiling = 0.0
 
-    def listen(event: str, seconds: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
       nonlocal compiling
-      compiling += seconds if event in _COMPILE_EVENTS else 0.0
+      compiling += duration_secs if event in _COMPILE_EVENTS else 0.0
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     start = time.perf_counter()
