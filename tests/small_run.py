@@ -1,13 +1,12 @@
 """A training run of a few seconds: random latents, a transformer of two layers, no VAE weights."""
 
 import numpy as np
-from absl import flags
 from drawn import VAE_CONFIG
-from ml_collections import config_flags
 
 from cogvideox_jax.conversion import configs, diffusers
 from cogvideox_jax.data.records import ShardWriter
 from cogvideox_jax.types import Example
+from configs import tiny
 
 TEXT = (6, 8)  # Tokens, width.
 CHANNELS = 4
@@ -66,12 +65,11 @@ def settings(inputs, **changes):
 
 
 def make_config(inputs, **changes):
-  """The config that the command line would read with these settings."""
-  values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_file("config", flag_values=values)
-  values(["test", "--config=configs/tiny.py", *config_flags_of(settings(inputs, **changes))])
-  return holder.value
+  config = tiny.get_config()
+  config.update_from_flattened_dict(settings(inputs, **changes))
+  return config
 
 
 def config_flags_of(values):
+  """The command line's flags for `settings`."""
   return [f"--config.{key}={value}" for key, value in values.items()]

@@ -118,15 +118,14 @@ class Recorder:
     values = {name: float(value) for name, value in metrics.items()}
     now = time.perf_counter()
     self._seconds, self._steps, self._mark = self._seconds + now - self._mark, self._steps + 1, now
-    for name, value in values.items():
-      if not math.isfinite(value):
-        self._log.event("not_finite", step=step, metric=name)
-        raise UserError(
-          f"Training stopped: {name} was {value} at step {step}; earlier checkpoints are intact.\n"
-          "The same command would meet it again. Train on from the newest checkpoint in a new "
-          "workdir, with\n--config.init_from=THIS_WORKDIR and a smaller "
-          "config.optimizer.learning_rate, or look for odd numbers in the data."
-        )
+    if odd := [name for name, value in values.items() if not math.isfinite(value)]:
+      self._log.event("not_finite", step=step, metrics=odd)
+      raise UserError(
+        f"Training stopped at step {step}: {', '.join(odd)} not finite. Earlier checkpoints are "
+        "intact.\nThe same command would meet it again. Train on from the newest of them in a new "
+        "workdir, with\n--config.init_from=THIS_WORKDIR and a smaller "
+        "config.optimizer.learning_rate, or look for odd numbers in the data."
+      )
     self._bar.update()
     self._bar.set_postfix(loss=f"{values['loss']:.4f}")
     if step % self._every == 0 or extra:

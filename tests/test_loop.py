@@ -1,0 +1,192 @@
+"""The loop around the step: what a run leaves behind, goes on from, and refuses."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from small_run import make_config, make_inputs
+
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.training import checkpoint, loop, metrics, setup
+
+LOGGED = {
+  "step",
+  "loss",
+  "grad_norm",
+  "learning_rate",
+  "step_seconds",
+  "tokens_per_second",
+  "padding_fraction",
+  "epoch",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+  """All runs here are of the same programs: compiled once, as a user's second start finds them."""
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  reset_cache()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+  return make_inputs(epath.Path(tmp_path_factory.mktemp("inputs")))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+  """A run to its end, which tests may look at but not go on with."""
+  workdir = epath.Path(tmp_path_factory.mktemp("finished"))
+  assert loop.train(make_config(inputs), workdir) == 0
+  return workdir
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_step_is_logged_and_the_last_is_saved(finished):
+  logged = lines(finished / "metrics.jsonl")
+  assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
+  assert all(line.keys() >= LOGGED for line in logged)
+  assert all(0 <= line["padding_fraction"] < 0.5 for line in logged)
+  assert logged[0]["learning_rate"] == 0 and logged[2]["learning_rate"] == pytest.approx(1e-3)
+  events = lines(finished / "events.jsonl")
+  assert events[0] == {"event": "resumed", "step": 0}
+  assert [event["step"] for event in events[1:]] == [2, 4, 6]
+  assert len({event["digest"] for event in events[1:]}) == 3
+  assert checkpoint.good_steps(finished / "checkpoints") == [2, 4, 6]
+  assert list((finished / "tensorboard").iterdir())
+
+
+def test_validation_is_on_held_out_clips_at_fixed_timesteps(finished):
+  measured = [line for line in lines(finished / "metrics.jsonl") if "validation_loss" in line]
+  assert [line["step"] for line in measured] == [3, 6]
+  for line in measured:
+    each = [line[f"validation_loss_{t}"] for t in (100, 300, 500, 700, 900)]
+    assert line["validation_loss"] == pytest.approx(np.mean(each))
+
+
+def test_a_run_can_begin_with_the_average_of_another(inputs, finished):
+  config = make_config(inputs, init_from=str(finished))
+  functions = setup.make_functions(config, *setup.make_mesh(config))
+  value = functions.create(jax.random.key(5))
+  average = checkpoint.load_weights(finished, "ema")
+  jax.tree.map(np.testing.assert_array_equal, value.params, average)
+  jax.tree.map(np.testing.assert_array_equal, value.ema, average)
+  assert int(value.step) == 0
+  deeper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape[1:]), x.dtype), average)
+  with pytest.raises(UserError, match=r"is \(2, .*\) there and \(3, .*\) here"):
+    setup.load_initial(str(finished), deeper)
+
+
+def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
+  inputs, finished, tmp_path, monkeypatch, capsys
+):
+  workdir, add = epath.Path(tmp_path), metrics.Recorder.add
+
+  def add_and_signal(self, step, values, extra):
+    add(self, step, values, extra)
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics.Recorder, "add", add_and_signal)
+    assert loop.train(make_config(inputs), workdir) == 83
+  assert "Stopped at step 3, which is saved." in capsys.readouterr().out
+  assert checkpoint.good_steps(workdir / "checkpoints") == [2, 3]
+  # What is looked at may change, what is trained may not.
+  assert loop.train(make_config(inputs, checkpoint__every=5, log_every=2), workdir) == 0
+  assert "resumed at step 3 of 6" in capsys.readouterr().out
+  assert {"event": "resumed", "step": 3} in lines(workdir / "events.jsonl")
+  ends = [lines(folder / "events.jsonl")[-1] for folder in (workdir, finished)]
+  assert ends[0]["digest"] == ends[1]["digest"]
+
+
+def test_a_finished_run_is_left_as_it_is(inputs, finished):
+  digests = (finished / "checkpoints" / "6" / "digests.json").read_text()
+  assert loop.train(make_config(inputs), finished) == 0
+  assert (finished / "checkpoints" / "6" / "digests.json").read_text() == digests
+  assert lines(finished / "events.jsonl")[-1] == {"event": "resumed", "step": 6}
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"train__steps": 9}, r"config.train.steps: was 6, is 9\n.*--config.init_from="),
+    (
+      {"seed": 1, "text__drop_rate": 0.5},
+      r"config.seed: was 0, is 1\n.*drop_rate: was 0.1, is 0.5",
+    ),
+  ],
+)
+def test_another_config_in_the_same_workdir_is_refused(inputs, finished, change, message):
+  with pytest.raises(UserError, match=message):
+    loop.train(make_config(inputs, **change), finished)
+
+
+def test_data_may_move_but_not_change(inputs, finished, tmp_path):
+  shutil.copytree(inputs / "data", tmp_path / "moved")
+  assert loop.train(make_config(inputs, data__path=str(tmp_path / "moved")), finished) == 0
+  other = make_inputs(epath.Path(tmp_path) / "other", seed=1)
+  with pytest.raises(UserError, match="stage 'tiny' are not the same"):
+    loop.train(make_config(inputs, data__path=str(other / "data")), finished)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"mesh__data": 3}, "8 devices"),
+    ({"stages__tiny__rows": 12}, "multiple of 8"),
+    ({"sharding": "none"}, "config.sharding"),
+    ({"components": "/no/such/model"}, "no model at /no/such/model"),
+    ({"data__path": "/no/such/data"}, "not an encoded dataset"),
+    ({"model__in_channels": 16}, "latent channels 4, but config.model says 16"),
+    ({"optimizer__warmup_steps": 6}, "warm-up must be shorter"),
+    ({"init_from": "/no/such/run"}, "no model at /no/such/run"),
+  ],
+)
+def test_what_cannot_work_is_said_before_any_step(inputs, tmp_path, change, message):
+  with pytest.raises(UserError, match=message):
+    loop.train(make_config(inputs, **change), epath.Path(tmp_path))
+
+
+def test_a_workdir_that_is_a_file_is_named(inputs, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="file"):
+    loop.train(make_config(inputs), epath.Path(tmp_path) / "file")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
+  inputs, tmp_path, monkeypatch
+):
+  place, placed = loop.Run._place, itertools.count(1)
+
+  def place_and_spoil(self, batch):
+    spoils = next(placed) == 4
+    return place(self, batch._replace(mean=batch.mean * np.float32(np.nan)) if spoils else batch)
+
+  monkeypatch.setattr(loop.Run, "_place", place_and_spoil)
+  workdir = epath.Path(tmp_path)
+  with pytest.raises(UserError, match=r"at step 4: .*loss not finite. Earlier .* intact"):
+    loop.train(make_config(inputs, validation__every=0), workdir)
+  assert checkpoint.good_steps(workdir / "checkpoints") == [2]
+  stop = {"event": "not_finite", "step": 4, "metrics": ["grad_norm", "loss"]}
+  assert stop in lines(workdir / "events.jsonl")
