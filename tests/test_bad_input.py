@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from model_folder import make_model
 from small_run import config_flags_of, make_config, make_inputs, settings
 
 # Commands start from a process that has loaded the libraries, and nothing else, once for all.
@@ -46,6 +47,11 @@ def run(tmp_path):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
   return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return make_model(tmp_path_factory.mktemp("model"))
 
 
 def small(inputs: Path, **changes) -> list[str]:
@@ -104,16 +110,16 @@ def test_training_refuses_a_workdir_that_is_a_file(run, inputs, tmp_path):
   ("args", "words"),
   [
     (["--model=nowhere"], ["nowhere", "tiny"]),
-    (["--model=tiny", "--num_frames=16"], ["16", "17"]),
-    (["--model=tiny", "--width=63"], ["width", "63"]),
-    (["--model=tiny", "--steps=0"], ["steps", "0"]),
-    (["--model=tiny", "--steps=0.5"], ["--steps=0.5", "int"]),
-    (["--model=tiny", "--output=video.avi"], ["video.avi", "mp4"]),
+    (["--num_frames=16"], ["16", "17"]),
+    (["--width=63"], ["width", "63"]),
+    (["--steps=0"], ["steps", "0"]),
+    (["--steps=0.5"], ["--steps=0.5", "int"]),
+    (["--output=video.avi"], ["video.avi", "mp4"]),
   ],
   ids=str,
 )
-def test_sampling_refuses(run, tmp_path, args, words):
-  given = ["--prompt=a red circle", f"--output={tmp_path / 'out.mp4'}", *args]
+def test_sampling_refuses(run, tmp_path, model, args, words):
+  given = [f"--model={model}", "--prompt=a red circle", f"--output={tmp_path / 'out.mp4'}", *args]
   check_mistake(run("sample", *given), *words)
 
 
