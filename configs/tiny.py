@@ -36,13 +36,13 @@ def get_config() -> ConfigDict:
       row_tokens=512,
       max_clips=12,
     )
-  config.train.steps = 600
-  config.optimizer.update(learning_rate=1e-3, warmup_steps=50, ema_decay=0.99)
+  config.train.steps = 300
+  config.optimizer.update(learning_rate=1.5e-3, warmup_steps=30, ema_decay=0.98)
   config.mesh.update(data=-1, fsdp=1)
-  config.checkpoint.every = 200
+  config.checkpoint.every = 100
   config.validation.every = 100
   config.preview.update(
-    every=200,
+    every=100,
     prompts=(
       "a red circle moves right on a blue background",
       "a yellow square moves up on a black background",

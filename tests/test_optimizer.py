@@ -60,3 +60,17 @@ def test_the_global_norm_of_the_gradient_is_clipped():
   # Clipped to (0.6, 0.8); Adam's first step is g / (|g| + eps).
   np.testing.assert_allclose(updates["a"]["kernel"], -0.6 / 1.6, rtol=1e-5)
   np.testing.assert_allclose(updates["b"]["kernel"], -0.8 / 1.8, rtol=1e-5)
+
+
+def test_the_average_forgets_the_drawn_weights_first_and_then_keeps_its_decay():
+  drawn, trained = {"kernel": jnp.ones(3)}, {"kernel": jnp.zeros(3)}
+
+  def kept(step, decay):
+    return float(optimizer.average(drawn, trained, jnp.int32(step), decay)["kernel"][0])
+
+  np.testing.assert_allclose([kept(0, 0.99), kept(90, 0.99)], [0.1, 0.91], rtol=1e-6)
+  np.testing.assert_allclose([kept(890, 0.99), kept(10**6, 0.99)], [0.99, 0.99], rtol=1e-6)
+  ema = drawn
+  for step in range(100):
+    ema = optimizer.average(ema, trained, jnp.int32(step), 0.9999)
+  assert float(ema["kernel"][0]) < 1e-9  # A fixed decay would keep .99 of what was drawn.

@@ -152,7 +152,7 @@ def test_noise_is_that_of_the_step_and_the_average_follows():
   jax.tree.map(np.testing.assert_array_equal, first, again)
   assert int(first.step) == 1
   jax.tree.map(
-    lambda ema, old, new: np.testing.assert_allclose(ema, 0.75 * old + 0.25 * new, rtol=1e-5),
+    lambda ema, old, new: np.testing.assert_allclose(ema, 0.1 * old + 0.9 * new, rtol=1e-5),
     first.ema,
     PARAMS,
     first.params,

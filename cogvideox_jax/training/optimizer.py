@@ -1,13 +1,16 @@
-"""AdamW with warm-up and a cosine, as the configs name them."""
+"""AdamW with warm-up and a cosine, as the configs name them, and the average of the weights."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from cogvideox_jax import sharding
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.training.state import Params
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
@@ -48,6 +51,18 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
       mask=decayed,
     ),
   )
+
+
+def average(ema: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
+  """The moving average of the weights after an update.
+
+  Its decay grows to `decay` from .1 (ours; as TensorFlow's averages): with a fixed one, the drawn
+  weights would be most of the average for as many updates as it spans.
+
+  step: updates done before this one.
+  """
+  decay_now = jnp.minimum(decay, (1 + step) / (10 + step))
+  return optax.incremental_update(params, ema, step_size=1 - decay_now)
 
 
 def decayed(params: Any) -> Any:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from cogvideox_jax.diffusion.loss import Denoise, diffusion_loss, validation_loss
 from cogvideox_jax.diffusion.noise import NoiseSchedule
 from cogvideox_jax.models.dit import timestep_sinusoid
+from cogvideox_jax.training import optimizer
 from cogvideox_jax.training.state import Params, TrainState
 from cogvideox_jax.types import Batch
 
@@ -63,7 +64,7 @@ def train_step(
   loss, grads = jax.value_and_grad(loss_of)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  ema = optax.incremental_update(params, state.ema, step_size=1 - ema_decay)
+  ema = optimizer.average(state.ema, params, state.step, ema_decay)
   metrics = {
     "loss": loss,
     "grad_norm": optax.tree.norm(grads),

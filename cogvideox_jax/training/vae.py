@@ -20,6 +20,7 @@ from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.training import optimizer
 from cogvideox_jax.training.state import Params, TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -77,7 +78,7 @@ def vae_step(
   grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  ema = optax.incremental_update(params, state.ema, step_size=1 - ema_decay)
+  ema = optimizer.average(state.ema, params, state.step, ema_decay)
   metrics["grad_norm"] = optax.tree.norm(grads)
   return TrainState(state.step + 1, params, opt_state, ema), metrics
 
