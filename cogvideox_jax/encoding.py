@@ -210,5 +210,5 @@ def _digest(params: Params) -> str:
   total = hashlib.sha256()
   for path, leaf in jax.tree.leaves_with_path(params):
     total.update(jax.tree_util.keystr(path).encode())
-    total.update(np.ascontiguousarray(leaf).view(np.uint8))
+    total.update(np.asarray(leaf).tobytes())
   return total.hexdigest()

@@ -43,7 +43,7 @@ RULES: dict[str, Rules] = {
 }
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh over all devices of the job, or over those given.
 
   Args:

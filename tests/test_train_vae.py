@@ -54,7 +54,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
   np.testing.assert_allclose(parts["kl"], from_normal, rtol=1e-5)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits_leaves_a_vae_and_refuses_another_config(tmp_path, config):
+def test_a_stopped_run_ends_with_the_same_bits_and_refuses_another_config(tmp_path, config):
   assert vae_loop.train(config, epath.Path(tmp_path / "whole")) == 0
   workdir = epath.Path(tmp_path / "stopped")
   real = vae_loop.Interrupts

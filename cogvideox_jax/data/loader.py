@@ -9,7 +9,7 @@ no more than the step, and neither threads nor the number of hosts change what i
 import functools
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal, NamedTuple
 
 import grain
@@ -80,7 +80,7 @@ class Loader:
     start = k * self._local_rows
     return _stack([self._read(start + row) for row in range(self._local_rows)])
 
-  def iterate(self, start: int = 0) -> Iterator[Batch]:
+  def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
     """This host's rows of batch start, start + 1 and so on without end, read ahead by threads.
 
     Close it (`.close()`, or let it go out of scope) to stop the threads.

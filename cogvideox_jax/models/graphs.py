@@ -1,5 +1,6 @@
 """Models without their parameters, and what they compute in."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from cogvideox_jax.errors import UserError
 DTYPES = ("auto", "bfloat16", "float32")
 
 
-def graph_of(model: type[nnx.Module], config: Any, **options: Any) -> nnx.GraphDef:
+def graph_of(model: Callable[..., nnx.Module], config: Any, **options: Any) -> nnx.GraphDef:
   """The structure of a model, which `nnx.merge` joins with parameters; allocates nothing."""
   return nnx.split(nnx.eval_shape(lambda: model(config, **options, rngs=nnx.Rngs(0))))[0]
 

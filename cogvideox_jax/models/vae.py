@@ -9,7 +9,7 @@ sees all frames of its chunk, so the plan of chunks is part of the numbers.
 import itertools
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -110,12 +110,14 @@ def _convolve_3d(x, kernel):
 def _convolve_by_taps(x, kernel):
   taps, frames = kernel.shape[0], x.shape[1] - kernel.shape[0] + 1
   pad = [(k // 2, k // 2) for k in kernel.shape[1:3]]
-  total = 0.0
-  for tap in range(taps):
+
+  def convolve_frames(tap: int) -> Array:
     images = rearrange(x[:, tap : tap + frames], "b f h w c -> (b f) h w c")
-    total += jax.lax.conv_general_dilated(
+    return jax.lax.conv_general_dilated(
       images, kernel[tap], (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+  total = reduce(jnp.add, map(convolve_frames, range(taps)))
   return rearrange(total, "(b f) h w c -> b f h w c", f=frames)
 
 

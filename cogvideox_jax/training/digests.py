@@ -8,7 +8,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from io import BufferedReader
+from typing import Any, cast
 
 import numpy as np
 from etils import epath
@@ -88,12 +89,13 @@ def _on_all_cores(hasher: Callable[[Any], str], items: Iterable[Any]) -> list[st
 
 
 def _hash_array(array: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+  data = memoryview(cast(Any, np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+  return hashlib.sha256(data).hexdigest()
 
 
 def _hash_file(path: epath.Path) -> str:
   with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
 
 
 def _hash_json(record: dict[str, Any]) -> str:

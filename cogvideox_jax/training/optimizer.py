@@ -1,6 +1,6 @@
 """AdamW with warm-up and a cosine, as the configs name them, and the average of the weights."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def average(ema: Params, params: Params, step: Int[Array, ""], decay: float) -> 
   step: updates done before this one.
   """
   decay_now = jnp.minimum(decay, (1 + step) / (10 + step))
-  return optax.incremental_update(params, ema, step_size=1 - decay_now)
+  return cast(Params, optax.incremental_update(params, ema, step_size=1 - decay_now))
 
 
 def decayed(params: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
@@ -148,7 +148,7 @@ def load_initial(source: str, wanted: Params) -> Params:
     params = checkpoint.load_weights(source)
   else:
     params = open_model(source).transformer()[1]
-  found, shapes_wanted = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, wanted))
+  found, shapes_wanted = map(checkpoint.flatten, (params, wanted))
   for name in sorted(found.keys() | shapes_wanted.keys()):
     has = found[name].shape if name in found else None
     wants = shapes_wanted[name].shape if name in shapes_wanted else None

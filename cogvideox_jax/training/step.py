@@ -1,7 +1,7 @@
 """One update of the weights, and the loss that is watched: pure functions of state and batch."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def train_step(
 
   loss, grads = jax.value_and_grad(loss_of)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params = cast(Params, optax.apply_updates(state.params, updates))
   ema = optimizer.average(state.ema, params, state.step, ema_decay)
   metrics = {
     "loss": loss,

@@ -4,7 +4,7 @@ The loss is L1, L2 and the divergence of the latents from the unit normal (paper
 version; the perceptual and adversarial terms are not here yet).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def vae_step(
 
   grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params = cast(Params, optax.apply_updates(state.params, updates))
   ema = optimizer.average(state.ema, params, state.step, ema_decay)
   metrics["grad_norm"] = optax.tree.norm(grads)
   return TrainState(state.step + 1, params, opt_state, ema), metrics
