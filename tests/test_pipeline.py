@@ -60,6 +60,7 @@ def test_a_video_does_not_depend_on_what_else_is_in_the_call(pipe):
   call = {**QUICK, "num_videos_per_prompt": 3}
   together = pipe(PROMPTS, seed=[1, 2, 3], batch_size=2, **call).frames
   assert together.shape == (9, 3, 4, 6, 4)
+  assert np.abs(together[0] - together[1]).max() > 0.1
   for i in (2, 0):
     alone = pipe(PROMPTS[i], seed=i + 1, batch_size=1, **call).frames
     np.testing.assert_allclose(together[3 * i : 3 * i + 3], alone, atol=1e-4)

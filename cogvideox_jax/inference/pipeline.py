@@ -309,8 +309,9 @@ def place_beside(params: Params) -> NamedSharding | None:
   the program be compiled twice.
   """
   place = jax.tree.leaves(params)[0].sharding
-  on_mesh = isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh)
-  return replicated(place.mesh) if on_mesh else None
+  if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+    return replicated(place.mesh)
+  return None
 
 
 def as_output(frames: Float[np.ndarray, "b F H W 3"], output_type: str) -> Any:
