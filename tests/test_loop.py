@@ -102,8 +102,8 @@ def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
 ):
   workdir, add = epath.Path(tmp_path), metrics.Recorder.add
 
-  def add_and_signal(self, step, values, extra):
-    add(self, step, values, extra)
+  def add_and_signal(self, step, values, measure):
+    add(self, step, values, measure)
     if step == 3:
       os.kill(os.getpid(), signal.SIGTERM)
 

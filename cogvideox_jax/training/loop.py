@@ -127,7 +127,8 @@ class Run:
           if self._waits:
             jax.block_until_ready(value)
           validates = is_due(step, config.validation.every)
-          recorder.add(step, metrics, self._validate(programs, value.ema) if validates else {})
+          measure = partial(self._validate, programs, value.ema) if validates else None
+          recorder.add(step, metrics, measure)
           stops = step == self._steps or interrupts.exit_code is not None
           if stops or is_due(step, config.checkpoint.every):
             recorder.drain()  # So that nothing is saved that is not finite.

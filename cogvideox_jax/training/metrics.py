@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from cogvideox_jax.errors import UserError
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 LONGEST_LINE = 1 << 20  # Bytes.
+
+Measure = Callable[[], dict[str, float]]
 
 
 class RunLog:
@@ -96,13 +99,16 @@ class Recorder:
     """tokens: of a global batch, padding included. every: a logged step stands for so many."""
     self._log, self._loader, self._bar = log, loader, bar
     self._tokens, self._every, self._lag = tokens, every, lag
-    self._waiting: deque[tuple[int, dict[str, jax.Array], dict[str, float]]] = deque()
+    self._waiting: deque[tuple[int, dict[str, jax.Array], Measure | None]] = deque()
     self._mark, self._seconds, self._steps = time.perf_counter(), 0.0, 0
 
-  def add(self, step: int, metrics: dict[str, jax.Array], extra: dict[str, float]) -> None:
-    """Takes a step's metrics, and numbers that make it a logged step whatever its number."""
-    self._waiting.append((step, metrics, extra))
-    while len(self._waiting) > self._lag:
+  def add(self, step: int, metrics: dict[str, jax.Array], measure: Measure | None = None) -> None:
+    """Takes a step's metrics.
+
+    measure: called once the step is done, for numbers that make it a logged step whatever `every`.
+    """
+    self._waiting.append((step, metrics, measure))
+    while len(self._waiting) > (0 if measure else self._lag):
       self._read(*self._waiting.popleft())
 
   def drain(self) -> None:
@@ -114,7 +120,7 @@ class Recorder:
     """Leaves out of the steps' time what was done since the last of them."""
     self._mark = time.perf_counter()
 
-  def _read(self, step: int, metrics: dict[str, jax.Array], extra: dict[str, float]) -> None:
+  def _read(self, step: int, metrics: dict[str, jax.Array], measure: Measure | None) -> None:
     values = {name: float(value) for name, value in metrics.items()}
     now = time.perf_counter()
     self._seconds, self._steps, self._mark = self._seconds + now - self._mark, self._steps + 1, now
@@ -128,10 +134,11 @@ class Recorder:
       )
     self._bar.update()
     self._bar.set_postfix(loss=f"{values['loss']:.4f}")
-    if step % self._every == 0 or extra:
-      self._write(step, values, extra)
+    if step % self._every == 0 or measure:
+      self._write(step, values, measure() if measure else {})
+      self.restart_clock()
 
-  def _write(self, step: int, values: dict[str, float], extra: dict[str, float]) -> None:
+  def _write(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
     padding = self._loader.padding_fraction(step - 1)
     seconds = self._seconds / self._steps
     self._seconds, self._steps = 0.0, 0
@@ -141,6 +148,6 @@ class Recorder:
       "tokens_per_second": self._tokens * (1 - padding) / seconds,
       "padding_fraction": padding,
       "epoch": self._loader.epoch(step - 1),
-      **extra,
+      **measured,
     }
     self._log.metrics(step, numbers)
