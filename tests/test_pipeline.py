@@ -11,6 +11,7 @@ from cogvideox_jax import sharding
 from cogvideox_jax.conversion import diffusers, folder
 from cogvideox_jax.conversion.folder import Settings
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference import denoising
 from cogvideox_jax.inference.denoising import INITIAL, denoise_step, draw_noise
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
@@ -54,6 +55,7 @@ def test_drawn_noise_is_bit_equal_whatever_the_batch():
   for i in range(2):
     alone = draw_noise(seeds[i : i + 1], indices[i : i + 1], INITIAL, (3, 4, 6, 4))
     np.testing.assert_array_equal(together[i], alone[0])
+  assert np.abs(together - draw_noise(seeds, indices, INITIAL + 1, (3, 4, 6, 4))).max() > 0.1
 
 
 def test_a_video_does_not_depend_on_what_else_is_in_the_call(pipe):
@@ -66,8 +68,16 @@ def test_a_video_does_not_depend_on_what_else_is_in_the_call(pipe):
     np.testing.assert_allclose(together[3 * i : 3 * i + 3], alone, atol=1e-4)
 
 
-def test_a_stochastic_solver_draws_its_noise_for_each_video(pipe):
+def test_a_stochastic_solver_draws_new_noise_at_each_step_of_each_video(pipe, monkeypatch):
+  draws = []
+
+  def spy(seeds, indices, draw, shape):
+    draws.append(draw)
+    return draw_noise(seeds, indices, draw, shape)
+
+  monkeypatch.setattr(denoising, "draw_noise", spy)
   together = pipe(PROMPTS[:2], seed=4, solver="dpm", **QUICK).frames
+  assert draws == [1, 2]  # The last step adds none.
   alone = pipe(PROMPTS[1], seed=4, solver="dpm", **QUICK).frames
   np.testing.assert_allclose(together[1:], alone, atol=1e-4)
   assert np.abs(alone - pipe(PROMPTS[1], seed=4, **QUICK).frames).max() > 0.1
