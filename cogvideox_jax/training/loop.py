@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cogvideox_jax import sharding
 from cogvideox_jax.data.files import disk_errors
+from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.training import resume, setup, state
 from cogvideox_jax.training.checkpoint import Checkpoints
@@ -58,7 +59,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
   ):
     value = run.start(checkpoints, log)
     step = run.go(value, checkpoints, log, interrupts)
-  if step == config.train.steps:
+  if interrupts.exit_code is None or step == config.train.steps:
     say(f"Trained for {step} steps: {folder / str(step)}")
     return 0
   say(f"Stopped at step {step}, which is saved. The same command goes on from there.")
@@ -126,8 +127,9 @@ class Run:
           value, metrics = programs.train(value, batch, self._train_key)
           if self._waits:
             jax.block_until_ready(value)
-          validates = is_due(step, config.validation.every)
-          measure = partial(self._validate, programs, value.ema) if validates else None
+          measure = None
+          if self._held_out and is_due(step, config.validation.every):
+            measure = partial(self._validate, programs, self._held_out, value.ema)
           recorder.add(step, metrics, measure)
           stops = step == self._steps or interrupts.exit_code is not None
           if stops or is_due(step, config.checkpoint.every):
@@ -156,14 +158,14 @@ class Run:
     say(f"compiled in {progress.seconds[COMPILE]:.1f} s")
     return Programs(train, validate)
 
-  def _validate(self, programs: Programs, params: Params) -> dict[str, float]:
+  def _validate(self, programs: Programs, held_out: Loader, params: Params) -> dict[str, float]:
     """The loss on the held-out clips, by timestep and over all: always the same clips and noise."""
     rows = self._stage.rows
-    count = min(self._config.validation.batches, -(-self._held_out.rows_per_epoch // rows))
+    count = min(self._config.validation.batches, -(-held_out.rows_per_epoch // rows))
     noise = self._validation_noise()
     losses = np.mean(
       [
-        jax.device_get(programs.validate(params, self._place(self._held_out.batch(k)), *noise))
+        jax.device_get(programs.validate(params, self._place(held_out.batch(k)), *noise))
         for k in range(count)
       ],
       axis=0,
