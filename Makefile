@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all that a newcomer needs; both begin with `make install`.
 PYTHON ?= python3
-PYTEST ?= .venv/bin/python -m pytest
+PYTEST ?= .venv/bin/python -m pytest -n auto --maxprocesses=4
 RUN := .venv/bin/python
 
 .PHONY: install demo test test-slow lint

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from small_run import make_config, make_inputs
 
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import checkpoint, loop, metrics, setup
+from configs import tiny
 
 LOGGED = {
   "step",
@@ -26,23 +26,6 @@ LOGGED = {
   "padding_fraction",
   "epoch",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory):
-  """All runs here are of the same programs: compiled once, as a user's second start finds them."""
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +50,9 @@ def test_every_step_is_logged_and_the_last_is_saved(finished):
   assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
   assert all(line.keys() >= LOGGED for line in logged)
   assert all(0 <= line["padding_fraction"] < 0.5 for line in logged)
-  assert logged[0]["learning_rate"] == 0 and logged[2]["learning_rate"] == pytest.approx(1e-3)
+  assert logged[0]["learning_rate"] == 0 and logged[2]["learning_rate"] == pytest.approx(
+    tiny.get_config().optimizer.learning_rate
+  )
   events = lines(finished / "events.jsonl")
   assert events[0] == {"event": "resumed", "step": 0}
   assert [event["step"] for event in events[1:]] == [2, 4, 6]

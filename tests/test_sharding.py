@@ -70,7 +70,7 @@ def test_the_average_has_its_own_buffers():
     ("blocks/attention/query/kernel", (3, 8, 2, 4), P(None, "fsdp", "tensor", None)),
     ("blocks/attention/out/kernel", (3, 2, 4, 8), P(None, "tensor", None, "fsdp")),
     ("out/kernel", (8, 12), P("fsdp", None)),
-    ("ema/out_modulation/kernel", (6, 16), P(None, "fsdp")),
+    ("ema/out_modulation/kernel", (8, 6), P("fsdp", None)),
     ("opt_state/1/0/nu/blocks/mlp/down/kernel", (3, 16, 8), P(None, "tensor", "fsdp")),
     ("blocks/attention/query/bias", (3, 2, 4), P(None, None, None)),
     ("opt_state/1/0/count", (), P()),

@@ -20,7 +20,7 @@ from cogvideox_jax.training import state, step
 from cogvideox_jax.types import VISION, Batch, Example
 
 SCHEDULE = noise_schedule(NOISE)
-SGD = optax.sgd(1.0)  # With which the change of a weight is its gradient.
+SGD = optax.sgd(0.1)  # With which the change of a weight is a tenth of its gradient.
 KEY = jax.random.key(7)
 PARAMS = draw(DiT, DIT_CONFIG)[1]
 START = state.new_state(PARAMS, SGD)
@@ -65,35 +65,31 @@ def batch_of(rows=8):
 
 
 @pytest.fixture(scope="module")
-def alone():
-  """A batch, and its step on one device."""
-  batch = batch_of()
-  return batch, *jax.block_until_ready(jax.jit(make_step())(START, batch, KEY))
+def run():
+  """A step on one device."""
+  return jax.jit(make_step())
 
 
 @pytest.mark.parametrize(
   "name, sizes",
-  [
-    ("fsdp", {"data": 8}),
-    ("fsdp", {"data": 4, "fsdp": 2}),
-    ("fsdp_tensor", {"data": 2, "fsdp": 2, "tensor": 2}),
-  ],
+  [("fsdp", {"data": 4, "fsdp": 2}), ("fsdp_tensor", {"data": 2, "fsdp": 2, "tensor": 2})],
 )
-def test_a_sharded_step_equals_that_of_one_device(alone, name, sizes):
-  batch, expected, expected_metrics = alone
+def test_a_sharded_step_equals_that_of_one_device(run, name, sizes):
+  batch = batch_of()
+  expected, expected_metrics = jax.block_until_ready(run(START, batch, KEY))
   mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **sizes})
   rules = sharding.rules_named(name)
   places = state.shardings_of(state.abstract(PARAMS, SGD, mesh, rules))
   attend = sharding.shard_attention(attention, mesh, rules)
-  run = jax.jit(make_step(network=network(attend=attend)), out_shardings=(places, None))
+  sharded_run = jax.jit(make_step(network=network(attend=attend)), out_shardings=(places, None))
   rows = sharding.row_sharding(mesh, rules, len(batch.mean))
   # Two things at once on fake devices can deadlock.
   start, batch = jax.block_until_ready(jax.device_put((START, batch), (places, rows)))
-  sharded, metrics = jax.block_until_ready(run(start, batch, KEY))
+  sharded, metrics = jax.block_until_ready(sharded_run(start, batch, KEY))
 
   np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
   np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=1e-4)
-  jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), sharded.params, expected.params)
+  jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), sharded.params, expected.params)
 
 
 def test_every_kernel_and_its_moments_are_spread_over_fsdp():
@@ -111,7 +107,10 @@ def losses_of(params, batch, x0, noise, timesteps):
 
 def test_clips_packed_in_one_row_train_as_each_alone():
   clips = [example(0, (1, 4, 4)), example(1, (3, 4, 4)), example(2, (2, 4, 4))]
-  packed, alone = row(clips, tokens=48), stack([row([clip], tokens=48) for clip in clips])
+  alone = stack([row([clip], tokens=48) for clip in clips])
+  packed = row(clips, tokens=48)
+  empty = jax.tree.map(np.zeros_like, packed)
+  packed = stack([packed, empty, empty])
   rng = np.random.default_rng(3)
   noise = rng.normal(size=packed.mean.shape).astype(np.float32)
   noise_alone = np.zeros_like(alone.mean)
@@ -119,7 +118,7 @@ def test_clips_packed_in_one_row_train_as_each_alone():
     of_packed = (packed.segment_ids[0] == clip + 1) & (packed.experts[0] == VISION)
     of_alone = (alone.segment_ids[clip] == 1) & (alone.experts[clip] == VISION)
     noise_alone[clip, of_alone] = noise[0, of_packed]
-  timesteps = np.array([[0, 100, 500, 900]], np.int32)
+  timesteps = np.array([[0, 100, 500, 900], [0] * 4, [0] * 4], np.int32)
   timesteps_alone = np.array([[0, t, 0, 0] for t in (100, 500, 900)], np.int32)
 
   run = jax.jit(jax.value_and_grad(losses_of))
@@ -129,25 +128,22 @@ def test_clips_packed_in_one_row_train_as_each_alone():
   jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), grads, grads_alone)
 
 
-def test_what_stands_in_the_padding_changes_nothing():
-  batch = row([example(0, (2, 4, 4))])
-  padding = batch.segment_ids == 0
-  filled = batch._replace(mean=np.where(padding[..., None], 100.0, batch.mean).astype(np.float32))
-  filled.text[:, 1:] = 50.0
-  run = jax.jit(make_step())
-  clean = row([example(0, (2, 4, 4))])
-  np.testing.assert_array_equal(
-    run(START, filled, KEY)[1]["loss"], run(START, clean, KEY)[1]["loss"]
-  )
+def test_what_stands_in_the_padding_changes_nothing(run):
+  batch = batch_of()
+  padding = (batch.segment_ids == 0)[..., None]
+  filled = batch._replace(mean=np.where(padding, np.float32(100), batch.mean))
+  filled = filled._replace(text=np.concatenate([batch.text[:, :2], batch.text[:, 2:] + 50], axis=1))
+  after, metrics = run(START, batch, KEY)
+  after_filled, metrics_filled = run(START, filled, KEY)
+  assert padding.any() and metrics["loss"] == metrics_filled["loss"]
+  jax.tree.map(np.testing.assert_array_equal, after, after_filled)
 
 
-def test_noise_is_that_of_the_step_and_the_average_follows():
-  batch, tx = batch_of(rows=2), optax.sgd(0.1)
-  run = jax.jit(make_step(tx))
-  start = state.new_state(PARAMS, tx)
-  first, metrics = run(start, batch, KEY)
-  again, repeated = run(start, batch, KEY)
-  _, later = run(start._replace(step=jnp.int32(1)), batch, KEY)
+def test_noise_is_that_of_the_step_and_the_average_follows(run):
+  batch = batch_of()
+  first, metrics = run(START, batch, KEY)
+  again, repeated = run(START, batch, KEY)
+  _, later = run(START._replace(step=jnp.int32(1)), batch, KEY)
   assert metrics["loss"] == repeated["loss"] != later["loss"]
   jax.tree.map(np.testing.assert_array_equal, first, again)
   assert int(first.step) == 1
@@ -159,21 +155,18 @@ def test_noise_is_that_of_the_step_and_the_average_follows():
   )
 
 
-def test_computing_in_bfloat16_leaves_the_weights_and_moments_in_float32():
-  tx = optax.adamw(1e-3)
-  run = jax.jit(make_step(tx, network=network(jnp.bfloat16)))
-  after, metrics = run(state.new_state(PARAMS, tx), batch_of(rows=1), KEY)
-  exact = jax.jit(make_step(tx))(state.new_state(PARAMS, tx), batch_of(rows=1), KEY)[1]
+def test_computing_in_bfloat16_leaves_the_weights_and_the_gradients_in_float32(run):
+  batch = batch_of()
+  after, metrics = jax.jit(make_step(network=network(jnp.bfloat16)))(START, batch, KEY)
+  exact = run(START, batch, KEY)[1]
   assert {leaf.dtype.name for leaf in jax.tree.leaves(after)} == {"float32", "int32"}
   np.testing.assert_allclose(metrics["loss"], exact["loss"], rtol=0.05)
   assert metrics["loss"] != exact["loss"]
 
 
-def test_training_on_one_batch_learns_it():
-  tx = optax.adam(3e-3)
-  run = jax.jit(make_step(tx))
-  batch, value, losses = batch_of(rows=2), state.new_state(PARAMS, tx), []
-  for _ in range(30):
+def test_training_on_one_batch_learns_it(run):
+  batch, value, losses = batch_of(), START, []
+  for _ in range(40):
     value, metrics = run(value, batch, KEY)
     losses.append(float(metrics["loss"]))
   assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])

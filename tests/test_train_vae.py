@@ -24,7 +24,7 @@ from configs import vae_tiny
 @pytest.fixture
 def config():
   config = vae_tiny.get_config()
-  config.model.update(channels=(8, 8, 8), latent_channels=4, groups=2)
+  config.model.update(channels=(8, 8), temporal_compression=2, latent_channels=4, groups=2)
   config.data.update(clips=16, sizes=((16, 16),), durations=(1,))
   config.train.update(steps=6, frames=4)
   config.optimizer.warmup_steps = 2
