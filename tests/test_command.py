@@ -129,8 +129,13 @@ def test_a_fault_of_the_disk_is_told_in_one_line(capsys, code, word):
 
 
 def test_ctrl_c_leaves_with_130_and_no_traceback(capsys):
-  with pytest.raises(SystemExit, match="130"), command.user_mistakes():
-    signal.raise_signal(signal.SIGINT)
+  # A shell starts what runs in the background with this signal ignored.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.raises(SystemExit, match="130"), command.user_mistakes():
+      signal.raise_signal(signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert capsys.readouterr().err == "Interrupted.\n"
 
 
