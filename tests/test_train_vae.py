@@ -102,6 +102,17 @@ def test_scaled_latents_have_unit_variance(config, tmp_path):
   assert float(latents.std()) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize(
+  ("change", "word"),
+  [({"durations": (16,)}, "16"), ({"sizes": ((15, 16),)}, "15"), ({"fps": -1.0}, "fps")],
+)
+def test_clips_that_the_vae_cannot_take_are_refused_at_once(tmp_path, config, change, word):
+  config.data.update(change)
+  with pytest.raises(UserError, match=word):
+    vae_loop.train(config, epath.Path(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_without_usable_clips_is_refused(tmp_path, config):
   (tmp_path / "a.mp4").write_bytes(b"")
   (tmp_path / "a.txt").write_text("nothing")

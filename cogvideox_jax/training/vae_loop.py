@@ -11,8 +11,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from cogvideox_jax.config import check_values
 from cogvideox_jax.conversion import diffusers
-from cogvideox_jax.data import shapes, video
+from cogvideox_jax.data import buckets, shapes, video
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.vae import VAE, VAEConfig
@@ -44,6 +45,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
   Raises:
     UserError: the config, the data or the workdir do not allow it; before any compile.
   """
+  check_values(config)
+  multiple = VAEConfig(**config.model.to_dict()).spatial_compression
+  buckets.check(config.data.sizes, config.data.durations, multiple_of=multiple)
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   resume.check_config(workdir, config)
