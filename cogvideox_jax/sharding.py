@@ -25,18 +25,19 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"attention/out/kernel": ("heads", "head_dim", "embed"),
   r"mlp/up/kernel": ("embed", "mlp"),
   r"mlp/down/kernel": ("mlp", "embed"),
-  r"(modulation|out_modulation|time_in|time_out)/kernel": ("time", "embed"),
+  r"(modulation|out_modulation|time_out)/kernel": ("time", "output"),
   r"(vision_in|text_in)/kernel": ("input", "embed"),
-  r"(?<!attention/)out/kernel": ("embed", "output"),
+  r"(time_in|(?<!attention/)out)/kernel": ("embed", "output"),
   r"(bias|scale|count|step)": (),
 }
 
 # `config.sharding` names one of these. A logical axis that is missing is replicated.
 RULES: dict[str, Rules] = {
-  "fsdp": {"rows": ("data", "fsdp"), "embed": ("fsdp",)},
+  "fsdp": {"rows": ("data", "fsdp"), "embed": ("fsdp",), "time": ("fsdp",)},
   "fsdp_tensor": {
     "rows": ("data", "fsdp"),
     "embed": ("fsdp",),
+    "time": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
   },
