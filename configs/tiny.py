@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
       row_tokens=512,
       max_clips=12,
     )
-  config.train.steps = 300
+  config.train.steps = 220
   config.optimizer.update(learning_rate=1.5e-3, warmup_steps=30, ema_decay=0.98)
   config.mesh.update(data=-1, fsdp=1)
   config.checkpoint.every = 100
