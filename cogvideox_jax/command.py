@@ -16,11 +16,9 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from cogvideox_jax.errors import UserError
+from cogvideox_jax.errors import INTERRUPTED, USER_ERROR, UserError
 
 flags.disclaim_key_flags()  # `--help` of a verb lists the flags defined here as the verb's own.
-
-USER_ERROR, INTERRUPTED = 2, 130
 
 # Faults of the machine that the user can mend, and how.
 _MACHINE_FAULTS = {

@@ -1,4 +1,6 @@
-"""The one exception that is a user's mistake rather than ours."""
+"""What a command leaves with, and the exception that is a user's mistake rather than ours."""
+
+USER_ERROR, PREEMPTED, INTERRUPTED = 2, 83, 130  # Exit codes.
 
 
 class UserError(Exception):

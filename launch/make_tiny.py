@@ -22,9 +22,9 @@ from ml_collections import ConfigDict
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.conversion.folder import Settings, write_index
 from cogvideox_jax.diffusion.noise import NoiseConfig
-from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
 from cogvideox_jax.training import checkpoint
+from cogvideox_jax.training.setup import model_config
 
 TARGET = flags.DEFINE_string("target", "cogvideox_jax/assets/tiny", "The model folder.")
 VAE = flags.DEFINE_string("vae", None, "What train_vae left: WORKDIR/vae.", required=True)
@@ -55,9 +55,8 @@ def main(_) -> None:
   diffusers.save_vae(target / "vae", config, half(params))
   if TRANSFORMER.value:
     trained = ConfigDict(json.loads((epath.Path(TRANSFORMER.value) / "config.json").read_text()))
-    transformer = DiTConfig(**{**trained.model, "patch": tuple(trained.model.patch)})
     weights = checkpoint.load_weights(TRANSFORMER.value)
-    diffusers.save_transformer(target / "transformer", transformer, half(weights))
+    diffusers.save_transformer(target / "transformer", model_config(trained), half(weights))
     diffusers.save_scheduler(target / "scheduler", NoiseConfig(**trained.noise))
   write_index(target, SETTINGS)
 

@@ -1,5 +1,7 @@
 """What previews a training run leaves."""
 
+from dataclasses import asdict
+
 import numpy as np
 from drawn import DIT_CONFIG, T5_CONFIG, VAE_CONFIG, draw
 from etils import epath
@@ -25,9 +27,10 @@ def test_previews_are_the_prompts_side_by_side_and_a_sheet_of_them(tmp_path):
   config = make_config(
     epath.Path(tmp_path), preview__prompts=prompts, preview__num_frames=9, preview__height=16,
     preview__width=24, preview__steps=2, text__drop="zeros",
+    **{f"model__{key}": value for key, value in asdict(DIT_CONFIG).items()},
   )  # fmt: skip
   folder = epath.Path(tmp_path) / "previews"
-  Previewer(config, DIT_CONFIG, folder).write(40, draw(DiT, DIT_CONFIG)[1])
+  Previewer(config, folder).write(40, draw(DiT, DIT_CONFIG)[1])
 
   info = probe(folder / "step_000040.mp4")
   assert (info.num_frames, info.height, info.width, info.fps) == (9, 16, 48, 8.0)

@@ -5,7 +5,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-PREEMPTED, INTERRUPTED = 83, 130  # Exit codes.
+from cogvideox_jax.errors import INTERRUPTED, PREEMPTED
 
 
 class Interrupts:

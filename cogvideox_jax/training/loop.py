@@ -85,7 +85,7 @@ class Run:
     self._functions = setup.make_functions(config, self._mesh, rules)
     self._previewer = None
     if config.preview.every and config.preview.prompts:
-      self._previewer = Previewer(config, setup.model_config(config), workdir / "previews")
+      self._previewer = Previewer(config, workdir / "previews")
     dataset = setup.open_data(config, workdir)
     self.data_digests = {name: dataset.digest}
     resume.check_data(workdir, self.data_digests)

@@ -4,38 +4,23 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from cogvideox_jax.conversion.folder import Settings, open_model
 from cogvideox_jax.data.video import contact_sheet, write_mp4
-from cogvideox_jax.diffusion.noise import NoiseConfig
-from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
-from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.training.state import Params
+from cogvideox_jax.training.workdir import load_frozen, with_transformer
 
 
 class Previewer:
   """Samples the config's prompts with fixed seeds, so that previews differ by the weights alone."""
 
-  def __init__(self, config: ConfigDict, model: DiTConfig, folder: epath.Path):
+  def __init__(self, config: ConfigDict, folder: epath.Path):
     """Loads the frozen networks; a UserError if the components lack one."""
-    components = open_model(config.components)
-    self._vae, self._text_encoder = components.vae(), components.text_encoder()
-    self._tokenizer = components.tokenizer()
-    self._config, self._model, self._folder = config, model, folder
+    self._config, self._folder, self._frozen = config, folder, load_frozen(config)
 
   def write(self, step: int, params: Params) -> None:
     """Adds FOLDER/step_NNNNNN.mp4, the videos side by side, and a contact sheet of them, .png."""
     config = self._config.preview
-    pipe = Pipeline(
-      (self._model, params),
-      self._vae,
-      self._text_encoder,
-      self._tokenizer,
-      NoiseConfig(**self._config.noise),
-      Settings(text_drop=self._config.text.drop),
-      dtype=self._config.dtype,
-      progress=Progress(show=False),
-    )
+    pipe = with_transformer(self._config, params, self._frozen, Progress(show=False))
     prompts = list(config.prompts)
     videos = pipe(
       prompts,

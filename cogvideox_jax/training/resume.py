@@ -12,7 +12,8 @@ from cogvideox_jax.errors import UserError
 NAME = "config.json"
 DIGESTS = "data_digests"  # In that file, beside the config's keys.
 # Keys that do not change what is trained, or whose change is compared by other means.
-FREE = ("log_every", "checkpoint", "preview", "mesh", "sharding", "data.path")
+FREE = ("log_every", "checkpoint", "preview", "mesh", "sharding", "cpu_devices", "data.path")
+MOST_LINES = 8  # Of changed keys in a message.
 
 
 def check_config(workdir: epath.Path, config: ConfigDict) -> None:
@@ -35,6 +36,8 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
     for key in sorted(before.keys() | now.keys())
     if before.get(key) != now.get(key) and not _is_free(key)
   ]
+  if changed[MOST_LINES:]:
+    changed[MOST_LINES - 1 :] = [f"  and {len(changed) - MOST_LINES + 1} more keys"]
   if changed:
     raise UserError(
       "\n".join([f"{workdir} was begun with another config:", *changed, _way_out(workdir)])

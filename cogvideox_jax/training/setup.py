@@ -71,7 +71,8 @@ def open_data(config: ConfigDict, workdir: epath.Path) -> Dataset:
 
 
 def model_config(config: ConfigDict) -> DiTConfig:
-  return DiTConfig(**config.model.to_dict())
+  """The transformer of a config, or of one that was kept as JSON, which has no tuples."""
+  return DiTConfig(**{**config.model, "patch": tuple(config.model.patch)})
 
 
 def make_loader(config: ConfigDict, dataset: Dataset, split: str) -> Loader:

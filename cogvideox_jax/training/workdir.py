@@ -1,17 +1,21 @@
 """From a training workdir to a pipeline that samples with what it has learnt."""
 
 import json
+from typing import NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from cogvideox_jax.conversion.folder import Settings, open_model
+from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.t5 import T5Config
+from cogvideox_jax.models.vae import VAEConfig
 from cogvideox_jax.training.checkpoint import load_weights
 from cogvideox_jax.training.resume import NAME
+from cogvideox_jax.training.setup import model_config
 from cogvideox_jax.training.state import Params
 
 
@@ -30,15 +34,27 @@ def load(
   if not (workdir / "checkpoints").is_dir():
     return Pipeline.from_pretrained(model, progress=progress)
   config = ConfigDict(json.loads((workdir / NAME).read_text()))
-  return with_transformer(config, load_weights(workdir, weights), progress=progress)
+  return with_transformer(config, load_weights(workdir, weights), load_frozen(config), progress)
+
+
+class Frozen(NamedTuple):
+  """The networks that the transformer's training leaves as they are."""
+
+  vae: tuple[VAEConfig, Params]
+  text_encoder: tuple[T5Config, Params]
+  tokenizer: Tokenizer
+
+
+def load_frozen(config: ConfigDict) -> Frozen:
+  """Those of a training config; a UserError if one is missing or damaged."""
+  components = open_model(config.components)
+  return Frozen(components.vae(), components.text_encoder(), components.tokenizer())
 
 
 def with_transformer(
-  config: ConfigDict, params: Params, *, progress: Progress | None = None
+  config: ConfigDict, params: Params, frozen: Frozen, progress: Progress | None = None
 ) -> Pipeline:
   """The pipeline of a training config's frozen networks and the transformer's `params`."""
-  components = open_model(config.components)
-  transformer = DiTConfig(**{**config.model, "patch": tuple(config.model.patch)})
   settings = Settings(
     text_drop=config.text.drop,
     guidance_scale=config.preview.guidance_scale,
@@ -46,10 +62,8 @@ def with_transformer(
     fps=config.data.fps,
   )
   return Pipeline(
-    (transformer, params),
-    components.vae(),
-    components.text_encoder(),
-    components.tokenizer(),
+    (model_config(config), params),
+    *frozen,
     NoiseConfig(**config.noise),
     settings,
     dtype=config.dtype,
