@@ -22,6 +22,7 @@ from cogvideox_jax.data.video import contact_sheet, write_mp4
 from cogvideox_jax.evaluation.shapes import score
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.sharding import split_cpu
 from cogvideox_jax.training import loop, setup, workdir
 
 CONFIG = command.config_flag()
@@ -35,6 +36,7 @@ SHEET_ROWS = 6
 def main() -> int:
   cfg, folder = CONFIG.value, epath.Path(WORKDIR.value)
   config.check(cfg, cfg.components)
+  split_cpu(cfg.cpu_devices)
   start = time.perf_counter()
   exit_code = loop.train(cfg, folder)
   train_seconds = time.perf_counter() - start
@@ -66,7 +68,8 @@ def main() -> int:
 def untrained(cfg: ConfigDict) -> Pipeline:
   """The model where training begins: every weight as drawn."""
   model = DiT(setup.model_config(cfg), rngs=nnx.Rngs(cfg.seed))
-  return workdir.with_transformer(cfg, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  return workdir.with_transformer(cfg, params, workdir.load_frozen(cfg))
 
 
 def sample(pipe: Pipeline, prompts: Sequence[str]) -> list[UInt8[np.ndarray, "F H W 3"]]:

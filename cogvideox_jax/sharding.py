@@ -6,6 +6,7 @@ of the paths: `opt_state/1/0/mu/blocks/mlp/up/kernel` is placed as `params/block
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,6 +43,17 @@ RULES: dict[str, Rules] = {
     "mlp": ("tensor",),
   },
 }
+
+
+def split_cpu(devices: int) -> None:
+  """Has JAX count the CPU as several devices, unless the environment says how many it is.
+
+  XLA keeps one core busy for much of a program; devices with a share of the rows each keep as many.
+  Changes nothing for other hardware. Call it before JAX looks at its devices.
+  """
+  said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if not said and jax.config.jax_num_cpu_devices < 0:
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:

@@ -7,6 +7,7 @@ from absl import flags
 from etils import epath
 
 from cogvideox_jax import command, config
+from cogvideox_jax.sharding import split_cpu
 from cogvideox_jax.training.loop import train
 
 CONFIG = command.config_flag()
@@ -17,6 +18,7 @@ WORKDIR = flags.DEFINE_string(
 
 def main() -> int:
   config.check(CONFIG.value, CONFIG.value.components)
+  split_cpu(CONFIG.value.cpu_devices)
   return train(CONFIG.value, epath.Path(WORKDIR.value))
 
 

@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
   config.mesh.context = 1
   config.mesh.tensor = 1
   config.sharding = "fsdp"  # A row of sharding.RULES.
+  config.cpu_devices = 1  # How many devices a CPU counts as; they share its cores.
 
   config.log_every = 10  # Steps.
   config.checkpoint = ConfigDict({"every": 1000, "keep": 3})

@@ -14,11 +14,11 @@ def get_config() -> ConfigDict:
   config.remat = False
   config.model.update(
     depth=6,
-    heads=6,
+    heads=4,
     head_dim=32,
     time_width=64,
     text_width=64,
-    text_length=24,
+    text_length=20,
     positions="rope_index",
     sample_frames=17,
     sample_height=8,
@@ -33,16 +33,17 @@ def get_config() -> ConfigDict:
       sizes=((32, 32), (24, 40), (40, 24)),
       durations=(1, 9, 17),
       rows=8,
-      row_tokens=512,
-      max_clips=12,
+      row_tokens=200,
+      max_clips=5,
     )
-  config.train.steps = 220
-  config.optimizer.update(learning_rate=1.5e-3, warmup_steps=30, ema_decay=0.98)
+  config.train.steps = 1600
+  config.optimizer.update(learning_rate=4e-3, warmup_steps=50, ema_decay=0.99)
   config.mesh.update(data=-1, fsdp=1)
-  config.checkpoint.every = 100
-  config.validation.every = 100
+  config.cpu_devices = 2
+  config.checkpoint.every = 500
+  config.validation.every = 500
   config.preview.update(
-    every=100,
+    every=500,
     prompts=(
       "a red circle moves right on a blue background",
       "a yellow square moves up on a black background",

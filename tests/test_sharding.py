@@ -1,5 +1,9 @@
 """Where arrays are placed, and what the tables refuse."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -108,3 +112,14 @@ def test_sizes_that_do_not_divide_are_the_users_to_mend():
 def test_an_unknown_layout_is_refused_with_those_there_are():
   with pytest.raises(UserError, match=r"'fdsp'.*fsdp, fsdp_tensor"):
     sharding.rules_named("fdsp")
+
+
+@pytest.mark.parametrize(
+  ("flags", "devices"), [("", 3), ("--xla_force_host_platform_device_count=2", 2)]
+)
+def test_a_cpu_counts_as_several_devices_unless_the_environment_says_how_many(flags, devices):
+  use = "from cogvideox_jax import sharding; sharding.split_cpu(3)"
+  code = f"import jax; {use}; print(len(jax.devices()))"
+  environment = os.environ | {"XLA_FLAGS": flags}
+  result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+  assert int(result.stdout) == devices, result.stderr
