@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cogvideox_jax.conversion import configs, diffusers
 from cogvideox_jax.conversion.folder import TEXT_DROPS, open_model
 from cogvideox_jax.data import buckets
+from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import graphs
 
@@ -20,11 +21,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "dtype": graphs.DTYPES,
   "model.positions": configs.POSITIONS,
   "text.drop": TEXT_DROPS,
+  "preview.solver": tuple(SOLVERS),
 }
 # Every number is above 0, but for these.
 MAY_BE_ZERO = {
   "seed",
   "data.clips",
+  "model.ofs_width",
   "optimizer.warmup_steps",
   "optimizer.weight_decay",
   "preview.every",

@@ -26,9 +26,10 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"attention/out/kernel": ("heads", "head_dim", "embed"),
   r"mlp/up/kernel": ("embed", "mlp"),
   r"mlp/down/kernel": ("mlp", "embed"),
-  r"(modulation|out_modulation|time_out)/kernel": ("time", "output"),
+  r"(modulation|out_modulation|time_out|ofs_in|ofs_out)/kernel": ("time", "output"),
   r"(vision_in|text_in)/kernel": ("input", "embed"),
   r"(time_in|(?<!attention/)out)/kernel": ("embed", "output"),
+  r"position_table": ("tokens", "embed"),
   r"(bias|scale|count|step)": (),
 }
 
@@ -52,7 +53,7 @@ def split_cpu(devices: int) -> None:
   Changes nothing for other hardware. Call it before JAX looks at its devices.
   """
   said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-  if not said and jax.config.jax_num_cpu_devices < 0:
+  if not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
     jax.config.update("jax_num_cpu_devices", devices)
 
 

@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
   config.model.sample_width = 90
   config.model.spatial_interpolation = 1.875  # Of sincos positions.
   config.model.temporal_interpolation = 1.0
+  config.model.learned_positions = False  # Of 5B-I2V.
+  config.model.ofs_width = 0  # 512 in 1.5-I2V.
 
   config.noise = ConfigDict()  # Fields of diffusion.noise.NoiseConfig.
   config.noise.steps = 1000
@@ -93,6 +95,7 @@ def get_config() -> ConfigDict:
   config.preview.width = 384
   config.preview.steps = 50
   config.preview.guidance_scale = 6.0
+  config.preview.solver = "ddim"
   return config.lock()
 
 

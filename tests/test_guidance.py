@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from cogvideox_jax.diffusion.guidance import classifier_free, constant_scales, dynamic_scales
-from cogvideox_jax.diffusion.solvers import trailing_timesteps
+from cogvideox_jax.diffusion.solvers import spaced_timesteps
 
 CASES = Path(__file__).parent / "data/goldens/cases"
 
@@ -18,12 +18,12 @@ def test_dynamic_scales_match_diffusers():
   assert len(tables) > 20
   for name, table in tables.items():
     steps = int(name.split(".")[-1])
-    scales = dynamic_scales(6.0, trailing_timesteps(steps, 1000), steps)
+    scales = dynamic_scales(6.0, spaced_timesteps(steps, 1000), steps)
     np.testing.assert_allclose(scales, table, atol=1e-9)
 
 
 def test_constant_scales_have_one_for_every_timestep():
-  np.testing.assert_array_equal(constant_scales(6.0, trailing_timesteps(61, 1000)), [6.0] * 62)
+  np.testing.assert_array_equal(constant_scales(6.0, spaced_timesteps(61, 1000)), [6.0] * 62)
 
 
 def test_guidance_goes_from_the_negative_through_the_positive():

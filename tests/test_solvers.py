@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
-from cogvideox_jax.diffusion.solvers import ddim, dpm, solver_step, trailing_timesteps
+from cogvideox_jax.diffusion.solvers import ddim, dpm, solver_step, spaced_timesteps
 from cogvideox_jax.errors import UserError
 
 CASES = Path(__file__).parent / "data/goldens/cases"
@@ -58,7 +58,7 @@ def published_dpm_weights(alphas, steps):
   def log_snr(alpha):
     return np.log(np.sqrt(alpha / (1 - alpha)))
 
-  timesteps, rows = trailing_timesteps(steps, len(alphas)), []
+  timesteps, rows = spaced_timesteps(steps, len(alphas)), []
   for i, t in enumerate(timesteps):
     end = t - len(alphas) // steps
     here, there = alphas[t], np.float64(1) if end < 0 else alphas[end]
@@ -107,7 +107,7 @@ def test_timesteps_match_diffusers():
   tables = {name: table for name, table in case.items() if name.startswith("tab.timesteps.")}
   assert len(tables) > 20
   for name, table in tables.items():
-    np.testing.assert_array_equal(trailing_timesteps(int(name.split(".")[-1]), 1000), table)
+    np.testing.assert_array_equal(spaced_timesteps(int(name.split(".")[-1]), 1000), table)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])

@@ -103,7 +103,7 @@ def test_a_program_for_a_tpu_keeps_the_3d_form():
   [(1, [1]), (5, [5]), (8, [8]), (9, [9]), (13, [13]), (17, [9, 8]), (49, [9, 8, 8, 8, 8, 8])],
 )
 def test_the_remainder_goes_into_the_first_chunk(frames, lengths):
-  assert np.diff([0, *vae.chunk_ends(frames, vae.ENCODE_CHUNK)]).tolist() == lengths
+  assert np.diff([0, *vae.chunks_of(vae.ENCODE_CHUNK, frames)]).tolist() == lengths
 
 
 @pytest.mark.parametrize(("latents", "frames"), [(1, 1), (2, 8), (3, 9), (5, 17)])

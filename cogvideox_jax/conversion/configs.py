@@ -8,7 +8,7 @@ the numbers (versions, sizes of tiles, training-only settings) is not checked.
 from collections.abc import Mapping
 from typing import Any
 
-from cogvideox_jax.diffusion.noise import NoiseConfig
+from cogvideox_jax.diffusion.noise import PREDICTIONS, SPACINGS, NoiseConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.models.t5 import T5Config
@@ -33,6 +33,7 @@ TRANSFORMER_NAMES = {
   "sample_width": "sample_width",
   "spatial_interpolation": "spatial_interpolation_scale",
   "temporal_interpolation": "temporal_interpolation_scale",
+  "learned_positions": "use_learned_positional_embeddings",
 }
 TRANSFORMER_FIXED = {
   "activation_fn": "gelu-approximate",
@@ -42,10 +43,8 @@ TRANSFORMER_FIXED = {
   "freq_shift": 0,
   "norm_elementwise_affine": True,
   "norm_eps": 1e-5,
-  "ofs_embed_dim": None,
   "temporal_compression_ratio": 4,
   "timestep_activation_fn": "silu",
-  "use_learned_positional_embeddings": False,
 }
 # Ours: which rule makes the positions, where diffusers' fields do not say it. diffusers ignores it.
 POSITION_RULE = "position_rule"
@@ -58,6 +57,9 @@ VAE_NAMES = {
   "groups": "norm_num_groups",
   "temporal_compression": "temporal_compression_ratio",
   "scaling_factor": "scaling_factor",
+  "sample_height": "sample_height",
+  "sample_width": "sample_width",
+  "invert_scale_latents": "invert_scale_latents",
 }
 VAE_FIXED = {
   "act_fn": "silu",
@@ -87,16 +89,24 @@ NOISE_NAMES = {
   "beta_end": "beta_end",
   "snr_shift": "snr_shift_scale",
   "zero_terminal_snr": "rescale_betas_zero_snr",
+  "prediction": "prediction_type",
+  "spacing": "timestep_spacing",
+  "steps_offset": "steps_offset",
+  "ends_clean": "set_alpha_to_one",
 }
-NOISE_FIXED = {
-  "beta_schedule": "scaled_linear",
-  "clip_sample": False,
-  "prediction_type": "v_prediction",
-  "set_alpha_to_one": True,
+NOISE_DEFAULTS = {  # Of both of diffusers' classes, for fields that a file leaves out.
+  "num_train_timesteps": 1000,
+  "beta_start": 0.00085,
+  "beta_end": 0.012,
+  "snr_shift_scale": 3.0,
+  "rescale_betas_zero_snr": False,
+  "prediction_type": "epsilon",
+  "timestep_spacing": "leading",
   "steps_offset": 0,
-  "timestep_spacing": "trailing",
-  "trained_betas": None,
+  "set_alpha_to_one": True,
 }
+NOISE_FIXED = {"beta_schedule": "scaled_linear", "trained_betas": None}
+NOISE_UNREAD = {"clip_sample": False}  # Neither class ever clips.
 
 
 def read_transformer(fields: Fields, where: str) -> DiTConfig:
@@ -108,8 +118,10 @@ def read_transformer(fields: Fields, where: str) -> DiTConfig:
   positions = fields.get(POSITION_RULE, _implied_positions(fields))
   if positions not in POSITIONS:
     raise UserError(f"{where}: {POSITION_RULE} is {positions!r}, not one of {POSITIONS}.")
+  fields = {"use_learned_positional_embeddings": False, **fields}  # Absent in files of 1.0.
   return DiTConfig(
     **_ours(fields, TRANSFORMER_NAMES, where),
+    ofs_width=fields.get("ofs_embed_dim") or 0,
     patch=(patch_frames or 1, patch, patch),
     positions=positions,
   )
@@ -124,6 +136,7 @@ def write_transformer(config: DiTConfig) -> dict[str, Any]:
     "_diffusers_version": VERSION,
     **_theirs(config, TRANSFORMER_NAMES),
     **TRANSFORMER_FIXED,
+    "ofs_embed_dim": config.ofs_width or None,
     "patch_bias": frames == 1,
     "patch_size": height,
     "patch_size_t": frames if frames > 1 else None,
@@ -144,6 +157,8 @@ def read_vae(fields: Fields, where: str) -> VAEConfig:
   """VAEConfig of an `AutoencoderKLCogVideoX`'s fields."""
   _check_fixed(fields, VAE_FIXED, where)
   channels = fields.get("block_out_channels", VAEConfig().channels)
+  sizes = {"sample_height": 480, "sample_width": 720}  # diffusers' defaults.
+  fields = {"invert_scale_latents": False, **sizes, **fields}
   return VAEConfig(**_ours(fields, VAE_NAMES, where), channels=tuple(channels))
 
 
@@ -187,10 +202,17 @@ def write_text_encoder(config: T5Config) -> dict[str, Any]:
 def read_noise(fields: Fields, where: str) -> NoiseConfig:
   """NoiseConfig of a `CogVideoXDDIMScheduler`'s or `CogVideoXDPMScheduler`'s fields.
 
-  A file without snr_shift_scale means 3, the default of both classes.
+  What a file leaves out is as in both classes' defaults, an snr_shift_scale of 3 among them.
   """
   _check_fixed(fields, NOISE_FIXED, where)
-  return NoiseConfig(**_ours({"snr_shift_scale": 3.0, **fields}, NOISE_NAMES, where))
+  config = NoiseConfig(**_ours({**NOISE_DEFAULTS, **fields}, NOISE_NAMES, where))
+  for name, value, choices in (
+    ("prediction_type", config.prediction, PREDICTIONS),
+    ("timestep_spacing", config.spacing, SPACINGS),
+  ):
+    if value not in choices:
+      raise UserError(f"{where}: {name} is {value!r}, not one of {', '.join(choices)}.")
+  return config
 
 
 def write_noise(config: NoiseConfig) -> dict[str, Any]:
@@ -199,6 +221,7 @@ def write_noise(config: NoiseConfig) -> dict[str, Any]:
     "_diffusers_version": VERSION,
     **_theirs(config, NOISE_NAMES),
     **NOISE_FIXED,
+    **NOISE_UNREAD,
   }
 
 

@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from cogvideox_jax.errors import UserError
+
 
 def classifier_free(
   v_negative: Float[Array, "*shape"],
@@ -20,6 +22,14 @@ def constant_scales(
   return np.full(len(timesteps), scale, np.float64)
 
 
+def ramp_scales(
+  scale: float, timesteps: Int[np.ndarray, "visited"]
+) -> Float[np.ndarray, "visited"]:
+  """What `dynamic_scales` was meant to be: a ramp from 1 to nearly 1 + scale, late in the path."""
+  done = np.arange(len(timesteps)) / len(timesteps)
+  return 1 + scale * (1 - np.cos(np.pi * done**5)) / 2
+
+
 def dynamic_scales(
   scale: float, timesteps: Int[np.ndarray, "visited"], steps: int
 ) -> Float[np.ndarray, "visited"]:
@@ -33,3 +43,21 @@ def dynamic_scales(
   """
   angles = np.pi * ((steps - timesteps.astype(np.float64)) / steps) ** 5
   return 1 + scale * (1 - np.cos(angles)) / 2
+
+
+def scales(
+  dynamic: bool | str, scale: float, timesteps: Int[np.ndarray, "visited"], steps: int
+) -> Float[np.ndarray, "visited"]:
+  """The scale of every step: constant, or True or "wave", or "ramp".
+
+  Raises:
+    UserError: `dynamic` is none of these.
+  """
+  match dynamic:
+    case False:
+      return constant_scales(scale, timesteps)
+    case True | "wave":
+      return dynamic_scales(scale, timesteps, steps)
+    case "ramp":
+      return ramp_scales(scale, timesteps)
+  raise UserError(f"use_dynamic_cfg={dynamic!r}: must be False, True, 'wave' or 'ramp'.")

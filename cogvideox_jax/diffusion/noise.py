@@ -11,37 +11,52 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+PREDICTIONS = ("v_prediction", "epsilon", "sample")  # diffusers' names.
+SPACINGS = ("trailing", "leading", "linspace")
+
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig:
-  """The schedule, under SAT's and diffusers' values: `snr_shift` is 3 for 2B, 1 for the others."""
+  """The schedule, under SAT's and diffusers' values: `snr_shift` is 3 for 2B, 1 for the others.
+
+  From `prediction` on, how a model is sampled, where the defaults are what all published ones do.
+  """
 
   steps: int  # Timesteps in training, 1000.
   beta_start: float
   beta_end: float
   snr_shift: float  # Divides the signal-to-noise ratio: SAT `shift_scale`; 1 leaves it.
   zero_terminal_snr: bool  # Whether the last timestep is pure noise (arXiv:2305.08891).
+  prediction: str = "v_prediction"  # What the network returns: v, the noise, or clean latents.
+  spacing: str = "trailing"  # Which timesteps a sampler visits.
+  steps_offset: int = 0  # Added to each, with `leading` spacing.
+  ends_clean: bool = True  # Whether the last step leaves no noise, or as much as timestep 0 has.
 
 
 class NoiseSchedule(NamedTuple):
   """The alpha of every timestep, in float64 since samplers subtract nearly equal ones."""
 
   alphas_cumprod: Float[np.ndarray, "steps"]
+  config: NoiseConfig
 
   def alpha(self, timesteps: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The alpha of each timestep in [0, steps), as float32."""
     return jnp.asarray(self.alphas_cumprod, jnp.float32)[timesteps]
 
 
+def betas(config: NoiseConfig) -> Float[np.ndarray, "steps"]:
+  """How much of the variance each timestep replaces by noise, before shift and rescale."""
+  return np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps) ** 2
+
+
 def noise_schedule(config: NoiseConfig) -> NoiseSchedule:
   """Scaled-linear betas, then the shift, then the rescale to pure noise: this order matters."""
-  betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps) ** 2
-  alphas = np.cumprod(1 - betas)
+  alphas = np.cumprod(1 - betas(config))
   alphas = alphas / (config.snr_shift + (1 - config.snr_shift) * alphas)
   if config.zero_terminal_snr:
     root = np.sqrt(alphas)
     alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-  return NoiseSchedule(alphas)
+  return NoiseSchedule(alphas, config)
 
 
 def add_noise(

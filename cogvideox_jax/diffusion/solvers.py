@@ -13,7 +13,8 @@ on the host in float64, and one `solver_step` runs any of them, inside `jax.lax.
   xs = (solver.weights, solver.timesteps, jax.random.split(key, len(solver.timesteps)))
   (x, _), _ = jax.lax.scan(body, (noise, jnp.zeros_like(noise)), xs)
 
-The arithmetic is that of diffusers' CogVideoX schedulers with `trailing` spacing.
+The arithmetic is that of diffusers' CogVideoX schedulers. "v" below is whatever the network
+returns: noise or clean latents where the schedule's config says so.
 """
 
 from typing import NamedTuple
@@ -48,33 +49,37 @@ class Solver(NamedTuple):
     return bool(np.any(self.weights.noise))
 
 
-def ddim(schedule: NoiseSchedule, steps: int) -> Solver:
-  """DDIM (arXiv:2010.02502) without noise: diffusers `CogVideoXDDIMScheduler`."""
-  timesteps, alpha, alpha_next = _path(schedule, steps)
+def ddim(schedule: NoiseSchedule, steps: int, start: int = 0) -> Solver:
+  """DDIM (arXiv:2010.02502) without noise: diffusers `CogVideoXDDIMScheduler`.
+
+  start: how many of the first timesteps are left out, as of a video that is changed to another.
+  """
+  timesteps, alpha, alpha_next, _ = _path(schedule, steps, start)
   x = np.sqrt((1 - alpha_next) / (1 - alpha))
   x0 = np.sqrt(alpha_next) - np.sqrt(alpha) * x
-  return _solver(timesteps, alpha, x=x, x0=x0, previous_x0=0 * x, noise=0 * x)
+  return _solver(schedule, timesteps, alpha, x=x, x0=x0, previous_x0=0 * x, noise=0 * x)
 
 
-def dpm(schedule: NoiseSchedule, steps: int) -> Solver:
-  """DPM-Solver++ 2M SDE: diffusers `CogVideoXDPMScheduler`.
+def dpm(schedule: NoiseSchedule, steps: int, start: int = 0) -> Solver:
+  """DPM-Solver++ 2M SDE: diffusers `CogVideoXDPMScheduler`. `start` is as of `ddim`.
 
   The published form steps in log signal-to-noise ratios, infinite at both ends of the path. Here
   stands what their exponentials are: `decay` is e^-h, finite everywhere.
   """
-  timesteps, alpha, alpha_next = _path(schedule, steps)
+  timesteps, alpha, alpha_next, is_last = _path(schedule, steps, start)
   decay = _decay(alpha, alpha_next)
   x = np.sqrt((1 - alpha_next) / (1 - alpha)) * decay
   x0 = (1 - decay**2) * np.sqrt(alpha_next)
   noise = np.sqrt((1 - alpha_next) * (1 - decay**2))
 
   # Extrapolates x0 along its last change, except where a ratio is infinite: from pure noise the
-  # last change counts nothing, and a step that ends without noise is of first order.
+  # last change counts nothing, and the step that leaves the schedule is of first order.
   extrapolation = np.zeros_like(x)
-  second = np.flatnonzero((alpha[:-1] > 0) & (alpha_next[1:] < 1)) + 1
+  second = np.flatnonzero((alpha[:-1] > 0) & ~is_last[1:]) + 1
   behind = _decay(alpha[second - 1], alpha[second])
   extrapolation[second] = np.log(decay[second]) / np.log(behind) / 2
   return _solver(
+    schedule,
     timesteps,
     alpha,
     x=x,
@@ -82,6 +87,9 @@ def dpm(schedule: NoiseSchedule, steps: int) -> Solver:
     previous_x0=-x0 * extrapolation,
     noise=noise,
   )
+
+
+SOLVERS = {"ddim": ddim, "dpm": dpm}
 
 
 def solver_step(
@@ -97,11 +105,16 @@ def solver_step(
   return x, x0
 
 
-def trailing_timesteps(steps: int, train_steps: int) -> Int32[np.ndarray, "visited"]:
-  """Evenly spaced timesteps that include the last, 999, 979 ... 19, as numpy rounds them.
+def spaced_timesteps(
+  steps: int, train_steps: int, spacing: str = "trailing", offset: int = 0
+) -> Int32[np.ndarray, "visited"]:
+  """Evenly spaced timesteps, from noisy to clean, as numpy rounds them.
 
-  For 62 of the step counts up to 1000 (61, 103, 121, ...) rounding in `arange` adds one timestep,
-  -1, which counts as the last. diffusers does the same.
+  Trailing ones include the last: 999, 979 ... 19. Leading ones include the first, before `offset`
+  is added: 980, 960 ... 0. `linspace` includes both.
+
+  For 62 of the step counts up to 1000 (61, 103, 121, ...) rounding of trailing ones adds one
+  timestep, -1, which counts as the last. diffusers does the same.
 
   Raises:
     UserError: steps is not in 1..train_steps.
@@ -111,21 +124,28 @@ def trailing_timesteps(steps: int, train_steps: int) -> Int32[np.ndarray, "visit
       f"{steps} sampling steps were asked for.\n"
       f"The model knows {train_steps} timesteps: ask for 1 to {train_steps} steps, usually 50."
     )
-  spaced = np.arange(train_steps, 0, -train_steps / steps)
-  return np.round(spaced).astype(np.int32) - 1
+  match spacing:
+    case "trailing":
+      spaced = np.arange(train_steps, 0, -train_steps / steps).round() - 1
+    case "leading":
+      spaced = np.arange(steps)[::-1] * (train_steps // steps) + offset
+    case _:
+      spaced = np.linspace(0, train_steps - 1, steps).round()[::-1]
+  return spaced.astype(np.int32)
 
 
-def _path(schedule: NoiseSchedule, steps: int):
-  """The timesteps, and the alpha at each and where its step ends.
+def _path(schedule: NoiseSchedule, steps: int, start: int):
+  """The timesteps, the alpha at each and where its step ends, and whether it leaves the schedule.
 
   A step ends `train_steps // steps` below its timestep, which is not always the next timestep of
-  the path; below 0 there is no noise.
+  the path; below 0 there is no noise, or as much as at timestep 0.
   """
-  train_steps = len(schedule.alphas_cumprod)
-  timesteps = trailing_timesteps(steps, train_steps)
-  ends = timesteps - train_steps // steps
-  alpha_next = np.where(ends >= 0, schedule.alphas_cumprod[np.maximum(ends, 0)], 1.0)
-  return timesteps, schedule.alphas_cumprod[timesteps], alpha_next
+  alphas, config = schedule
+  timesteps = spaced_timesteps(steps, len(alphas), config.spacing, config.steps_offset)[start:]
+  ends = timesteps - len(alphas) // steps
+  final = 1.0 if config.ends_clean else alphas[0]
+  alpha_next = np.where(ends >= 0, alphas[np.maximum(ends, 0)], final)
+  return timesteps, alphas[timesteps], alpha_next, ends < 0
 
 
 def _decay(alpha: Float[np.ndarray, "n"], alpha_next: Float[np.ndarray, "n"]):
@@ -133,6 +153,14 @@ def _decay(alpha: Float[np.ndarray, "n"], alpha_next: Float[np.ndarray, "n"]):
   return np.sqrt(alpha * (1 - alpha_next) / (alpha_next * (1 - alpha)))
 
 
-def _solver(timesteps: Int32[np.ndarray, "n"], alpha: Float[np.ndarray, "n"], **weights) -> Solver:
-  weights.update(x_to_x0=np.sqrt(alpha), v_to_x0=np.sqrt(1 - alpha))
+def _solver(schedule: NoiseSchedule, timesteps, alpha: Float[np.ndarray, "n"], **weights) -> Solver:
+  match schedule.config.prediction:
+    case "v_prediction":
+      weights.update(x_to_x0=np.sqrt(alpha), v_to_x0=np.sqrt(1 - alpha))
+    case "epsilon":
+      if not alpha.all():
+        raise UserError("A model that predicts noise cannot start from pure noise: zero SNR.")
+      weights.update(x_to_x0=1 / np.sqrt(alpha), v_to_x0=np.sqrt((1 - alpha) / alpha))
+    case _:
+      weights.update(x_to_x0=0 * alpha, v_to_x0=-1 + 0 * alpha)
   return Solver(timesteps, Weights(**{k: w.astype(np.float32) for k, w in weights.items()}))

@@ -14,6 +14,8 @@ from cogvideox_jax.models import positions
 from cogvideox_jax.models.layers import EPSILON, Attention, Block, layer_norm, per_token
 from cogvideox_jax.types import TEXT
 
+OFS = 2.0  # What the published 1.5-I2V was trained and is sampled with, always.
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -34,15 +36,19 @@ class DiTConfig:
   sample_width: int
   spatial_interpolation: float  # Of sincos: positions are divided by it.
   temporal_interpolation: float
+  learned_positions: bool = False  # 5B-I2V: a trained table is added, for clips of the sample size.
+  ofs_width: int = 0  # 1.5-I2V: of the sinusoids of `ofs`; 0: the model has none.
 
   @property
   def width(self) -> int:
     return self.heads * self.head_dim
 
   @property
-  def base_grid(self) -> tuple[int, int]:
-    """Patches (height, width) of the sample size."""
-    return self.sample_height // self.patch[1], self.sample_width // self.patch[2]
+  def base_grid(self) -> tuple[int, int, int]:
+    """Patches (frames, height, width) of the sample size."""
+    latents = (self.sample_frames - 1) // 4 + 1, self.sample_height, self.sample_width
+    t, h, w = (size // patch for size, patch in zip(latents, self.patch, strict=True))
+    return t, h, w
 
 
 def timestep_sinusoid(timesteps: Num[Array, "..."], width: int) -> Float[Array, "... width"]:
@@ -100,6 +106,14 @@ class DiT(nnx.Module):
     self.text_in = linear(config.text_width, width)
     self.time_in = linear(width, config.time_width)
     self.time_out = linear(config.time_width, config.time_width)
+    if config.ofs_width:
+      self.ofs_in = linear(config.ofs_width, config.time_width)
+      self.ofs_out = linear(config.time_width, config.time_width)
+    if config.learned_positions:
+      scales = config.spatial_interpolation, config.temporal_interpolation
+      self.position_table = nnx.Param(
+        positions.initial_table(config.text_length, config.base_grid, width, scales)
+      )
     self.blocks = stack(rngs)
     self.final_norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
     self.out_norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
@@ -117,6 +131,7 @@ class DiT(nnx.Module):
     grids: Int[Array, "b s 3"],
     *,
     attention: Attention,
+    ofs: float | Float[Array, ""] = OFS,
   ) -> Float[Array, "b n q"]:
     """One evaluation. What comes out at text and padding tokens means nothing.
 
@@ -124,9 +139,13 @@ class DiT(nnx.Module):
       vision: noised patches; whatever stands at text tokens is not read.
       time: each segment's timestep, as `timestep_sinusoid` of the transformer's width.
       attention: function of query, key, value [b n heads head_dim] and segment_ids.
+      ofs: read by models with an ofs_width only.
     """
     time = self.time_out(nnx.silu(self.time_in(time.astype(self.dtype))))
-    x = self._embed(vision, text, segment_ids, experts, coordinates)
+    if self.config.ofs_width:
+      sinusoid = timestep_sinusoid(jnp.asarray(ofs), self.config.ofs_width).astype(self.dtype)
+      time = time + self.ofs_out(nnx.silu(self.ofs_in(sinusoid)))
+    x = self._embed(vision, text, segment_ids, experts, coordinates, grids)
     rotary = self._rotary(segment_ids, experts, coordinates, grids)
     x = self._run_blocks(x, time, segment_ids, experts, rotary, attention)
     shift, scale = jnp.split(
@@ -134,7 +153,7 @@ class DiT(nnx.Module):
     )
     return self.out(self.out_norm(self.final_norm(x)) * (1 + scale) + shift)
 
-  def _embed(self, vision, text, segment_ids, experts, coordinates) -> Float[Array, "b n d"]:
+  def _embed(self, vision, text, segment_ids, experts, coordinates, grids) -> Float[Array, "b n d"]:
     """Text and patches, each projected, side by side in the row."""
     words = rearrange(self.text_in(text.astype(self.dtype)), "b k l d -> b (k l) d")
     # Padding has segment 0: clip it to some word, since it is never a text token.
@@ -142,18 +161,24 @@ class DiT(nnx.Module):
     word = jnp.clip(word, 0, words.shape[1] - 1)
     patches = self.vision_in(vision.astype(self.dtype))
     x = jnp.where((experts == TEXT)[..., None], per_token(words, word), patches)
-    if self.config.positions != "sincos":
+    if self.config.positions != "sincos" and not self.config.learned_positions:
       return x
     scales = self.config.spatial_interpolation, self.config.temporal_interpolation
-    table = positions.sincos_table(coordinates, experts, self.config.width, *scales)
-    return x + table.astype(x.dtype)
+    added = positions.sincos_table(coordinates, experts, self.config.width, *scales)
+    if self.config.learned_positions:
+      # The reference falls back on the computed table for clips of any other grid.
+      grid, base = positions.grid_of_token(grids, segment_ids), self.config.base_grid
+      row = positions.table_row(coordinates, experts, self.config.text_length, base)
+      fits = (grid == jnp.asarray(base)).all(-1, keepdims=True)
+      added = jnp.where(fits, jnp.take(self.position_table[...], row, axis=0), added)
+    return x + added.astype(x.dtype)
 
   def _rotary(self, segment_ids, experts, coordinates, grids):
     rule = self.config.positions
     if rule == "sincos":
       return None
     grid = positions.grid_of_token(grids, segment_ids)
-    where = positions.rotary_positions(rule, coordinates, grid, self.config.base_grid)
+    where = positions.rotary_positions(rule, coordinates, grid, self.config.base_grid[1:])
     return positions.rotary_table(where, experts, self.config.head_dim)
 
   def _run_blocks(self, x, time, segment_ids, experts, rotary, attention) -> Float[Array, "b n d"]:

@@ -7,10 +7,11 @@ floats; those become rotations of queries and keys (5B, 1.5) or a vector that is
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from cogvideox_jax.types import VISION
+from cogvideox_jax.types import TEXT, VISION
 
 RULES = ("sincos", "rope", "rope_index")
 THETA = 10_000.0
@@ -33,19 +34,27 @@ def rescaled(
   base: patches (height, width) of the size that the model was trained at.
   """
   height, width = (jnp.float32(grid[..., axis]) for axis in (1, 2))
+  along_h, along_w = crop((height, width), base)
+  time = jnp.float32(coordinates[..., 0])
+  h = _along(coordinates[..., 1], height, *along_h)
+  w = _along(coordinates[..., 2], width, *along_w)
+  return jnp.stack([time, h, w], axis=-1)
+
+
+def crop(
+  grid: tuple[Float[Array, "*b"], Float[Array, "*b"]] | tuple[int, int], base: tuple[int, int]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+  """(start, size) along height and width of the largest crop of `base` that has the grid's shape.
+
+  Centred; rounded to whole patches, halves to even ones.
+  """
+  height, width = (jnp.float32(size) for size in grid)
   base_height, base_width = (jnp.float32(size) for size in base)
   tall = height / width > base_height / base_width
   size_h = jnp.where(tall, base_height, jnp.round(base_width / width * height))
   size_w = jnp.where(tall, jnp.round(base_height / height * width), base_width)
-  time = jnp.float32(coordinates[..., 0])
-  return jnp.stack(
-    [
-      time,
-      _along(coordinates[..., 1], height, jnp.round((base_height - size_h) / 2), size_h),
-      _along(coordinates[..., 2], width, jnp.round((base_width - size_w) / 2), size_w),
-    ],
-    axis=-1,
-  )
+  top, left = jnp.round((base_height - size_h) / 2), jnp.round((base_width - size_w) / 2)
+  return (top, size_h), (left, size_w)
 
 
 def _along(index: Array, count: Array, start: Array, size: Array) -> Array:
@@ -96,6 +105,33 @@ def rotate(
   even, odd = jnp.float32(even), jnp.float32(odd)
   turned = jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
   return rearrange(turned, "b n h half two -> b n h (half two)").astype(x.dtype)
+
+
+def table_row(
+  coordinates: Int[Array, "b n 3"],
+  experts: Int[Array, "b n"],
+  text_length: int,
+  grid: tuple[int, int, int],
+) -> Int[Array, "b n"]:
+  """Where a learned table has each token of a clip of this grid: text first, then t, h, w."""
+  _, height, width = grid
+  t, h, w = (coordinates[..., axis] for axis in range(3))
+  patch = text_length + (t * height + h) * width + w
+  row = jnp.where(experts == VISION, patch, t)
+  return jnp.clip(row, 0, text_length + math.prod(grid) - 1)  # Of other grids: any row.
+
+
+def initial_table(
+  text_length: int, grid: tuple[int, int, int], width: int, interpolations: tuple[float, float]
+) -> Float[Array, "tokens d"]:
+  """What a learned table starts as: zeros for text, `sincos_table` of the grid's patches.
+
+  interpolations: in space and in time.
+  """
+  patches = np.indices(grid).reshape(3, -1).T
+  coordinates = jnp.pad(jnp.asarray(patches), ((text_length, 0), (0, 0)))[None]
+  experts = jnp.where(jnp.arange(coordinates.shape[1]) < text_length, TEXT, VISION)[None]
+  return sincos_table(coordinates, experts, width, *interpolations)[0]
 
 
 def sincos_table(

@@ -66,7 +66,7 @@ class Attention(nnx.Module):
     self.out = _linear(inner, width, math.prod(inner) ** -0.5, dtype, rngs, axis=(-2, -1))
 
   def __call__(
-    self, x: Float[Array, "b l t"], bias: Float[Array, "heads l l"]
+    self, x: Float[Array, "b l t"], bias: Float[Array, "*b heads l l"]
   ) -> Float[Array, "b l t"]:
     query, key, value = self.query(x), self.key(x), self.value(x)
     logits = jnp.einsum("bqhk,blhk->bhql", query, key, preferred_element_type=jnp.float32)
@@ -93,7 +93,7 @@ class Block(nnx.Module):
     self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
 
   def __call__(
-    self, x: Float[Array, "b l t"], bias: Float[Array, "heads l l"]
+    self, x: Float[Array, "b l t"], bias: Float[Array, "*b heads l l"]
   ) -> Float[Array, "b l t"]:
     x += self.attention(self.attention_norm(x), bias)
     return x + self.mlp(self.mlp_norm(x))
@@ -122,10 +122,17 @@ class T5Encoder(nnx.Module):
     self.blocks = stack(rngs)
     self.final_norm = _norm(config, dtype, rngs)
 
-  def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l t"]:
-    """The states of all tokens, padding included."""
+  def __call__(
+    self, ids: Int[Array, "b l"], mask: Int[Array, "b l"] | None = None
+  ) -> Float[Array, "b l t"]:
+    """The states of all tokens, padding included.
+
+    mask: 1 for tokens that are attended to. CogVideoX passes none.
+    """
     buckets = relative_buckets(ids.shape[1], self.config.buckets, self.config.max_distance)
     bias = jnp.moveaxis(self.relative_bias(jnp.asarray(buckets)), -1, 0)  # One for all layers.
+    if mask is not None:
+      bias = jnp.where(mask[:, None, None, :], bias, jnp.finfo(bias.dtype).min)
     graphdef, params = nnx.split(self.blocks)
 
     def layer(x, params):

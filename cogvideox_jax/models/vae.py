@@ -8,14 +8,19 @@ sees all frames of its chunk, so the plan of chunks is part of the numbers.
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
+
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.tiling import Tiling
 
 ENCODE_CHUNK = 8  # Pixel frames, diffusers `num_sample_frames_batch_size`.
 DECODE_CHUNK = 2  # Latent frames, diffusers `num_latent_frames_batch_size`.
@@ -36,10 +41,18 @@ class VAEConfig:
   groups: int = 32  # Of the group norms; divides every number of channels.
   temporal_compression: int = 4  # A power of 2: the finest levels compress time.
   scaling_factor: float = 0.7  # Latents times this have about unit variance; 1.15258426 for 2B.
+  invert_scale_latents: bool = False  # 1.5: image latents are divided by it, as diffusers reads it.
+  sample_height: int = 480  # Pixels; tiles are half of it, and of the width.
+  sample_width: int = 720
 
   @property
   def spatial_compression(self) -> int:
     return 2 ** (len(self.channels) - 1)
+
+  @property
+  def tiling(self) -> Tiling:
+    """Tiles of half the sample size, as diffusers' `enable_tiling` cuts them."""
+    return Tiling.of(self.sample_height // 2, self.sample_width // 2, self.spatial_compression)
 
   @property
   def temporal_levels(self) -> int:
@@ -300,10 +313,32 @@ class VAE(nnx.Module):
     self.decoder = Decoder(config, rngs=rngs)
 
 
-def chunk_ends(count: int, size: int) -> list[int]:
-  """Where each chunk of `count` frames ends: all of `size`, the remainder in the first one."""
-  first = size + count % size if count >= size else count
-  return [first, *range(first + size, count + 1, size)]
+class Plan(NamedTuple):
+  """How a video is cut into chunks, which is part of the numbers: group norm sees one at a time."""
+
+  encode: Callable[[int], list[int]]  # Frames of the video -> where each chunk ends.
+  decode: Callable[[int], list[int]]  # Latents of the video -> where each chunk ends.
+
+
+def chunks_of(size: int, count: int) -> list[int]:
+  """Chunks of `size` frames; the remainder joins the first one."""
+  return _ends(count, max(1, count // size), size)
+
+
+def at_most(chunks: int, count: int) -> list[int]:
+  """So many chunks, of two frames at least; the remainder joins the first one."""
+  chunks = max(1, min(chunks, count // 2))
+  return _ends(count, chunks, count // chunks)
+
+
+def _ends(count: int, chunks: int, size: int) -> list[int]:
+  return [count - size * later for later in reversed(range(chunks))]
+
+
+PLANS = {
+  "diffusers": Plan(partial(chunks_of, ENCODE_CHUNK), partial(chunks_of, DECODE_CHUNK)),
+  "sat": Plan(partial(at_most, 1), partial(at_most, 10)),
+}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -318,11 +353,11 @@ def _decode_chunk(graphdef, params, z, frames):
   return nnx.merge(graphdef, params).decoder(z, carry), carry.kept
 
 
-def _by_chunks(run, vae: VAE, x: Array, size: int) -> Array:
+def _by_chunks(run, vae: VAE, ends: list[int], x: Array) -> Array:
   """Loops over the chunks on the host: one program for the first one's shape, one for the rest."""
   graphdef, params = nnx.split(vae)
   results, kept, start = [], None, 0
-  for end in chunk_ends(x.shape[1], size):
+  for end in ends:
     result, kept = run(graphdef, params, x[:, start:end], kept)
     results.append(result)
     start = end
@@ -330,16 +365,50 @@ def _by_chunks(run, vae: VAE, x: Array, size: int) -> Array:
 
 
 def encode(
-  vae: VAE, frames: Float[Array, "b F H W 3"]
+  vae: VAE,
+  frames: Float[Array, "b F H W 3"],
+  *,
+  tiling: Tiling | None = None,
+  plan: str = "diffusers",
 ) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
-  """Frames in [-1, 1] to the mean and log-variance of their latents, which are not scaled."""
-  mean, logvar = jnp.split(_by_chunks(_encode_chunk, vae, frames, ENCODE_CHUNK), 2, axis=-1)
+  """Frames in [-1, 1] to the mean and log-variance of their latents, which are not scaled.
+
+  Args:
+    tiling: for frames larger than a tile, so that memory is that of one tile.
+    plan: of chunks, one of PLANS.
+  """
+  run = partial(_by_chunks, _encode_chunk, vae, PLANS[plan].encode(frames.shape[1]))
+  moments = run(frames) if tiling is None else tiling.encode(run, frames)
+  mean, logvar = jnp.split(moments, 2, axis=-1)
   return mean, jnp.clip(logvar, MIN_LOGVAR, MAX_LOGVAR)
 
 
-def decode(vae: VAE, z: Float[Array, "b f h w c"]) -> Float[Array, "b F H W 3"]:
+def sample_posterior(
+  mean: Float[Array, "b f h w c"],
+  logvar: Float[Array, "b f h w c"],
+  noise: Float[Array, "b f h w c"],  # Standard normal.
+) -> Float[Array, "b f h w c"]:
+  return mean + jnp.exp(logvar / 2) * noise
+
+
+def decode(
+  vae: VAE,
+  z: Float[Array, "b f h w c"],
+  *,
+  tiling: Tiling | None = None,
+  plan: str = "diffusers",
+) -> Float[Array, "b F H W 3"]:
   """Latents, divided by the scaling factor, to frames of about [-1, 1].
 
   An odd number of latents gives `4 f - 3` frames, an even one `4 f`, as in the reference.
+
+  Args:
+    tiling, plan: as of `encode`.
+
+  Raises:
+    UserError: SAT's plan and an even number of latents, whose first frame it would take alone.
   """
-  return _by_chunks(_decode_chunk, vae, z, DECODE_CHUNK)
+  if plan == "sat" and z.shape[1] % 2 == 0:
+    raise UserError(f"SAT's plan of chunks decodes odd numbers of latent frames, not {z.shape[1]}.")
+  run = partial(_by_chunks, _decode_chunk, vae, PLANS[plan].decode(z.shape[1]))
+  return run(z) if tiling is None else tiling.decode(run, z)

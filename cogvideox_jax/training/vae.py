@@ -39,18 +39,13 @@ def to_float(frames: UInt8[Array, "b F H W 3"]) -> Float[Array, "b F H W 3"]:
   return jnp.float32(frames) / 127.5 - 1
 
 
-def sample_posterior(
-  mean: Float[Array, "b f h w c"], logvar: Float[Array, "b f h w c"], key: Key[Array, ""]
-) -> Float[Array, "b f h w c"]:
-  return mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype)
-
-
 def vae_loss(
   model: VAE, frames: Float[Array, "b F H W 3"], key: Key[Array, ""], weights: LossWeights
 ) -> tuple[Float[Array, ""], Metrics]:
   """Reconstruction from a sample of the posterior, and its divergence; both are means."""
   mean, logvar = vae.encode(model, frames)
-  restored = vae.decode(model, sample_posterior(mean, logvar, key))
+  noise = jax.random.normal(key, mean.shape, mean.dtype)
+  restored = vae.decode(model, vae.sample_posterior(mean, logvar, noise))
   l1 = jnp.abs(restored - frames).mean()
   kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).mean()
   mse = jnp.square(restored - frames).mean()
