@@ -197,8 +197,6 @@ def test_either_name_of_t5s_embedding_is_read(tmp_path):
 @pytest.mark.parametrize(
   ("field", "value"),
   [
-    ("use_learned_positional_embeddings", True),
-    ("ofs_embed_dim", 512),
     ("activation_fn", "gelu"),
     ("norm_eps", 1e-6),
     ("patch_bias", False),
@@ -241,8 +239,9 @@ def test_fields_that_older_files_lack_mean_what_they_meant_then():
 def test_a_schedule_survives_a_round_trip_and_other_kinds_are_refused(tmp_path):
   diffusers.save_scheduler(tmp_path, NOISE)
   assert diffusers.load_scheduler(tmp_path) == NOISE
-  with pytest.raises(UserError, match="prediction_type is 'epsilon'"):
-    configs.read_noise({**configs.write_noise(NOISE), "prediction_type": "epsilon"}, "")
+  for field, value in (("prediction_type", "flow"), ("beta_schedule", "linear")):
+    with pytest.raises(UserError, match=f"{field} is {value!r}"):
+      configs.read_noise({**configs.write_noise(NOISE), field: value}, "")
 
 
 @pytest.mark.parametrize(

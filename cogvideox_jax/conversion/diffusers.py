@@ -6,7 +6,7 @@ dtype of the file in both directions, bfloat16 included.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,20 +39,21 @@ def load_transformer(folder: epath.PathLike) -> tuple[DiTConfig, Params]:
       or the config asks for what our DiT does not do.
   """
   config = configs.read_transformer(*read_fields(folder, "config.json"))
-  weights = Weights(folder, DIFFUSERS_WEIGHTS, {})
+  weights = open_safetensors(_weight_files(folder, DIFFUSERS_WEIGHTS))
   return config, _read(weights, DiT, config, names.transformer(config))
 
 
 def load_vae(folder: epath.PathLike) -> tuple[VAEConfig, Params]:
   """As `load_transformer`, of the VAE."""
   config = configs.read_vae(*read_fields(folder, "config.json"))
-  return config, _read(Weights(folder, DIFFUSERS_WEIGHTS, {}), VAE, config, names.vae(config))
+  weights = open_safetensors(_weight_files(folder, DIFFUSERS_WEIGHTS))
+  return config, _read(weights, VAE, config, names.vae(config))
 
 
 def load_text_encoder(folder: epath.PathLike) -> tuple[T5Config, Params]:
   """As `load_transformer`, of the T5 encoder."""
   config = configs.read_text_encoder(*read_fields(folder, "config.json"))
-  weights = Weights(folder, TRANSFORMERS_WEIGHTS, TIED)
+  weights = Weights(_weight_files(folder, TRANSFORMERS_WEIGHTS), TIED)
   return config, _read(weights, T5Encoder, config, names.text_encoder(config))
 
 
@@ -100,12 +101,17 @@ def save_tokenizer(folder: epath.PathLike, tokenizer: Tokenizer):
       (folder / name).write_bytes(file.read_bytes())
 
 
-class Weights(Mapping[str, np.ndarray]):
-  """The tensors of a folder's safetensors files, read from disk when asked for."""
+def open_safetensors(paths: Iterable[epath.Path]) -> "Weights":
+  """All tensors of some safetensors files; UserError if one is damaged."""
+  return Weights(paths, {})
 
-  def __init__(self, folder: epath.PathLike, stem: str, aliases: Mapping[str, str]):
+
+class Weights(Mapping[str, np.ndarray]):
+  """The tensors of safetensors files, read from disk when asked for."""
+
+  def __init__(self, paths: Iterable[epath.Path], aliases: Mapping[str, str]):
     self._files = {}
-    for path in _weight_files(epath.Path(folder), stem):
+    for path in paths:
       file = _open(path)
       stored = file.keys()
       self._files.update({name: (file, name) for name in stored})
@@ -125,7 +131,8 @@ class Weights(Mapping[str, np.ndarray]):
     return len(self._files)
 
 
-def _weight_files(folder: epath.Path, stem: str) -> list[epath.Path]:
+def _weight_files(folder: epath.PathLike, stem: str) -> list[epath.Path]:
+  folder = epath.Path(folder)
   index = folder / f"{stem}.safetensors.index.json"
   if index.exists():
     fields, where = read_fields(folder, index.name)

@@ -38,6 +38,7 @@ class Settings:
   text_drop: str = "empty"  # What stands for no caption: the encoded "" or zeros.
   guidance_scale: float = 6.0
   num_inference_steps: int = 50
+  solver: str = "ddim"  # One of solvers.SOLVERS.
   fps: float = 8.0
 
 
@@ -52,7 +53,7 @@ class ModelFolder(NamedTuple):
   def settings(self) -> Settings:
     """Of the index; those of diffusers where a folder does not say."""
     fields, where = diffusers.read_fields(self.path, INDEX)
-    stored = fields.get(SETTINGS, {})
+    stored = {"solver": self._solver(), **fields.get(SETTINGS, {})}
     known = {field.name for field in dataclasses.fields(Settings)}
     if unknown := sorted(set(stored) - known):
       raise UserError(f"{where}: {SETTINGS} has {', '.join(unknown)}; known are {sorted(known)}.")
@@ -60,6 +61,14 @@ class ModelFolder(NamedTuple):
     if settings.text_drop not in TEXT_DROPS:
       raise UserError(f"{where}: text_drop is {settings.text_drop!r}, not one of {TEXT_DROPS}.")
     return settings
+
+  def _solver(self) -> str:
+    """That of the scheduler's class, as diffusers' pipelines take it."""
+    part = self.path / "scheduler"
+    if not part.is_dir():
+      return Settings.solver
+    fields, _ = diffusers.read_fields(part, "scheduler_config.json")
+    return "dpm" if fields.get("_class_name") == "CogVideoXDPMScheduler" else "ddim"
 
   def transformer(self) -> tuple[DiTConfig, Params]:
     return diffusers.load_transformer(self._part("transformer"))
@@ -69,6 +78,11 @@ class ModelFolder(NamedTuple):
 
   def text_encoder(self) -> tuple[T5Config, Params]:
     return diffusers.load_text_encoder(self._part("text_encoder"))
+
+  def has(self, part: str) -> bool:
+    """Whether the index says that the model has this part: some are given text states."""
+    fields, _ = diffusers.read_fields(self.path, INDEX)
+    return fields.get(part) != [None, None]
 
   def tokenizer(self) -> Tokenizer:
     return diffusers.load_tokenizer(self._part("tokenizer"))

@@ -7,7 +7,7 @@ direction holds a second copy of a model.
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ def slots(rows: Sequence[Row], params: Params) -> list[Slot]:
   """Every tensor that a file of these parameters (arrays, or their shapes) holds."""
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    found += _slots_of(_path_name(path), leaf.shape, rows)
+    found += _slots_of(path_name(path), leaf.shape, rows)
   return found
 
 
@@ -61,10 +61,10 @@ def read(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], shapes: Params)
   by_path = defaultdict(list)
   for slot in slots(rows, shapes):
     by_path[slot.path].append(slot)
-  _check_names(tensors.keys(), {slot.name for group in by_path.values() for slot in group})
+  check_names(tensors.keys(), {slot.name for group in by_path.values() for slot in group})
 
   def leaf(path, shape):
-    group = by_path[_path_name(path)]
+    group = by_path[path_name(path)]
     if group[0].layer is None:
       return np.ascontiguousarray(_fetch(tensors, group[0]))
     first = _fetch(tensors, group[0])
@@ -86,11 +86,11 @@ def write(params: Params, rows: Sequence[Row], shapes: Params) -> Iterator[tuple
     UserError: a parameter is missing, is none of the model's, or is of another shape than
       `shapes` (from `abstract_params`) says; the error names it.
   """
-  arrays = {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  expected = {_path_name(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(shapes)}
-  _check_names(arrays.keys(), expected.keys())
+  arrays = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  expected = {path_name(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(shapes)}
+  check_names(arrays.keys(), expected.keys())
   for path, shape in expected.items():
-    _check_shape(path, arrays[path].shape, shape)
+    check_shape(path, arrays[path].shape, shape)
   for slot in slots(rows, shapes):
     array = arrays[slot.path]
     array = np.asarray(array if slot.layer is None else array[slot.layer])
@@ -118,17 +118,19 @@ def _template(path: str) -> re.Pattern:
   return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path))
 
 
-def _path_name(path) -> str:
+def path_name(path) -> str:
+  """The parts of a parameter's path, joined by "/"."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _fetch(tensors: Mapping[str, np.ndarray], slot: Slot) -> np.ndarray:
   tensor = tensors[slot.name]
-  _check_shape(slot.name, tensor.shape, slot.shape)
+  check_shape(slot.name, tensor.shape, slot.shape)
   return slot.row.to_ours(tensor)
 
 
-def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int]):
+def check_shape(name: str, shape: Sequence[int], expected: Sequence[int]):
+  """Raises UserError, naming the tensor, if a shape is not the one that a model has there."""
   if tuple(shape) != tuple(expected):
     raise UserError(
       f"{name} has shape {list(shape)}; a model of this config has {list(expected)} there.\n"
@@ -136,7 +138,8 @@ def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int]):
     )
 
 
-def _check_names(found, expected):
+def check_names(found: Set[str], expected: Set[str]):
+  """Raises UserError, naming the first of them, if tensors are missing or not known."""
   problems = [f"missing: {name}" for name in sorted(expected - found)]
   problems += [f"not known: {name}" for name in sorted(found - expected)]
   if problems:
