@@ -1,5 +1,8 @@
 """Text to video: `python -m cogvideox_jax.sample --model=tiny --prompt="..." --output=out.mp4`.
 
+With --image=FILE the video begins with an image, by a model that was trained for that; with
+--video=FILE a video is changed as the prompt says.
+
 What is not said on the command line is as the model's folder, or its training, has it. The mp4
 keeps in its comment, as JSON, all that it was made with.
 """
@@ -10,10 +13,14 @@ from absl import flags
 from etils import epath
 
 from cogvideox_jax import __version__, command
-from cogvideox_jax.data.video import write_mp4
+from cogvideox_jax.data.media import VideoError
+from cogvideox_jax.data.video import read, write_mp4
+from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference.pipeline import SOLVERS, Pipeline
+from cogvideox_jax.inference.image_to_video import ImageToVideo
+from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
+from cogvideox_jax.inference.video_to_video import VideoToVideo
 from cogvideox_jax.training import workdir
 
 MODEL = flags.DEFINE_string(
@@ -21,6 +28,12 @@ MODEL = flags.DEFINE_string(
 )
 PROMPT = flags.DEFINE_string("prompt", None, "What the video shows.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "The mp4 file to write.", required=True)
+IMAGE = flags.DEFINE_string("image", None, "Image file that the video begins with.")
+VIDEO = flags.DEFINE_string("video", None, "Video file to change.")
+STRENGTH = flags.DEFINE_float("strength", 0.8, "Of the change to --video: 1 forgets it.", 0.0, 1.0)
+LORA = flags.DEFINE_string("lora", None, "LoRA file in safetensors, or a folder that has one.")
+LORA_WEIGHT = flags.DEFINE_float("lora_weight", 1.0, "Of --lora: alpha / rank if it has no alpha.")
+TILING = flags.DEFINE_bool("tiling", False, "Decode in tiles: less memory, more time.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What it should not show.")
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's.")
 WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's.")
@@ -33,7 +46,9 @@ GUIDANCE_SCALE = flags.DEFINE_float(
   "guidance_scale", None, "How hard to follow the prompt; 1: no guidance. By default the model's."
 )
 DYNAMIC_CFG = flags.DEFINE_bool("dynamic_cfg", False, "Change the guidance with the timestep.")
-SOLVER = flags.DEFINE_enum("solver", "ddim", list(SOLVERS), "How to step from noise to video.")
+SOLVER = flags.DEFINE_enum(
+  "solver", None, list(SOLVERS), "How to step from noise to video; by default the model's."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of the noise: the same seed gives the same video.")
 WEIGHTS = flags.DEFINE_enum(
   "weights", "ema", ["ema", "raw"], "Of a training workdir: the moving average, or as trained."
@@ -45,18 +60,50 @@ def main() -> None:
   check_output(output)
   progress = Progress()
   with progress.phase("load") as bar:
-    pipe = workdir.load(MODEL.value, weights=WEIGHTS.value, progress=progress)
+    pipe = workdir.load(MODEL.value, kind=kind(), weights=WEIGHTS.value, progress=progress)
+    if LORA.value:
+      pipe.load_lora_weights(LORA.value)
+      pipe.set_adapters(["default"], LORA_WEIGHT.value)
+    pipe.enable_tiling(TILING.value)
     bar.update()
   arguments = call_arguments(pipe)
   fps = pipe.settings.fps if FPS.value is None else FPS.value
-  frames = pipe(**arguments, output_type="uint8").frames[0]
+  given = read_given(arguments, fps)
+  frames = pipe(**{**arguments, **given}, output_type="uint8").frames[0]
   with progress.phase("write") as bar:
-    made_with = {"model": MODEL.value, "fps": fps, "version": __version__, **arguments}
+    lora = {"lora": LORA.value, "lora_weight": LORA_WEIGHT.value} if LORA.value else {}
+    made_with = {"model": MODEL.value, "fps": fps, "version": __version__, **arguments, **lora}
     write_mp4(output, frames, fps, metadata=made_with)
     bar.update()
   print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.seconds.items()))
   shape = f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} at {fps:g} fps"
   print(f"Wrote {output}: {shape}, seed {SEED.value}.")
+
+
+def kind() -> type[Pipeline]:
+  """The pipeline for the files that are given."""
+  if IMAGE.value and VIDEO.value:
+    raise UserError("Give --image or --video, not both.")
+  if IMAGE.value:
+    return ImageToVideo
+  return VideoToVideo if VIDEO.value else Pipeline
+
+
+def read_given(arguments: dict[str, Any], fps: float) -> dict[str, Any]:
+  """The pixels of --image or --video, cropped to the size asked for, under their arguments' names.
+
+  A video says by itself how long it is: `num_frames` of it are read, and taken from `arguments`.
+  """
+  path = IMAGE.value or VIDEO.value
+  if not path:
+    return {}
+  size = {"height": arguments["height"], "width": arguments["width"]}
+  num_frames = 1 if IMAGE.value else arguments.pop("num_frames")
+  try:
+    frames = read(path, fps=fps, num_frames=num_frames, **size)
+  except VideoError as error:
+    raise UserError(f"{path}: {error}") from error
+  return {"image": frames[0]} if IMAGE.value else {"video": frames}
 
 
 def check_output(path: epath.Path) -> None:
@@ -82,13 +129,16 @@ def call_arguments(pipe: Pipeline) -> dict[str, Any]:
     "width": (WIDTH.value, size.width),
     "num_frames": (NUM_FRAMES.value, size.num_frames),
     "num_inference_steps": (STEPS.value, pipe.settings.num_inference_steps),
+    "solver": (SOLVER.value, pipe.settings.solver),
     "guidance_scale": (GUIDANCE_SCALE.value, pipe.settings.guidance_scale),
   }
+  files = {"image": IMAGE.value, "video": VIDEO.value}
   return {
+    **{name: path for name, path in files.items() if path},
+    **({"strength": STRENGTH.value} if VIDEO.value else {}),
     "prompt": PROMPT.value,
     "negative_prompt": NEGATIVE_PROMPT.value,
     "seed": SEED.value,
-    "solver": SOLVER.value,
     "use_dynamic_cfg": DYNAMIC_CFG.value,
     **{name: default if value is None else value for name, (value, default) in given.items()},
   }

@@ -50,11 +50,13 @@ def draw(model, config, seed=0):
   return config, jax.tree_util.tree_map_with_path(leaf, abstract_params(model, config))
 
 
-def make_pipeline(transformer=None, settings=ZEROS, **changes) -> Pipeline:
+def make_pipeline(
+  transformer=None, settings=ZEROS, kind=Pipeline, vae_config=VAE_CONFIG, **changes
+):
   """A silent pipeline, of a given transformer or of one drawn with changes of its config."""
-  return Pipeline(
+  return kind(
     transformer or draw(DiT, dataclasses.replace(DIT_CONFIG, **changes)),
-    draw(VAE, VAE_CONFIG),
+    draw(VAE, vae_config),
     draw(T5Encoder, T5_CONFIG),
     Tokenizer(epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer"),
     NOISE,

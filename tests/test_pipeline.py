@@ -77,7 +77,7 @@ def test_a_stochastic_solver_draws_new_noise_at_each_step_of_each_video(pipe, mo
 
   monkeypatch.setattr(denoising, "draw_noise", spy)
   together = pipe(PROMPTS[:2], seed=4, solver="dpm", **QUICK).frames
-  assert draws == [1, 2]  # The last step adds none.
+  assert draws == [INITIAL, 1, 2]  # The last step adds none.
   alone = pipe(PROMPTS[1], seed=4, solver="dpm", **QUICK).frames
   np.testing.assert_allclose(together[1:], alone, atol=1e-4)
   assert np.abs(alone - pipe(PROMPTS[1], seed=4, **QUICK).frames).max() > 0.1

@@ -25,7 +25,9 @@ from cogvideox_jax.models.dit import DiTConfig, patchify, timestep_sinusoid, unp
 from cogvideox_jax.types import Batch, Example
 
 Params = dict[str, Any]  # Nested by the keys of a parameter's path; see nnx.to_pure_dict.
-INITIAL = 0  # Which draw of a video its first latents are; its later ones are of solver steps.
+# Which draw of a video is which: its first latents, from 1 on a solver's steps, and last the
+# posterior of its image or video.
+INITIAL, POSTERIOR = 0, 2**31 - 1
 
 
 class Step(NamedTuple):
@@ -62,21 +64,27 @@ def draw_noise(
   return jax.vmap(one)(seeds, indices)
 
 
+def drawn(videos: Videos, draw: int, shape: tuple[int, ...]) -> Float32[Array, "b *shape"]:
+  """The noise of one draw of each video."""
+  return draw_noise(videos.seeds, videos.indices, draw, shape)
+
+
 def denoise(
   run: Callable[..., tuple[Array, Array]],  # `denoise_step`, but for what the steps share.
   x: Float[Array, "b f h w c"],
   text: Float[Array, "halves b l t"],
-  videos: Videos,
+  image: Float[Array, "b f h w c"] | None,
   steps: Sequence[Step],
-  on_step: Callable[[], object],
+  noise: Callable[[int, tuple[int, ...]], Float[Array, "b f h w c"]],  # Of a draw and a shape.
+  on_step: Callable[[int, Array, Array], tuple[Array, Array]],  # index, x, text -> x, text.
 ) -> Float[Array, "b f h w c"]:
   """Takes noise through all steps. Waits for each, so that progress tells the truth."""
-  previous_x0, noise = jnp.zeros_like(x), jnp.zeros_like(x)
-  for draw, step in enumerate(steps, start=INITIAL + 1):
+  previous_x0, added = jnp.zeros_like(x), jnp.zeros_like(x)
+  for index, step in enumerate(steps):
     if step.weights.noise:
-      noise = draw_noise(videos.seeds, videos.indices, draw, x.shape[1:])
-    x, previous_x0 = jax.block_until_ready(run(x, previous_x0, noise, text, step))
-    on_step()
+      added = noise(INITIAL + 1 + index, x.shape[1:])
+    x, previous_x0 = jax.block_until_ready(run(x, previous_x0, added, text, image, step))
+    x, text = on_step(index, x, text)
   return x
 
 
@@ -87,6 +95,7 @@ def denoise_step(
   previous_x0: Float[Array, "b f h w c"],
   noise: Float[Array, "b f h w c"],  # Zeros for a solver that adds none.
   text: Float[Array, "halves b l t"],  # Negative, positive; the positive alone if not guided.
+  image: Float[Array, "b f h w c2"] | None,  # Latents of an image, in channels behind the noise.
   step: Step,
   *,
   graphdef: nnx.GraphDef,
@@ -99,7 +108,8 @@ def denoise_step(
   grid = tuple(layout.grids[0, 1].tolist())
   time = timestep_sinusoid(step.timestep, config.width)
 
-  vision = jax.vmap(partial(patchify, patch=config.patch))(x)
+  seen = x if image is None else jnp.concatenate([x, image], axis=-1)
+  vision = jax.vmap(partial(patchify, patch=config.patch))(seen)
   vision = jnp.pad(vision, ((0, 0), (text.shape[2], 0), (0, 0)))  # 0 at text tokens.
   v = nnx.merge(graphdef, params)(
     repeat(vision, "b n p -> (halves b) n p", halves=halves),

@@ -1,8 +1,10 @@
 """What a call asks for, checked before anything is compiled."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -23,6 +25,10 @@ class Size(NamedTuple):
   height: int
   width: int
 
+  @property
+  def text(self) -> str:
+    return f"{self.num_frames} frames of {self.width}x{self.height}"
+
 
 class Videos(NamedTuple):
   """Each video of a call, or of a chunk of it."""
@@ -34,6 +40,64 @@ class Videos(NamedTuple):
 
   def take(self, places: Int[np.ndarray, "chunk"]) -> "Videos":
     return Videos(*(part[places] for part in self))
+
+
+# Noise in place of what seeds give: (videos, draw, shape) -> standard normal [b *shape]. `draw` is
+# denoising.INITIAL, POSTERIOR, or the number of a solver's step, from 1.
+Draws = Callable[[Videos, int, tuple[int, ...]], Float[Array | np.ndarray, "b ..."]]
+CALLBACK_ARRAYS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+  """What all kinds of calls are given alike; `Pipeline.__call__` says what each means."""
+
+  prompt: str | Sequence[str] | None
+  negative_prompt: str | Sequence[str] | None
+  num_inference_steps: int
+  guidance_scale: float | int
+  use_dynamic_cfg: bool | str
+  num_videos_per_prompt: int
+  seed: int | Sequence[int]
+  latents: Float[Array | np.ndarray, "b f h w c"] | None
+  prompt_embeds: Embeds | None
+  negative_prompt_embeds: Embeds | None
+  output_type: str
+  callback_on_step_end: Callable[..., dict[str, Array]] | None
+  callback_on_step_end_tensor_inputs: Sequence[str]
+  solver: str | None
+  batch_size: int | None
+  draws: Draws | None
+
+
+def from_call(given: Mapping[str, Any]) -> Arguments:
+  """Of the local names at the beginning of a call."""
+  return Arguments(**{field.name: given[field.name] for field in dataclasses.fields(Arguments)})
+
+
+def check_callback(arguments: Arguments) -> None:
+  """Raises UserError if the callback asks for an array that there is not."""
+  for name in arguments.callback_on_step_end_tensor_inputs:
+    check_choice("callback_on_step_end_tensor_inputs", name, CALLBACK_ARRAYS)
+
+
+def call_back(
+  pipe: Any, arguments: Arguments, step: int, timestep: int, latents: Array, text: Array
+) -> tuple[Array, Array]:
+  """Calls the caller's callback_on_step_end, if there is one, with the arrays that it asks for.
+
+  text: [halves b l t], negative prompts first if there are any.
+
+  Returns:
+    Latents and text to go on with: what the callback returned of them, or those it was given.
+  """
+  if arguments.callback_on_step_end is None:
+    return latents, text
+  arrays = {"latents": latents, "prompt_embeds": text[-1], "negative_prompt_embeds": text[0]}
+  wanted = {name: arrays[name] for name in arguments.callback_on_step_end_tensor_inputs}
+  arrays |= arguments.callback_on_step_end(pipe, step, timestep, wanted) or {}
+  halves = [arrays["negative_prompt_embeds"], arrays["prompt_embeds"]][-len(text) :]
+  return jnp.asarray(arrays["latents"]), jnp.stack(halves)
 
 
 def check_size(size: Size, model: DiTConfig, vae: VAEConfig) -> None:
@@ -66,7 +130,7 @@ def latent_shape(size: Size, model: DiTConfig, vae: VAEConfig) -> tuple[tuple[in
   frames = (size.num_frames - 1) // vae.temporal_compression + 1
   extra = -frames % model.patch[0]
   scale = vae.spatial_compression
-  shape = (frames + extra, size.height // scale, size.width // scale, model.in_channels)
+  shape = (frames + extra, size.height // scale, size.width // scale, model.out_channels)
   return shape, extra
 
 

@@ -3,11 +3,12 @@
   pipe = Pipeline.from_pretrained("model-folder")
   video = pipe("a red ball rolls", num_inference_steps=50, guidance_scale=6.0, seed=0).frames[0]
 
-Programs are compiled once for each shape and shared by all pipelines of the same model configs,
-so that a training run may make a new pipeline for each preview.
+`ImageToVideo` and `VideoToVideo` stand on it. Programs are compiled once for each shape and shared
+by all pipelines of the same model configs, so that a training run may make a new pipeline for each
+preview.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,26 +25,28 @@ from cogvideox_jax.conversion.folder import Settings, open_model
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion import guidance, solvers
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import inputs
+from cogvideox_jax.inference.adapters import Adapters
 from cogvideox_jax.inference.denoising import (
   INITIAL,
   Params,
   Step,
   denoise,
   denoise_step,
-  draw_noise,
+  drawn,
   solver_steps,
 )
-from cogvideox_jax.inference.inputs import Condition, Embeds, Size, Videos
+from cogvideox_jax.inference.inputs import Arguments, Condition, Size, Videos
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.models.t5 import T5Config, T5Encoder, encode_text
+from cogvideox_jax.models.tiling import Tiling
 from cogvideox_jax.models.vae import VAE, VAEConfig, decode
 from cogvideox_jax.sharding import replicated
 
-SOLVERS = {"ddim": solvers.ddim, "dpm": solvers.dpm}
 OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
 Latents = Float[Array | np.ndarray, "b f h w c"]
 
@@ -58,8 +61,26 @@ class VideoOutput(NamedTuple):
   frames: Any
 
 
-class Pipeline:
+class Job(NamedTuple):
+  """A call whose arguments were checked."""
+
+  arguments: Arguments
+  halves: list[Condition]  # Negative and positive prompts; the positive alone if not guided.
+  videos: Videos
+  chunks: list[Videos]  # Those that are made at once.
+  steps: list[Step]
+  shape: tuple[int, ...]  # Of a video's latents.
+  extra: int  # Latent frames in front that are dropped before decoding.
+
+  def noise(self, chunk: Videos, draw: int, shape: tuple[int, ...]) -> Array:
+    """Standard normal numbers, drawn by each video's seed or given by the caller's `draws`."""
+    return jnp.asarray((self.arguments.draws or drawn)(chunk, draw, shape), jnp.float32)
+
+
+class Pipeline(Adapters):
   """Text to video. Cheap to make: nothing is compiled before the first call."""
+
+  takes_image = False  # Whether the transformer sees the latents of an image beside the noise.
 
   def __init__(
     self,
@@ -85,11 +106,15 @@ class Pipeline:
         which is float32 on CPU and bfloat16 elsewhere. Latents and the VAE are float32.
       progress: what to show; by default bars on stderr.
     """
+    super().__init__()
     self.config, self._params = transformer[0], jax.tree.map(jnp.asarray, transformer[1])
-    if self.config.in_channels != self.config.out_channels:
+    if (self.config.in_channels != self.config.out_channels) != self.takes_image:
+      wanted, is_there = (
+        ("Pipeline", "no image") if self.takes_image else ("ImageToVideo", "an image")
+      )
       raise UserError(
         f"This transformer takes {self.config.in_channels} channels and makes "
-        f"{self.config.out_channels}: it also wants an image, which is not supported yet."
+        f"{self.config.out_channels}: it sees {is_there} beside the noise.\nUse {wanted} for it."
       )
     self.vae_config, vae_params = vae
     text_config, self._text_params = text_encoder[0], jax.tree.map(jnp.asarray, text_encoder[1])
@@ -103,12 +128,13 @@ class Pipeline:
     self._text_graphdef = graph_of(T5Encoder, text_config, dtype=compute)
     vae_params = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), vae_params)
     self._vae = nnx.merge(graph_of(VAE, self.vae_config), vae_params)
+    self._tiling: Tiling | None = None
 
   @classmethod
   def from_pretrained(
     cls, model: epath.PathLike, *, dtype: str = "auto", progress: Progress | None = None
   ) -> "Pipeline":
-    """The pipeline of a shipped name (`tiny`) or of a model folder in diffusers' layout.
+    """A pipeline of a shipped name (`tiny`) or of a model folder in diffusers' layout.
 
     Raises:
       UserError: there is no such model, or a part of it is missing or damaged.
@@ -118,7 +144,7 @@ class Pipeline:
       folder.transformer(),
       folder.vae(),
       folder.text_encoder(),
-      folder.tokenizer(),
+      folder.tokenizer() if folder.has("tokenizer") else None,
       folder.scheduler(),
       folder.settings(),
       dtype=dtype,
@@ -134,22 +160,25 @@ class Pipeline:
     num_frames: int | None = None,
     num_inference_steps: int = 50,
     guidance_scale: float | int = 6,
-    use_dynamic_cfg: bool = False,
+    use_dynamic_cfg: bool | str = False,
     num_videos_per_prompt: int = 1,
     seed: int | Sequence[int] = 0,
     latents: Latents | None = None,
-    prompt_embeds: Embeds | None = None,
-    negative_prompt_embeds: Embeds | None = None,
+    prompt_embeds: inputs.Embeds | None = None,
+    negative_prompt_embeds: inputs.Embeds | None = None,
     output_type: str = "pil",
     return_dict: bool = True,
+    callback_on_step_end: Callable[..., dict[str, Array]] | None = None,
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     *,
-    solver: str = "ddim",
+    solver: str | None = None,
     batch_size: int | None = None,
+    draws: inputs.Draws | None = None,
   ) -> VideoOutput:
     """Makes num_videos_per_prompt videos of each prompt.
 
     Names and defaults are those of diffusers' `CogVideoXPipeline`, but for `seed`, which replaces
-    `generator`, and what follows return_dict. `settings` holds what the model was made for.
+    `generator`, and what follows the star. `settings` holds what the model was made for.
 
     Args:
       prompt: one or several. One that is longer than the model's text is cut with a warning.
@@ -159,50 +188,29 @@ class Pipeline:
       num_frames: of the form 4k + 1. The reference VAE decodes an odd k to 4k + 4 frames.
       num_inference_steps: up to the steps of the noise schedule, usually 1000.
       guidance_scale: up to 1 there is no guidance, and half the work.
-      use_dynamic_cfg: lets the scale change with the timestep, as the published samplers do.
+      use_dynamic_cfg: lets the scale change from step to step: True, or "wave", as the published
+        samplers do; "ramp", as they meant to.
       seed: in [0, 2**32), one for all prompts or one each. Video k of a prompt depends on the
         prompt, the seed and k, not on what else is in the call.
       latents: initial noise of all videos, in place of drawn noise.
       prompt_embeds: text states in place of prompt; negative_prompt_embeds likewise.
       output_type: pil, np, uint8 or latent; see VideoOutput.
       return_dict: taken for diffusers' sake; what is returned is a tuple in any case.
-      solver: ddim or dpm.
+      callback_on_step_end: called as f(pipe, step, timestep, arrays) after each step of each batch.
+        Arrays of those names that it returns replace the loop's own.
+      callback_on_step_end_tensor_inputs: which arrays it is given: latents, prompt_embeds,
+        negative_prompt_embeds.
+      solver: ddim or dpm; by default the model's.
       batch_size: how many videos to make at once; by default all.
+      draws: replaces drawn noise; see `inputs.Draws`.
 
     Raises:
       UserError: an argument is out of its range; before anything is compiled.
     """
     size = self._size(num_frames, height, width)
-    inputs.check_choice("output_type", output_type, OUTPUT_TYPES)
-    inputs.check_choice("solver", solver, SOLVERS)
-    path = SOLVERS[solver](self._schedule, num_inference_steps)
-    scales = guidance.constant_scales(float(guidance_scale), path.timesteps)
-    if use_dynamic_cfg:
-      scales = guidance.dynamic_scales(float(guidance_scale), path.timesteps, num_inference_steps)
-    halves = [inputs.condition("prompt", prompt, prompt_embeds)]
-    if guidance_scale > 1:
-      negative = self._negative(negative_prompt, negative_prompt_embeds, len(halves[0]))
-      halves.insert(0, negative)
-    self._check_conditions(halves)
-    videos = inputs.plan_videos(seed, len(halves[0]), num_videos_per_prompt)
-    shape, extra = inputs.latent_shape(size, self.config, self.vae_config)
-    if latents is not None:
-      inputs.check_shape("latents", latents, (len(videos.seeds), *shape))
-
-    text = self._encode(halves, batch_size)
-    chunks = [videos.take(places) for places in inputs.chunks(len(videos.seeds), batch_size)]
-    noise = [
-      draw_noise(chunk.seeds, chunk.indices, INITIAL, shape)
-      if latents is None
-      else jnp.asarray(latents[chunk.places], jnp.float32)
-      for chunk in chunks
-    ]
-    latents = self._denoise(noise, text, chunks, solver_steps(path, scales))
-    if output_type == "latent":
-      frames = np.asarray(latents)
-    else:
-      frames = as_output(self._decode(latents[:, extra:], batch_size), output_type)
-    return VideoOutput(frames)
+    arguments = inputs.from_call(locals())
+    job = self._job(size, arguments, self._solver(arguments))
+    return self._output(job, self._denoise(job, self._initial_noise(job)))
 
   @property
   def default_size(self) -> Size:
@@ -210,17 +218,60 @@ class Pipeline:
     scale, config = self.vae_config.spatial_compression, self.config
     return Size(config.sample_frames, config.sample_height * scale, config.sample_width * scale)
 
+  def enable_tiling(self, enabled: bool = True) -> None:
+    """Has the VAE take videos larger than half its sample size in overlapping tiles."""
+    self._tiling = self.vae_config.tiling if enabled else None
+
   def _size(self, *given: int | None) -> Size:
     """The size asked for, num_frames, height and width, checked; the model's where it is None."""
     pairs = zip(given, self.default_size, strict=True)
     size = Size(*(default if value is None else value for value, default in pairs))
     inputs.check_size(size, self.config, self.vae_config)
+    if self.config.learned_positions and size != self.default_size:
+      raise UserError(
+        f"This transformer has learned positions, which fix its videos to "
+        f"{self.default_size.text}; {size.text} cannot be made."
+      )
     return size
 
-  def _negative(
-    self, prompt: str | Sequence[str] | None, embeds: Embeds | None, count: int
-  ) -> Condition:
+  def _solver(self, arguments: Arguments, start: int = 0) -> solvers.Solver:
+    name = arguments.solver or self.settings.solver
+    inputs.check_choice("solver", name, SOLVERS)
+    return SOLVERS[name](self._schedule, arguments.num_inference_steps, start)
+
+  def _job(self, size: Size, arguments: Arguments, path: solvers.Solver, steps: int = 0) -> Job:
+    """Checks what all kinds of calls share. steps: of which dynamic guidance is reckoned."""
+    inputs.check_choice("output_type", arguments.output_type, OUTPUT_TYPES)
+    inputs.check_callback(arguments)
+    scales = guidance.scales(
+      arguments.use_dynamic_cfg,
+      float(arguments.guidance_scale),
+      path.timesteps,
+      steps or arguments.num_inference_steps,
+    )
+    halves = [inputs.condition("prompt", arguments.prompt, arguments.prompt_embeds)]
+    if arguments.guidance_scale > 1:
+      halves.insert(0, self._negative(arguments, len(halves[0])))
+    self._check_conditions(halves)
+    count = arguments.num_videos_per_prompt
+    videos = inputs.plan_videos(arguments.seed, len(halves[0]), count)
+    shape, extra = inputs.latent_shape(size, self.config, self.vae_config)
+    if arguments.latents is not None:
+      inputs.check_shape("latents", arguments.latents, (len(videos.seeds), *shape))
+    places = inputs.chunks(len(videos.seeds), arguments.batch_size)
+    chunks = [videos.take(chunk) for chunk in places]
+    return Job(arguments, halves, videos, chunks, solver_steps(path, scales), shape, extra)
+
+  def _initial_noise(self, job: Job) -> list[Array]:
+    """Of each chunk."""
+    given = job.arguments.latents
+    if given is None:
+      return [job.noise(chunk, INITIAL, job.shape) for chunk in job.chunks]
+    return [jnp.asarray(given[chunk.places], jnp.float32) for chunk in job.chunks]
+
+  def _negative(self, arguments: Arguments, count: int) -> Condition:
     """What each of `count` prompts moves away from."""
+    prompt, embeds = arguments.negative_prompt, arguments.negative_prompt_embeds
     if prompt is None and embeds is None:
       if self.settings.text_drop == "zeros":
         return np.zeros((count, self.config.text_length, self.config.text_width), np.float32)
@@ -264,29 +315,43 @@ class Pipeline:
     )
 
   def _denoise(
-    self,
-    noise: list[Array],
-    text: Float[Array, "halves prompts l t"],
-    chunks: list[Videos],
-    steps: list[Step],
+    self, job: Job, start: list[Array], images: list[Array] | None = None
   ) -> Float[Array, "b f h w c"]:
-    """Takes the noise of each chunk of videos [chunk f h w c] to the latents of all."""
-    texts = [text[:, chunk.prompts] for chunk in chunks]
-    noise, texts = jax.device_put((noise, texts), self._place)
+    """Takes the start of each chunk of videos [chunk f h w c] to the latents of all.
+
+    images: latents that the network sees beside the noise, of each chunk.
+    """
+    text = self._encode(job.halves, job.arguments.batch_size)
+    texts = [text[:, chunk.prompts] for chunk in job.chunks]
+    start, texts, seen = jax.device_put((start, texts, images or [None] * len(start)), self._place)
     fixed = {"graphdef": self._graphdef, "config": self.config}
     with self.progress.phase(COMPILE) as bar:
-      x = noise[0]
-      denoise_step.lower(self._params, x, x, x, texts[0], steps[0], **fixed).compile()
+      x = start[0]
+      arrays = x, x, x, texts[0], seen[0]
+      denoise_step.lower(self._params, *arrays, job.steps[0], **fixed).compile()
       bar.update()
 
     def run(*arguments):
       return jax.device_put(denoise_step(self._params, *arguments, **fixed), self._place)
 
-    with self.progress.phase("denoise", len(chunks) * len(steps)) as bar:
+    with self.progress.phase("denoise", len(job.chunks) * len(job.steps)) as bar:
+
+      def on_step(index: int, x: Array, text: Array) -> tuple[Array, Array]:
+        bar.update()
+        timestep = int(job.steps[index].timestep)
+        return inputs.call_back(self, job.arguments, index, timestep, x, text)
+
       latents = [
-        denoise(run, *start, steps, bar.update) for start in zip(noise, texts, chunks, strict=True)
+        denoise(run, x, text, image, job.steps, partial(job.noise, chunk), on_step)
+        for x, text, image, chunk in zip(start, texts, seen, job.chunks, strict=True)
       ]
-    return jnp.concatenate(latents)[: chunks[-1].places[-1] + 1]
+    return jnp.concatenate(latents)[: len(job.videos.seeds)]
+
+  def _output(self, job: Job, latents: Float[Array, "b f h w c"]) -> VideoOutput:
+    if job.arguments.output_type == "latent":
+      return VideoOutput(np.asarray(latents))
+    frames = self._decode(latents[:, job.extra :], job.arguments.batch_size)
+    return VideoOutput(as_output(frames, job.arguments.output_type))
 
   def _decode(
     self, latents: Float[Array, "b f h w c"], batch_size: int | None
@@ -297,7 +362,8 @@ class Pipeline:
     with self.progress.phase("decode", len(chunks)) as bar:
       for chunk in chunks:
         z = latents[chunk] / self.vae_config.scaling_factor
-        videos.append(np.asarray(jnp.clip(decode(self._vae, z) / 2 + 0.5, 0, 1)))
+        frames = decode(self._vae, z, tiling=self._tiling)
+        videos.append(np.asarray(jnp.clip(frames / 2 + 0.5, 0, 1)))
         bar.update()
     return np.concatenate(videos)[: len(latents)]
 

@@ -20,11 +20,16 @@ from cogvideox_jax.training.state import Params
 
 
 def load(
-  model: epath.PathLike, *, weights: str = "ema", progress: Progress | None = None
+  model: epath.PathLike,
+  *,
+  kind: type[Pipeline] = Pipeline,
+  weights: str = "ema",
+  progress: Progress | None = None,
 ) -> Pipeline:
   """The pipeline of a shipped name, a model folder, or a training workdir.
 
   Args:
+    kind: Pipeline, ImageToVideo or VideoToVideo.
     weights: of a workdir's newest good checkpoint: `ema`, the moving average, or `raw`.
 
   Raises:
@@ -32,9 +37,10 @@ def load(
   """
   workdir = epath.Path(model)
   if not (workdir / "checkpoints").is_dir():
-    return Pipeline.from_pretrained(model, progress=progress)
+    return kind.from_pretrained(model, progress=progress)
   config = ConfigDict(json.loads((workdir / NAME).read_text()))
-  return with_transformer(config, load_weights(workdir, weights), load_frozen(config), progress)
+  params = load_weights(workdir, weights)
+  return with_transformer(config, params, load_frozen(config), progress, kind)
 
 
 class Frozen(NamedTuple):
@@ -52,16 +58,21 @@ def load_frozen(config: ConfigDict) -> Frozen:
 
 
 def with_transformer(
-  config: ConfigDict, params: Params, frozen: Frozen, progress: Progress | None = None
+  config: ConfigDict,
+  params: Params,
+  frozen: Frozen,
+  progress: Progress | None = None,
+  kind: type[Pipeline] = Pipeline,
 ) -> Pipeline:
   """The pipeline of a training config's frozen networks and the transformer's `params`."""
   settings = Settings(
     text_drop=config.text.drop,
     guidance_scale=config.preview.guidance_scale,
     num_inference_steps=config.preview.steps,
+    solver=config.preview.solver,
     fps=config.data.fps,
   )
-  return Pipeline(
+  return kind(
     (model_config(config), params),
     *frozen,
     NoiseConfig(**config.noise),
