@@ -30,7 +30,9 @@ TARGET = flags.DEFINE_string("target", "cogvideox_jax/assets/tiny", "The model f
 VAE = flags.DEFINE_string("vae", None, "What train_vae left: WORKDIR/vae.", required=True)
 TRANSFORMER = flags.DEFINE_string("transformer", "", "Workdir of the long training.")
 RELATIVE_BIAS_STD = 3.0
-SETTINGS = Settings(text_drop="zeros", guidance_scale=2.0, num_inference_steps=25, fps=8.0)
+SETTINGS = Settings(
+  text_drop="zeros", guidance_scale=3.0, num_inference_steps=25, solver="dpm", fps=8.0
+)
 
 
 def text_encoder() -> tuple[T5Config, dict]:
