@@ -44,6 +44,37 @@ def test_ids_are_those_of_transformers(tokenizer):
     assert ours.tolist() == theirs, prompt
 
 
+# First and last code points of what people, and mistakes, put into prompts.
+RANGES = (
+  (0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF), (0x590, 0x6FF),
+  (0x900, 0x97F), (0xE00, 0xE7F), (0x1F00, 0x1FFF), (0x2000, 0x206F), (0x2150, 0x218F),
+  (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xFB00, 0xFB4F), (0xFE00, 0xFE0F),
+  (0xFF00, 0xFFEF), (0x1F300, 0x1F6FF), (0x1F900, 0x1F9FF), (0x20000, 0x2A6DF),
+)  # fmt: skip
+
+
+def drawn_prompts(count):
+  """Words of one alphabet each, of every length up to far beyond the model's."""
+  rng = np.random.default_rng(0)
+  for _ in range(count):
+    words = []
+    for _ in range(int(2 ** rng.uniform(0, 7))):
+      first, last = RANGES[0 if rng.random() < 0.4 else rng.integers(len(RANGES))]
+      words.append("".join(map(chr, rng.integers(first, last + 1, rng.integers(1, 9)))))
+    yield " ".join(words)
+
+
+@pytest.mark.filterwarnings("ignore:.*longer than the model's")
+def test_ids_of_any_text_are_those_of_transformers(tokenizer):
+  reference = T5Tokenizer.from_pretrained(str(FOLDER))
+  prompts = list(drawn_prompts(600))
+  settings = {"padding": "max_length", "max_length": 226, "truncation": True}
+  expected = reference(prompts, **settings).input_ids
+  assert sum(ids[-1] == 1 for ids in expected) > 20  # Those that were cut.
+  for prompt, ours, theirs in zip(prompts, tokenizer.encode(prompts, 226), expected, strict=True):
+    assert ours.tolist() == theirs, prompt
+
+
 def test_the_empty_prompt_is_its_end_and_padding(tokenizer):
   np.testing.assert_array_equal(tokenizer.encode([""], 5), [[1, 0, 0, 0, 0]])
 
