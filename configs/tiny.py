@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
       row_tokens=200,
       max_clips=5,
     )
-  config.train.steps = 1800
+  config.train.steps = 1600
   config.optimizer.update(learning_rate=4e-3, warmup_steps=50, ema_decay=0.99)
   config.mesh.update(data=-1, fsdp=1)
   config.cpu_devices = 2
@@ -51,8 +51,8 @@ def get_config() -> ConfigDict:
     num_frames=17,
     height=32,
     width=32,
-    steps=25,
-    guidance_scale=3.0,
+    steps=50,
+    guidance_scale=4.0,
     solver="dpm",
   )
   return config.lock()

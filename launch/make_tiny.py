@@ -31,7 +31,7 @@ VAE = flags.DEFINE_string("vae", None, "What train_vae left: WORKDIR/vae.", requ
 TRANSFORMER = flags.DEFINE_string("transformer", "", "Workdir of the long training.")
 RELATIVE_BIAS_STD = 3.0
 SETTINGS = Settings(
-  text_drop="zeros", guidance_scale=3.0, num_inference_steps=25, solver="dpm", fps=8.0
+  text_drop="zeros", guidance_scale=4.0, num_inference_steps=50, solver="dpm", fps=8.0
 )
 
 

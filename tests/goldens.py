@@ -226,7 +226,9 @@ def vae_decode(folder: Folder, case: str) -> Iterator[Compared]:
   yield Compared("out.sample", channels_first(frames), tolerance("out.sample"))
 
 
-def run_transformer(config, params, stored: dict[str, np.ndarray], time: Any) -> np.ndarray:
+def run_transformer(
+  config, params, stored: dict[str, np.ndarray], time: Any, dtype: Any = jnp.float32
+) -> jax.Array:
   """The network on a case's inputs, laid out as the reference's output."""
   latents = jnp.asarray(rearrange(stored["in.hidden_states"], "b f c h w -> b f h w c"))
   text = jnp.asarray(stored["in.encoder_hidden_states"])
@@ -239,7 +241,7 @@ def run_transformer(config, params, stored: dict[str, np.ndarray], time: Any) ->
     config = dataclasses.replace(config, positions="rope_index")
     coordinates = np.where(layout.experts[..., None] == TEXT, coordinates, 0)
   vision = jnp.stack([patchify(clip, config.patch) for clip in latents])
-  model = nnx.merge(graph_of(DiT, config), params)
+  model = nnx.merge(graph_of(DiT, config, dtype=dtype), params)
   v = jax.jit(model.__call__, static_argnames="attention")(
     jnp.pad(vision, ((0, 0), (length, 0), (0, 0))),
     text[:, None],
@@ -252,7 +254,7 @@ def run_transformer(config, params, stored: dict[str, np.ndarray], time: Any) ->
     ofs=jnp.asarray(stored.get("in.ofs", [2.0])[0]),
   )
   clips = [unpatchify(clip, config.patch, grid) for clip in v[:, length:]]
-  return np.asarray(rearrange(jnp.stack(clips), "b f h w c -> b f c h w"))
+  return rearrange(jnp.stack(clips), "b f h w c -> b f c h w")
 
 
 def transformer(folder: Folder, case: str) -> Iterator[Compared]:

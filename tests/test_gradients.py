@@ -1,0 +1,123 @@
+"""Gradients against torch's, and bfloat16 against float32, on the reference's small models."""
+
+from pathlib import Path
+
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from einops import rearrange
+from flax import nnx
+
+from cogvideox_jax.conversion import names, tensors
+from cogvideox_jax.models import vae
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.graphs import graph_of
+
+FOLDER = goldens.Folder(Path(__file__).parent / "data" / "goldens")
+KINDS = ("2b", "5b", "5b_i2v", "15", "15_i2v")
+
+
+BUFFERS = {"patch_embed.pos_embedding"}  # The reference does not train it unless told to.
+
+
+def relative(ours, theirs, least: float = 0.0) -> float:
+  """The norm of the difference over that of `theirs`, which counts as `least` if it is smaller."""
+  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+  return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), least))
+
+
+def worst(grads, rows, shapes, reference: torch.nn.Module) -> tuple[float, str]:
+  """The largest relative difference over all parameters, and its name.
+
+  Some gradients are zero but for rounding, as of a bias that all keys share where nothing rotates
+  them: a thousandth of the median one is the least that differences are measured by.
+  """
+  theirs = {name: x.grad.numpy() for name, x in reference.named_parameters()}
+  ours = dict(tensors.write(grads, rows, shapes))
+  assert ours.keys() - BUFFERS == theirs.keys()
+  least = 1e-3 * float(np.median([np.linalg.norm(x) for x in theirs.values()]))
+  return max((relative(ours[name], x, least), name) for name, x in theirs.items())
+
+
+def torch_inputs(stored):
+  inputs = {
+    name: torch.from_numpy(stored[f"in.{name}"])
+    for name in ("hidden_states", "encoder_hidden_states", "timestep", "ofs")
+    if f"in.{name}" in stored
+  }
+  if "in.rope_cos" in stored:
+    tables = stored["in.rope_cos"], stored["in.rope_sin"]
+    inputs["image_rotary_emb"] = tuple(map(torch.from_numpy, tables))
+  return inputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_transformer(kind):
+  name = f"transformer_{kind}"
+  config, params = FOLDER.model(name)
+  stored = FOLDER.tensors(f"{name}_default")
+  weight = np.random.default_rng(0).normal(size=stored["out.sample"].shape).astype(np.float32)
+
+  path = FOLDER.path / FOLDER.index["models"][name]["dir"]
+  reference = CogVideoXTransformer3DModel.from_pretrained(path)
+  out = reference(**torch_inputs(stored), return_dict=False)[0]
+  (out * torch.from_numpy(weight)).sum().backward()
+
+  def loss(params):
+    out = goldens.run_transformer(config, params, stored, stored["aux.time_proj"])
+    return (out * weight).sum()
+
+  grads = jax.grad(loss)(jax.tree.map(jnp.asarray, params))
+  shapes = tensors.abstract_params(DiT, config)
+  error, where = worst(grads, names.transformer(config), shapes, reference)
+  assert error < 1e-4, where
+
+
+def test_gradients_of_the_vae():
+  config, params = FOLDER.model("vae")
+  frames = FOLDER.tensors("vae_encode_f17")["in.sample"]
+  weight = np.random.default_rng(0).normal(size=frames.shape).astype(np.float32)
+
+  path = FOLDER.path / FOLDER.index["models"]["vae"]["dir"]
+  reference = AutoencoderKLCogVideoX.from_pretrained(path)
+  restored = reference.decode(reference.encode(torch.from_numpy(frames)).latent_dist.mean).sample
+  (restored * torch.from_numpy(weight)).sum().backward()
+
+  graph = graph_of(vae.VAE, config)
+
+  def loss(params):
+    model = nnx.merge(graph, params)
+    mean, _ = vae.encode(model, jnp.asarray(goldens.channels_last(frames)))
+    return (vae.decode(model, mean) * goldens.channels_last(weight)).sum()
+
+  grads = jax.grad(loss)(jax.tree.map(jnp.asarray, params))
+  # The log-variances are not in this loss.
+  half = config.latent_channels
+  for parameter in (reference.encoder.conv_out.conv.weight, reference.encoder.conv_out.conv.bias):
+    assert not parameter.grad[half:].any()
+  shapes = tensors.abstract_params(vae.VAE, config)
+  error, where = worst(grads, names.vae(config), shapes, reference)
+  assert error < 1e-4, where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_transformer_in_bfloat16_is_near_its_float32(kind):
+  config, params = FOLDER.model(f"transformer_{kind}")
+  stored = FOLDER.tensors(f"transformer_{kind}_default")
+  time = stored["aux.time_proj"]
+  half = goldens.run_transformer(config, params, stored, time, dtype=jnp.bfloat16)
+  assert 0 < relative(half, stored["out.sample"]) < 3e-2
+
+
+def test_the_vae_in_bfloat16_is_near_its_float32():
+  config, params = FOLDER.model("vae")
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+  model = nnx.merge(graph_of(vae.VAE, config), params)
+  stored = FOLDER.tensors("vae_decode_z5")
+  z = jnp.asarray(goldens.channels_last(stored["in.z"]), jnp.bfloat16)
+  frames = rearrange(vae.decode(model, z), "b F H W c -> b c F H W")
+  assert 0 < relative(frames, stored["out.sample"]) < 3e-2
