@@ -272,10 +272,10 @@ def transformer(folder: Folder, case: str) -> Iterator[Compared]:
 def rotary_inputs(config, stored: dict[str, np.ndarray]) -> Iterator[Compared]:
   """The tables that the reference was given: ours are made inside the network."""
   _, frames, _, height, width = stored["in.hidden_states"].shape
-  layout = row_layout((frames, height, width), 0, config.patch)
-  where = positions.rotary_positions(
-    config.positions, layout.coordinates, layout.grids[:, 1:], config.base_grid[1:]
-  )
+  layout = jax.tree.map(jnp.asarray, row_layout((frames, height, width), 0, config.patch))
+  grid = positions.grid_of_token(layout.grids, layout.segment_ids)
+  base = config.base_grid[1:]
+  where = positions.rotary_positions(config.positions, layout.coordinates, grid, base)
   tables = positions.rotary_table(where, layout.experts, config.head_dim)
   for name, table in zip(("cos", "sin"), tables, strict=True):
     yield Compared(f"in.rope_{name}", np.repeat(table[0], 2, axis=-1), EXACT)
@@ -316,7 +316,7 @@ def scheduler(folder: Folder, case: str) -> Iterator[Compared]:
     v = 0.8 * jnp.sin(1.3 * x + 0.002 * timestep) + 0.3 * x * math.cos(timestep / 300)
     weights = solvers.Weights(*(column[step] for column in solver.weights))
     added = stored.get("rng.noise_used", np.zeros((step + 1, *x.shape), np.float32))[step]
-    x, x0 = solvers.solver_step(weights, x, v, x0, added)
+    x, x0 = solvers.solver_step(weights, x, v, x0, jnp.asarray(added))
     path.append(x)
     clean.append(x0)
   yield Compared("out.prev_sample", jnp.stack(path), EXACT)
@@ -401,7 +401,7 @@ def sincos_tables(folder: Folder, case: str) -> Iterator[Compared]:
   sizes = {"t": call["frames"], "h": call["grid_h"], "w": call["grid_w"]}
   edges = along_axes(max(sizes.values()))
   for width in sorted({int(key.removeprefix("tab.sincos").split(".")[0]) for key in stored}):
-    experts = np.full(edges.shape[:2], VISION)
+    experts = jnp.full(edges.shape[:2], VISION)
     table = np.asarray(positions.sincos_table(jnp.asarray(edges), experts, width, 1.875, 1.0))
     parts = np.split(table, [width // 4, width // 4 + width // 8 * 3], axis=-1)
     for axis, part in ((0, parts[0]), (2, parts[1]), (1, parts[2])):

@@ -144,9 +144,9 @@ def test_saving_over_an_older_model_leaves_none_of_its_files(tmp_path, monkeypat
 @pytest.mark.parametrize(
   ("kind", "name"),
   [
-    ("transformer_5b", "transformer_blocks.2.attn1.to_k.weight"),
+    ("transformer_5b", "transformer_blocks.1.attn1.to_k.weight"),
     ("transformer_5b", "norm_out.linear.bias"),
-    ("vae", "decoder.up_blocks.1.resnets.0.conv_shortcut.weight"),
+    ("vae", "decoder.up_blocks.3.resnets.0.conv_shortcut.weight"),
     ("t5", "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"),
   ],
 )

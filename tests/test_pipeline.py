@@ -170,7 +170,8 @@ def test_progress_counts_compilation_apart(traces):
   pipe = make_pipeline()
   pipe("a circle", num_inference_steps=2)
   seconds = pipe.progress.seconds
-  assert seconds["compile"] > 10 * seconds["denoise"] > 0
+  # With the phases' own compile time in it, denoising would be the longer.
+  assert seconds["compile"] > 3 * seconds["denoise"] > 0
   assert {"encode", "decode"} < seconds.keys()
 
 
