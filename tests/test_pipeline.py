@@ -168,10 +168,9 @@ def test_output_types_hold_the_same_frames(pipe):
 
 def test_progress_counts_compilation_apart(traces):
   pipe = make_pipeline()
-  pipe("a circle", num_inference_steps=2)
+  pipe("a circle", num_inference_steps=1)
   seconds = pipe.progress.seconds
-  # With the phases' own compile time in it, denoising would be the longer.
-  assert seconds["compile"] > 3 * seconds["denoise"] > 0
+  assert seconds["compile"] > 10 * seconds["denoise"] > 0
   assert {"encode", "decode"} < seconds.keys()
 
 
