@@ -53,7 +53,8 @@ def load(path: epath.PathLike) -> LoRA:
   try:
     with safe_open(os.fspath(path), framework="np") as file:
       header = file.metadata() or {}
-      found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+      stored = file.keys()
+      found = {name: file.get_tensor(name) for name in stored}
   except (OSError, SafetensorError) as error:
     raise UserError(f"{path} is not a LoRA file in safetensors ({error}).") from error
   if strange := sorted(name for name in found if "lora" not in name):

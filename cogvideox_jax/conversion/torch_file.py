@@ -7,8 +7,11 @@ else from the pickle, and what it takes of memory ends with it.
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+try:
+  import torch
+  from safetensors.torch import save_file
+except ImportError as error:
+  raise SystemExit("PyTorch is needed for it: pip install -e '.[convert]'") from error
 
 CONTAINERS = ("model", "module", "state_dict")  # Where a file may keep its tensors.
 MAX_BYTES = 2**31  # Of one file; what it holds is in memory at once.
