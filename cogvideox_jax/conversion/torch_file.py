@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 try:
-  import torch
+  import torch  # pyright: ignore[reportMissingImports] - of the extra, absent where it is linted.
   from safetensors.torch import save_file
 except ImportError as error:
   raise SystemExit("PyTorch is needed for it: pip install -e '.[convert]'") from error
