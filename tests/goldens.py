@@ -26,7 +26,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from safetensors.numpy import load_file
 
-from cogvideox_jax.conversion import configs, diffusers, lora, sat
+from cogvideox_jax.conversion import configs, diffusers, lora, sat, tensors
 from cogvideox_jax.diffusion import guidance, noise, solvers
 from cogvideox_jax.inference.denoising import INITIAL, POSTERIOR, row_layout
 from cogvideox_jax.inference.image_to_video import ImageToVideo
@@ -293,7 +293,7 @@ def low_rank(folder: Folder, case: str) -> Iterator[Compared]:
     if key != "out.base":
       file, how = key.removeprefix("out.").split(".", 1)
       updates = lora.load(folder.path / "lora" / f"{file}.safetensors")
-      changed = lora.fuse(params, config, updates, weights[how])
+      changed = tensors.materialize(lora.fuse(params, config, updates, weights[how]))
     yield Compared(key, run_transformer(config, changed, stored, stored["aux.time_proj"]), NETWORK)
 
 

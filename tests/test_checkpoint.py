@@ -11,8 +11,9 @@ import pytest
 from etils import epath
 
 from cogvideox_jax import sharding
+from cogvideox_jax.data import digests
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.training import checkpoint, digests, state
+from cogvideox_jax.training import checkpoint, state
 
 FSDP = sharding.rules_named("fsdp")
 

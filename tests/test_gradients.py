@@ -37,7 +37,7 @@ def worst(grads, rows, shapes, reference: torch.nn.Module) -> tuple[float, str]:
   them: a thousandth of the median one is the least that differences are measured by.
   """
   theirs = {name: x.grad.numpy() for name, x in reference.named_parameters()}
-  ours = dict(tensors.write(grads, rows, shapes))
+  ours = dict(tensors.AsFile(grads, rows, shapes))
   assert ours.keys() - BUFFERS == theirs.keys()
   least = 1e-3 * float(np.median([np.linalg.norm(x) for x in theirs.values()]))
   return max((relative(ours[name], x, least), name) for name, x in theirs.items())

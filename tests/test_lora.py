@@ -8,7 +8,7 @@ import pytest
 from drawn import DIT_CONFIG, draw, make_pipeline
 from safetensors.numpy import load_file, save_file
 
-from cogvideox_jax.conversion import lora
+from cogvideox_jax.conversion import lora, tensors
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit import DiT
 
@@ -31,7 +31,7 @@ def write(path, metadata=None, seed=0, **more):
 def test_only_the_named_weights_change_by_the_product(tmp_path):
   config, params = draw(DiT, DIT_CONFIG)
   updates = lora.load(write(tmp_path / "a.safetensors"))
-  fused = lora.fuse(params, config, updates, weight=0.5)
+  fused = tensors.materialize(lora.fuse(params, config, updates, weight=0.5))
   a, b, scale = updates[MODULES[0]]
   assert scale == 1.0
   difference = (
@@ -129,3 +129,31 @@ def test_adapters_come_and_go_and_leave_the_base_as_it_was(tmp_path):
   np.testing.assert_allclose(pipe("a circle", **QUICK).frames, one, atol=1e-5)
   with pytest.raises(UserError, match="no adapter 'c'"):
     pipe.set_adapters(["c"])
+
+
+def test_a_call_may_scale_all_adapters(tmp_path):
+  pipe = make_pipeline()
+  base = pipe("a circle", **QUICK).frames
+  pipe.load_lora_weights(write(tmp_path / "a.safetensors"))
+  whole = pipe("a circle", **QUICK).frames
+  none = pipe("a circle", attention_kwargs={"scale": 0.0}, **QUICK).frames
+  half = pipe("a circle", attention_kwargs={"scale": 0.5}, **QUICK).frames
+  np.testing.assert_array_equal(none, base)
+  np.testing.assert_array_equal(pipe("a circle", **QUICK).frames, whole)
+  pipe.set_adapters(["default"], 0.5)
+  np.testing.assert_array_equal(pipe("a circle", **QUICK).frames, half)
+
+
+OLDER = {
+  "attn1.processor.to_q_lora.down.weight": "attn1.to_q.lora_A.weight",
+  "attn1.processor.to_out_lora.up.weight": "attn1.to_out.0.lora_B.weight",
+  "attn1.to_v.lora.down.weight": "attn1.to_v.lora_A.weight",
+  "attn1.to_k.lora_linear_layer.up.weight": "attn1.to_k.lora_B.weight",
+}
+
+
+@pytest.mark.parametrize(("older", "name"), OLDER.items())
+def test_names_of_before_peft_are_known(older, name):
+  assert lora._today(f"transformer.transformer_blocks.0.{older}") == (
+    f"transformer.transformer_blocks.0.{name}"
+  )

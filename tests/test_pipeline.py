@@ -1,9 +1,16 @@
 """Text to video on models of a few thousand drawn weights."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from diffusers import (
+  CogVideoXImageToVideoPipeline,
+  CogVideoXPipeline,
+  CogVideoXVideoToVideoPipeline,
+)
 from drawn import DIT_CONFIG, NOISE, T5_CONFIG, VAE_CONFIG, draw, make_pipeline
 from flax import nnx
 
@@ -13,8 +20,10 @@ from cogvideox_jax.conversion.folder import Settings
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import denoising
 from cogvideox_jax.inference.denoising import INITIAL, denoise_step, draw_noise
+from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
+from cogvideox_jax.inference.video_to_video import VideoToVideo
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.t5 import T5Encoder
@@ -199,6 +208,10 @@ def test_a_saved_folder_gives_the_same_video(pipe, tmp_path):
     ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0"),
     ({"output_type": "pt"}, "output_type='pt'.*pil, np, uint8, latent"),
     ({"solver": "euler"}, "solver='euler'.*ddim, dpm"),
+    ({"timesteps": [999, 499]}, "timesteps cannot be given.*\\n.*num_inference_steps"),
+    ({"generator": object()}, "generator cannot be given.*\\n.*seed="),
+    ({"attention_kwargs": {"mask": 1}}, "'mask'; only 'scale'"),
+    ({"max_sequence_length": 0}, "max_sequence_length=0"),
     ({"seed": -1}, "seed=-1"),
     ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
     ({"batch_size": 0}, "batch_size=0"),
@@ -214,6 +227,45 @@ def test_bad_arguments_are_explained_before_anything_is_compiled(pipe, traces, a
   with pytest.raises(UserError, match=message):
     pipe(**{"prompt": "a circle", **arguments})
   assert not traces
+
+
+KINDS = {
+  Pipeline: CogVideoXPipeline,
+  ImageToVideo: CogVideoXImageToVideoPipeline,
+  VideoToVideo: CogVideoXVideoToVideoPipeline,
+}
+OURS = {  # Where what diffusers has by default is said otherwise, or depends on the model.
+  "max_sequence_length": (226, None),
+  "callback_on_step_end_tensor_inputs": (["latents"], ("latents",)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_are_those_of_diffusers_in_their_order_with_their_defaults(kind):
+  theirs = inspect.signature(KINDS[kind].__call__).parameters
+  ours = inspect.signature(kind.__call__).parameters
+  assert list(ours)[: len(theirs)] == list(theirs)
+  for name, parameter in theirs.items():
+    assert OURS.get(name, (parameter.default,) * 2) == (parameter.default, ours[name].default), name
+  rest = list(ours.values())[len(theirs) :]
+  assert {parameter.kind for parameter in rest} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_a_rotary_model_takes_other_numbers_of_text_tokens(pipe):
+  short, long = (pipe("a circle", max_sequence_length=n, **QUICK).frames for n in (6, 9))
+  np.testing.assert_array_equal(short, pipe("a circle", **QUICK).frames)
+  assert np.abs(short - long).max() > 1e-4
+  with pytest.raises(UserError, match="positions are for 6"):
+    make_pipeline(positions="sincos")("a circle", max_sequence_length=9, **QUICK)
+
+
+def test_slices_are_decoded_alone_to_the_same_frames(pipe):
+  arguments = {**QUICK, "output_type": "np"}
+  whole = pipe(["a circle", "a square"], **arguments).frames
+  pipe.enable_slicing()
+  slices = pipe(["a circle", "a square"], **arguments).frames
+  pipe.enable_slicing(False)
+  np.testing.assert_allclose(slices, whole, atol=1e-5)
 
 
 def test_a_model_that_also_wants_an_image_is_refused():

@@ -6,92 +6,83 @@ dtype of the file in both directions, bfloat16 included.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import numpy as np
 from etils import epath
-from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from cogvideox_jax.conversion import configs, names, tensors
-from cogvideox_jax.conversion.tensors import Params
+from cogvideox_jax.conversion import configs, safetensors_file, tensors
+from cogvideox_jax.conversion.components import (
+  AUTOENCODER,
+  TEXT_ENCODER,
+  TRANSFORMER,
+  Component,
+)
+from cogvideox_jax.conversion.safetensors_file import SafetensorsFiles
+from cogvideox_jax.conversion.tensors import Params, Tensors
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiT, DiTConfig
-from cogvideox_jax.models.t5 import T5Config, T5Encoder
-from cogvideox_jax.models.vae import VAE, VAEConfig
 
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"  # File names, without their endings.
-TRANSFORMERS_WEIGHTS = "model"
+CONFIG = "config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MAX_SHARD_BYTES = 5_000_000_000
-TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # Two names of T5's one embedding.
 
 
-def load_transformer(folder: epath.PathLike) -> tuple[DiTConfig, Params]:
-  """Config and parameters (host arrays) of the DiT in a folder.
+def open_weights(component: Component, folder: epath.PathLike, config: Any) -> Params:
+  """The parameters of a component in a folder, lazy.
 
   Raises:
-    UserError: a file is missing or damaged, the weights are not those of a model of the config,
-      or the config asks for what our DiT does not do.
+    UserError: a file is missing or damaged, or the weights are not those of a model of the config.
   """
-  config = configs.read_transformer(*read_fields(folder, "config.json"))
-  weights = open_safetensors(_weight_files(folder, DIFFUSERS_WEIGHTS))
-  return config, _read(weights, DiT, config, names.transformer(config))
+  files = _weight_files(folder, component.weights)
+  return component.read(SafetensorsFiles(files, component.aliases), config)
 
 
-def load_vae(folder: epath.PathLike) -> tuple[VAEConfig, Params]:
-  """As `load_transformer`, of the VAE."""
-  config = configs.read_vae(*read_fields(folder, "config.json"))
-  weights = open_safetensors(_weight_files(folder, DIFFUSERS_WEIGHTS))
-  return config, _read(weights, VAE, config, names.vae(config))
+def load(component: Component, folder: epath.PathLike) -> tuple[Any, Params]:
+  """Config and parameters (host arrays) of the component in a folder.
+
+  Raises:
+    UserError: as `open_weights`, or the config asks for what our model does not do.
+  """
+  config = component.read_config(*read_fields(folder, CONFIG))
+  return config, tensors.materialize(open_weights(component, folder, config))
 
 
-def load_text_encoder(folder: epath.PathLike) -> tuple[T5Config, Params]:
-  """As `load_transformer`, of the T5 encoder."""
-  config = configs.read_text_encoder(*read_fields(folder, "config.json"))
-  weights = Weights(_weight_files(folder, TRANSFORMERS_WEIGHTS), TIED)
-  return config, _read(weights, T5Encoder, config, names.text_encoder(config))
+def save(component: Component, folder: epath.PathLike, config: Any, params: Params) -> None:
+  """Writes a component so that diffusers or transformers reads it, and `load`.
+
+  Raises:
+    UserError: the parameters are not those of a model of the config.
+  """
+  write_weights(folder, component.weights, component.as_file(params, config))
+  write_fields(folder, CONFIG, component.write_config(config))
+
+
+load_transformer = partial(load, TRANSFORMER)
+load_vae = partial(load, AUTOENCODER)
+load_text_encoder = partial(load, TEXT_ENCODER)
+save_transformer = partial(save, TRANSFORMER)
+save_vae = partial(save, AUTOENCODER)
+save_text_encoder = partial(save, TEXT_ENCODER)
 
 
 def load_scheduler(folder: epath.PathLike) -> NoiseConfig:
   """The noise schedule in a `scheduler` folder, whichever solver it names."""
-  return configs.read_noise(*read_fields(folder, "scheduler_config.json"))
+  return configs.read_noise(*read_fields(folder, SCHEDULER_CONFIG))
 
 
 def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
   return Tokenizer(folder)
 
 
-def save_transformer(folder: epath.PathLike, config: DiTConfig, params: Params):
-  """Writes the DiT so that both diffusers and `load_transformer` read it.
-
-  Raises:
-    UserError: the parameters are not those of a model of the config.
-  """
-  _write(folder, DIFFUSERS_WEIGHTS, _named(DiT, config, names.transformer(config), params))
-  write_fields(folder, "config.json", configs.write_transformer(config))
+def save_scheduler(folder: epath.PathLike, config: NoiseConfig) -> None:
+  write_fields(folder, SCHEDULER_CONFIG, configs.write_noise(config))
 
 
-def save_vae(folder: epath.PathLike, config: VAEConfig, params: Params):
-  _write(folder, DIFFUSERS_WEIGHTS, _named(VAE, config, names.vae(config), params))
-  write_fields(folder, "config.json", configs.write_vae(config))
-
-
-def save_text_encoder(folder: epath.PathLike, config: T5Config, params: Params):
-  named = _named(T5Encoder, config, names.text_encoder(config), params)
-  _write(folder, TRANSFORMERS_WEIGHTS, named)
-  write_fields(folder, "config.json", configs.write_text_encoder(config))
-
-
-def save_scheduler(folder: epath.PathLike, config: NoiseConfig):
-  write_fields(folder, "scheduler_config.json", configs.write_noise(config))
-
-
-def save_tokenizer(folder: epath.PathLike, tokenizer: Tokenizer):
+def save_tokenizer(folder: epath.PathLike, tokenizer: Tokenizer) -> None:
   """Copies the tokenizer's files: the pieces, and what transformers wants beside them."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -99,36 +90,6 @@ def save_tokenizer(folder: epath.PathLike, tokenizer: Tokenizer):
   for name in TOKENIZER_SETTINGS:
     if (file := tokenizer.file.parent / name).exists():
       (folder / name).write_bytes(file.read_bytes())
-
-
-def open_safetensors(paths: Iterable[epath.Path]) -> "Weights":
-  """All tensors of some safetensors files; UserError if one is damaged."""
-  return Weights(paths, {})
-
-
-class Weights(Mapping[str, np.ndarray]):
-  """The tensors of safetensors files, read from disk when asked for."""
-
-  def __init__(self, paths: Iterable[epath.Path], aliases: Mapping[str, str]):
-    self._files = {}
-    for path in paths:
-      file = _open(path)
-      stored = file.keys()
-      self._files.update({name: (file, name) for name in stored})
-    for alias, name in aliases.items():
-      if alias in self._files:
-        self._files.setdefault(name, self._files[alias])
-        del self._files[alias]
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    file, name = self._files[name]  # The name in the file, if this is an alias.
-    return file.get_tensor(name)
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._files)
-
-  def __len__(self) -> int:
-    return len(self._files)
 
 
 def _weight_files(folder: epath.PathLike, stem: str) -> list[epath.Path]:
@@ -148,13 +109,6 @@ def _weight_files(folder: epath.PathLike, stem: str) -> list[epath.Path]:
   return files
 
 
-def _open(path: epath.Path):
-  try:
-    return safe_open(os.fspath(path), framework="np")
-  except SafetensorError as error:
-    raise UserError(f"{path} is damaged or incomplete ({error}); fetch it again.") from error
-
-
 def read_fields(folder: epath.PathLike, name: str) -> tuple[dict[str, Any], str]:
   """The fields of a JSON file, and its path for errors."""
   path = epath.Path(folder) / name
@@ -169,56 +123,47 @@ def read_fields(folder: epath.PathLike, name: str) -> tuple[dict[str, Any], str]
   return fields, os.fspath(path)
 
 
-def write_fields(folder: epath.PathLike, name: str, fields: Mapping[str, Any]):
+def write_fields(folder: epath.PathLike, name: str, fields: Mapping[str, Any]) -> None:
   """Writes a JSON file of a model folder, making the folder."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def _read(weights: Weights, model: Callable[..., nnx.Module], config, rows) -> Params:
-  return tensors.read(weights, rows, tensors.abstract_params(model, config))
-
-
-def _named(
-  model: Callable[..., nnx.Module], config, rows, params
-) -> Iterator[tuple[str, np.ndarray]]:
-  return tensors.write(params, rows, tensors.abstract_params(model, config))
-
-
-def _write(folder: epath.PathLike, stem: str, named: Iterator[tuple[str, np.ndarray]]):
-  """Writes shards of at most MAX_SHARD_BYTES, holding one at a time, and their index if many.
+def write_weights(folder: epath.PathLike, stem: str, found: Tensors) -> None:
+  """Writes files of at most MAX_SHARD_BYTES, holding one tensor at a time; an index if many.
 
   What the folder held before stays until the new files are complete.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  shards, total = [], 0
-  for shard in _shards(named):
-    path = folder / f"{stem}-{len(shards)}.partial"
-    save_file(shard, os.fspath(path), metadata={"format": "pt"})
-    shards.append((path, list(shard)))
-    total += sum(tensor.nbytes for tensor in shard.values())
+  shards = _shards(found)
+  partial_files = [folder / f"{stem}-{number}.partial" for number in range(len(shards))]
+  for path, names in zip(partial_files, shards, strict=True):
+    safetensors_file.write(path, found, names)
   for old in folder.glob(f"{stem}*.safetensors*"):
     old.unlink()
   if len(shards) == 1:
-    shards[0][0].rename(folder / f"{stem}.safetensors")
+    partial_files[0].rename(folder / f"{stem}.safetensors")
     return
   weight_map = {}
-  for number, (path, keys) in enumerate(shards, start=1):
+  for number, (path, names) in enumerate(zip(partial_files, shards, strict=True), start=1):
     name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
     path.rename(folder / name)
-    weight_map.update(dict.fromkeys(keys, name))
+    weight_map.update(dict.fromkeys(names, name))
+  total = sum(found.spec(name).nbytes for name in found)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   write_fields(folder, f"{stem}.safetensors.index.json", index)
 
 
-def _shards(named: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-  shard, size = {}, 0
-  for name, tensor in named:
-    if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
-      yield shard
-      shard, size = {}, 0
-    shard[name] = tensor
-    size += tensor.nbytes
-  yield shard
+def _shards(found: Tensors) -> list[list[str]]:
+  """The names of the tensors of each file."""
+  shards, size = [[]], 0
+  for name in found:
+    nbytes = found.spec(name).nbytes
+    if shards[-1] and size + nbytes > MAX_SHARD_BYTES:
+      shards.append([])
+      size = 0
+    shards[-1].append(name)
+    size += nbytes
+  return shards

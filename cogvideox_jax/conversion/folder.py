@@ -1,15 +1,17 @@
 """A model folder: diffusers' layout, with what a sampler needs to know beside it.
 
 MODEL/model_index.json names the parts; transformer/, vae/, text_encoder/, tokenizer/ and scheduler/
-hold them. A folder may lack parts, until one is asked for.
+hold them. A folder may lack parts, until one is asked for. The weights of a part are safetensors,
+or Orbax arrays.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
-from cogvideox_jax.conversion import configs, diffusers
+from cogvideox_jax.conversion import configs, diffusers, orbax, tensors
+from cogvideox_jax.conversion.components import COMPONENTS
 from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
@@ -71,13 +73,17 @@ class ModelFolder(NamedTuple):
     return "dpm" if fields.get("_class_name") == "CogVideoXDPMScheduler" else "ddim"
 
   def transformer(self) -> tuple[DiTConfig, Params]:
-    return diffusers.load_transformer(self._part("transformer"))
+    return self._load("transformer")
 
   def vae(self) -> tuple[VAEConfig, Params]:
-    return diffusers.load_vae(self._part("vae"))
+    return self._load("vae")
 
   def text_encoder(self) -> tuple[T5Config, Params]:
-    return diffusers.load_text_encoder(self._part("text_encoder"))
+    return self._load("text_encoder")
+
+  def _load(self, name: str) -> tuple[Any, Params]:
+    config, params = open_network(name, self._part(name))
+    return config, tensors.materialize(params)
 
   def has(self, part: str) -> bool:
     """Whether the index says that the model has this part: some are given text states."""
@@ -98,6 +104,14 @@ class ModelFolder(NamedTuple):
         "write it again, or name another one."
       )
     return part
+
+
+def open_network(name: str, folder: epath.Path) -> tuple[Any, Params]:
+  """Config and lazy parameters of the network of that name (of COMPONENTS) in its folder."""
+  component = COMPONENTS[name]
+  config = component.read_config(*diffusers.read_fields(folder, diffusers.CONFIG))
+  library = orbax if orbax.is_in(folder) else diffusers
+  return config, library.open_weights(component, folder, config)
 
 
 def open_model(name: epath.PathLike) -> ModelFolder:
@@ -123,12 +137,16 @@ def resolve(name: epath.PathLike) -> epath.Path:
   return path
 
 
-def write_index(folder: epath.PathLike, settings: Settings):
-  """Writes model_index.json, last of all parts: a folder that has it is whole."""
-  fields = {
-    "_class_name": "CogVideoXPipeline",
+def index_fields(settings: Settings, takes_image: bool = False) -> dict[str, Any]:
+  """What model_index.json says of a whole model."""
+  return {
+    "_class_name": "CogVideoXImageToVideoPipeline" if takes_image else "CogVideoXPipeline",
     "_diffusers_version": configs.VERSION,
     **{part: list(where) for part, where in PARTS.items()},
     SETTINGS: dataclasses.asdict(settings),
   }
-  diffusers.write_fields(folder, INDEX, fields)
+
+
+def write_index(folder: epath.PathLike, settings: Settings):
+  """Writes model_index.json, last of all parts: a folder that has it is whole."""
+  diffusers.write_fields(folder, INDEX, index_fields(settings))

@@ -1,31 +1,46 @@
-"""LoRA (arXiv:2106.09685): low-rank changes of a transformer's weights, in diffusers' files.
+"""LoRA (arXiv:2106.09685): low-rank changes of a transformer's weights, in files of two kinds.
 
-A file holds, for each module that it changes, `A` [r, in] and `B` [out, r]; the weight becomes
-`W + scale * B @ A`. Kept apart from the weights until `fuse`, so that the base stays as it was.
+A file, diffusers' or SAT's, holds for each module that it changes `A` [r, in] and `B` [out, r]; the
+weight becomes `W + scale * B @ A`. Kept apart from the weights, so that the base stays as it was.
 """
 
 import json
 import math
 import os
+import re
 import warnings
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cogvideox_jax.conversion import names, tensors
-from cogvideox_jax.conversion.tensors import Params
+from cogvideox_jax.conversion import sat, tensors, torch_files
+from cogvideox_jax.conversion.components import TRANSFORMER
+from cogvideox_jax.conversion.names import Row
+from cogvideox_jax.conversion.tensors import Lazy, Params, Place
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiT, DiTConfig
+from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.sharding import path_name
 
 PREFIX = "transformer."
 METADATA = "lora_adapter_metadata"  # diffusers' key of the file's header.
 FILE = "pytorch_lora_weights.safetensors"
+SAT_FILE = "lora.pt"
+# Names of before PEFT, which diffusers still reads, and today's.
+_OLDER = (
+  (re.compile(r"\.processor\."), "."),
+  (re.compile(r"(to_q|to_k|to_v)_lora\.down\."), r"\1.lora_A."),
+  (re.compile(r"(to_q|to_k|to_v)_lora\.up\."), r"\1.lora_B."),
+  (re.compile(r"to_out_lora\.down\."), "to_out.0.lora_A."),
+  (re.compile(r"to_out_lora\.up\."), "to_out.0.lora_B."),
+  (re.compile(r"\.lora(\.|_linear_layer\.)down\."), ".lora_A."),
+  (re.compile(r"\.lora(\.|_linear_layer\.)up\."), ".lora_B."),
+)
 
 
 class Update(NamedTuple):
@@ -42,74 +57,123 @@ LoRA = dict[str, Update]  # By the module's name in diffusers, without PREFIX.
 def load(path: epath.PathLike) -> LoRA:
   """The updates of a LoRA file, or of the one that diffusers names in a folder.
 
-  The rank is read off each module. The header may say alpha; where it does not, alpha is the rank
-  and the scale 1, whatever the file was trained with: set the adapter's weight to alpha / rank.
+  The rank is read off each module. The header may say alpha; where it does not, as in SAT's files,
+  alpha is the rank and the scale 1, whatever the file was trained with: set the adapter's weight to
+  alpha / rank.
+
+  path: safetensors, or a .pt file (with the extra `convert`).
 
   Raises:
     UserError: the file is damaged, has tensors that are no LoRA's, or none for the transformer.
   """
   path = epath.Path(path)
   path = path / FILE if path.is_dir() else path
-  try:
-    with safe_open(os.fspath(path), framework="np") as file:
-      header = file.metadata() or {}
-      stored = file.keys()
-      found = {name: file.get_tensor(name) for name in stored}
-  except (OSError, SafetensorError) as error:
-    raise UserError(f"{path} is not a LoRA file in safetensors ({error}).") from error
+  if not path.exists():
+    raise UserError(f"There is no LoRA file at {path}.")
+  with torch_files.opened(path) as stored:
+    found = {PREFIX + name: stored[of_sat] for name, of_sat in sat.lora_names(stored).items()}
+    if not found:
+      found = {name: stored[name] for name in stored}
+    header = json.loads(stored.metadata.get(METADATA, "{}"))
   if strange := sorted(name for name in found if "lora" not in name):
     raise UserError(f"{path} is not a LoRA file: it has {strange[0]}.")
   if dora := [name for name in found if "dora_scale" in name]:
     warnings.warn(f"{path}: {len(dora)} DoRA scales are passed over.", stacklevel=2)
-  updates = _updates({name: x for name, x in found.items() if "dora_scale" not in name}, path)
-  scales = _scales(json.loads(header.get(METADATA, "{}")), updates)
+  updates = _updates({_today(n): x for n, x in found.items() if "dora_scale" not in n}, path)
+  scales = _scales(header, updates)
   return {name: Update(a, b, scales[name]) for name, (a, b) in updates.items()}
 
 
-def save(path: epath.PathLike, lora: LoRA) -> None:
-  """Writes a file that diffusers' `load_lora_weights` reads, to the same effect.
+def is_lora(path: epath.Path) -> bool:
+  """Whether a safetensors or .pt file holds a LoRA, and nothing of a whole model."""
+  with torch_files.opened(path) as stored:
+    return all("lora" in name or sat.lora_names([name]) for name in stored)
 
-  Scales that are not 1 are multiplied into B, since a header can hold one alpha only.
-  """
+
+def _today(name: str) -> str:
+  for pattern, replacement in _OLDER:
+    name = pattern.sub(replacement, name)
+  return name
+
+
+def save(path: epath.PathLike, lora: LoRA) -> None:
+  """Writes a file that diffusers' `load_lora_weights` reads, to the same effect."""
   stored = {}
   for name, update in lora.items():
-    scaled = (update.b * np.asarray(update.scale, update.b.dtype)).astype(update.b.dtype)
     stored[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(update.a)
-    stored[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(scaled)
+    stored[f"{PREFIX}{name}.lora_B.weight"] = _scaled_b(update)
   save_file(stored, os.fspath(path), metadata={"format": "pt"})
 
 
-def fuse(params: Params, config: DiTConfig, lora: LoRA, weight: float = 1.0) -> Params:
-  """The parameters with the updates added, times `weight`; those given are not changed.
+def save_sat(path: epath.PathLike, lora: LoRA) -> None:
+  """Writes a .pt file (with the extra `convert`) of SAT's names.
 
-  Sums are made in fp32 and rounded to the parameters' type.
+  Raises:
+    UserError: torch is not there, or the LoRA changes what SAT's does not.
+  """
+  stored = {}
+  for name, update in lora.items():
+    stored[sat.lora_name(f"{name}.lora_A.weight")] = np.ascontiguousarray(update.a)
+    stored[sat.lora_name(f"{name}.lora_B.weight")] = _scaled_b(update)
+  torch_files.write(path, "module", tensors.InMemory(stored))
+
+
+def _scaled_b(update: Update) -> np.ndarray:
+  """B times the scale: diffusers' header can hold one alpha for all modules, SAT's files none."""
+  return (update.b * np.asarray(update.scale, update.b.dtype)).astype(update.b.dtype)
+
+
+def fuse(params: Params, config: DiTConfig, lora: LoRA, weight: float = 1.0) -> Params:
+  """The parameters with the updates added, times `weight`, made as they are read (`Lazy`).
+
+  Those given are not changed. Sums are made in fp32 and rounded to the parameters' type.
 
   Raises:
     UserError: the LoRA changes a module that this transformer does not have, or of another shape.
   """
-  shapes = tensors.abstract_params(DiT, config)
-  slots = {slot.name: slot for slot in tensors.slots(names.transformer(config), shapes)}
-  flat = {
-    tensors.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-  changed: dict[str, np.ndarray] = {}
+  rows = TRANSFORMER.rows(config), TRANSFORMER.shapes(config)
+  slots = {slot.name: slot for slot in tensors.slots(*rows)}
+  changes: dict[str, dict[Place, list[_Change]]] = defaultdict(lambda: defaultdict(list))
   for module, update in lora.items():
     slot = slots.get(f"{module}.weight")
     if slot is None or len(slot.shape) != 2:
       raise UserError(f"The LoRA changes {module}, which this transformer does not have.")
-    delta = update.b.astype(np.float32) @ update.a.astype(np.float32)
-    tensors.check_shape(module, delta.shape, slot.shape)
-    change = slot.row.to_ours(delta * np.float32(update.scale * weight))
-    if slot.path not in changed:
-      changed[slot.path] = np.array(flat[slot.path], np.float32)
-    place = ... if slot.layer is None else slot.layer
-    changed[slot.path][place] += change
+    tensors.check_shape(module, (len(update.b), update.a.shape[1]), slot.shape)
+    changes[slot.path][slot.place].append(_Change(update, slot.row, weight))
 
   def leaf(path, old):
-    new = changed.get(tensors.path_name(path))
-    return old if new is None else new.astype(old.dtype)
+    found = changes.get(path_name(path))
+    return _Fused(old, found) if found else old
 
   return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+class _Change(NamedTuple):
+  update: Update
+  row: Row  # Of the weight that it changes.
+  weight: float
+
+  def value(self) -> Float[np.ndarray, "..."]:
+    """What is added, laid out as our parameter."""
+    a, b, scale = self.update
+    delta = b.astype(np.float32) @ a.astype(np.float32)
+    return self.row.to_ours(delta * np.float32(scale * self.weight))
+
+
+class _Fused(Lazy):
+  """A parameter with changes added to some of its layers."""
+
+  def __init__(self, base: Any, changes: Mapping[Place, Sequence[_Change]]):
+    self.shape, self.dtype = base.shape, np.dtype(base.dtype)
+    self.places = [...] if ... in changes else range(self.shape[0])
+    self._base, self._changes = base, changes
+
+  def __getitem__(self, place: Place) -> np.ndarray:
+    base = np.asarray(self._base[place])
+    total = base.astype(np.float32)
+    for change in self._changes.get(place, ()):
+      total += change.value()
+    return total.astype(base.dtype)
 
 
 def _updates(

@@ -6,24 +6,20 @@ function says, for a tensor of diffusers', which tensor of SAT's holds it and wh
 one's first axis.
 """
 
-import contextlib
 import re
-import subprocess
-import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from cogvideox_jax.conversion import names, tensors
-from cogvideox_jax.conversion.diffusers import open_safetensors
-from cogvideox_jax.conversion.tensors import Params, check_names
+from cogvideox_jax.conversion import tensors, torch_files
+from cogvideox_jax.conversion.components import AUTOENCODER, TRANSFORMER, Component
+from cogvideox_jax.conversion.tensors import Params, Spec, Tensors, check_names
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiT, DiTConfig
-from cogvideox_jax.models.vae import VAE, VAEConfig
+from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.vae import VAEConfig
 
 PREFIX = "model.diffusion_model."  # Of the transformer; the VAE's file has none.
 
@@ -69,43 +65,44 @@ _BLOCK: dict[str, tuple[str, tuple[tuple[int, int], ...], int]] = {
 
 
 def load_transformer(path: epath.PathLike, config: DiTConfig) -> Params:
-  """The transformer of a SAT checkpoint, which does not say its config.
+  """The transformer of a SAT checkpoint of this config.
 
   path: a .pt file (with the extra `convert`), or its tensors in safetensors.
 
   Raises:
     UserError: the file is damaged, or is not of a model of this config.
   """
-  rows, shapes = names.transformer(config), tensors.abstract_params(DiT, config)
-  sources = transformer_sources(slot.name for slot in tensors.slots(rows, shapes))
-  with opened(path) as stored:
-    return tensors.read(FromSAT(stored, sources), rows, shapes)
+  return _load(path, TRANSFORMER, config)
 
 
 def load_vae(path: epath.PathLike, config: VAEConfig) -> Params:
   """As `load_transformer`, of the VAE."""
-  rows, shapes = names.vae(config), tensors.abstract_params(VAE, config)
-  found = (slot.name for slot in tensors.slots(rows, shapes))
-  sources = vae_sources(found, len(config.channels))
-  with opened(path) as stored:
-    return tensors.read(FromSAT(stored, sources), rows, shapes)
+  return _load(path, AUTOENCODER, config)
 
 
-@contextlib.contextmanager
-def opened(path: epath.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
-  """The tensors of a .pt or safetensors file, read when asked for."""
-  path = epath.Path(path)
-  if path.suffix == ".safetensors":
-    yield open_safetensors([path])
-    return
-  # What a pickle holds is read by torch's restricted loader, in a process of its own.
-  with tempfile.TemporaryDirectory(dir=path.parent, prefix=".sat-") as folder:
-    command = [sys.executable, "-m", "cogvideox_jax.conversion.torch_file", path, folder]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-      reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-      raise UserError(f"{path} cannot be read: {reason}")
-    yield open_safetensors(sorted(epath.Path(folder).glob("*.safetensors")))
+def _load(path: epath.PathLike, component: Component, config: Any) -> Params:
+  with torch_files.opened(path) as stored:
+    return tensors.materialize(read(stored, component, config))
+
+
+def read(stored: Tensors, component: Component, config: Any) -> Params:
+  """The parameters, lazy, that the tensors of a SAT file hold; UserError if they are others."""
+  return component.read(FromSAT(stored, sources(component, config)), config)
+
+
+def as_file(params: Params, component: Component, config: Any) -> "ToSAT":
+  """The tensors of a SAT file of these parameters."""
+  return ToSAT(component.as_file(params, config), sources(component, config))
+
+
+def sources(component: Component, config: Any) -> dict[str, "Source"]:
+  """Where SAT keeps each tensor that diffusers has of a model: by diffusers' name."""
+  rows, shapes = component.rows(config), component.shapes(config)
+  found = [slot.name for slot in tensors.slots(rows, shapes)]
+  if component is AUTOENCODER:
+    return {name: vae_source(name, len(config.channels)) for name in found}
+  placed = {name: transformer_source(name) for name in found}
+  return {name: source._replace(name=PREFIX + source.name) for name, source in placed.items()}
 
 
 class Source(NamedTuple):
@@ -141,29 +138,32 @@ def vae_source(name: str, levels: int) -> Source:
   return Source(renamed, _WHOLE, 1)
 
 
-class FromSAT(Mapping[str, np.ndarray]):
-  """SAT's tensors under diffusers' names; each is read when asked for.
+class FromSAT(Tensors):
+  """SAT's tensors under diffusers' names.
 
   Raises UserError for a tensor that is no part of these models, or that is missing.
   """
 
-  def __init__(self, tensors: Mapping[str, np.ndarray], sources: Mapping[str, Source]):
+  def __init__(self, stored: Tensors, sources: Mapping[str, Source]):
     """sources: by diffusers' name, of every tensor that the model has."""
-    self._tensors, self._sources = tensors, sources
+    self._stored, self._sources = stored, sources
     wanted = {source.name for source in sources.values()}
-    found = {name for name in tensors if not NOT_OURS.fullmatch(name)}
+    found = {name for name in stored if not NOT_OURS.fullmatch(name)}
     # 2B and 1.5 files may keep the table of positions that is computed here.
     computed = {f"{PREFIX}mixins.pos_embed.pos_embedding"} - wanted
     check_names(found - computed, wanted)
 
+  def spec(self, name: str) -> Spec:
+    source = self._sources[name]
+    dtype, shape = self._stored.spec(source.name)
+    return Spec(dtype, (_unit(source, shape) * _count(source), *shape[1:]))
+
   def __getitem__(self, name: str) -> np.ndarray:
     source = self._sources[name]
-    tensor = self._tensors[source.name]
-    size, rest = divmod(tensor.shape[0], source.of)
-    if rest:
-      raise UserError(f"{source.name} has {tensor.shape[0]} rows, not a multiple of {source.of}.")
+    tensor = self._stored[source.name]
     if source.parts == _WHOLE and source.of == 1:
       return tensor
+    size = _unit(source, tensor.shape)
     return np.concatenate([tensor[size * start : size * stop] for start, stop in source.parts])
 
   def __iter__(self) -> Iterator[str]:
@@ -173,32 +173,84 @@ class FromSAT(Mapping[str, np.ndarray]):
     return len(self._sources)
 
 
-def to_sat(
-  tensors: Mapping[str, np.ndarray], sources: Mapping[str, Source]
-) -> Iterator[tuple[str, np.ndarray]]:
-  """diffusers' tensors under SAT's names, one at a time; undoes `FromSAT`."""
-  holders = defaultdict(list)
-  for name, source in sources.items():
-    holders[source.name].append((name, source))
-  for holder, members in holders.items():
+def _unit(source: Source, shape: tuple[int, ...]) -> int:
+  """How many rows of SAT's tensor one of its parts has."""
+  size, rest = divmod(shape[0], source.of)
+  if rest:
+    raise UserError(f"{source.name} has {shape[0]} rows, not a multiple of {source.of}.")
+  return size
+
+
+def _count(source: Source) -> int:
+  return sum(stop - start for start, stop in source.parts)
+
+
+class ToSAT(Tensors):
+  """diffusers' tensors under SAT's names; undoes `FromSAT`."""
+
+  def __init__(self, stored: Tensors, sources: Mapping[str, Source]):
+    self._stored = stored
+    self._members: dict[str, list[tuple[str, Source]]] = defaultdict(list)
+    for name, source in sources.items():
+      self._members[source.name].append((name, source))
+
+  def spec(self, name: str) -> Spec:
+    specs = [self._stored.spec(member) for member, _ in self._members[name]]
+    return Spec(specs[0].dtype, (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:]))
+
+  def __getitem__(self, name: str) -> np.ndarray:
     pieces = []
-    for name, source in members:
-      lengths = np.cumsum([stop - start for start, stop in source.parts])
-      unit = tensors[name].shape[0] // int(lengths[-1])
-      chunks = np.split(tensors[name], lengths[:-1] * unit)
-      pieces += zip((start for start, _ in source.parts), chunks, strict=True)
+    for member, source in self._members[name]:
+      tensor = self._stored[member]
+      unit = tensor.shape[0] // _count(source)
+      lengths = [unit * (stop - start) for start, stop in source.parts]
+      starts = (start for start, _ in source.parts)
+      pieces += zip(starts, np.split(tensor, np.cumsum(lengths[:-1])), strict=True)
     ordered = [piece for _, piece in sorted(pieces, key=lambda piece: piece[0])]
-    yield holder, ordered[0] if len(ordered) == 1 else np.concatenate(ordered)
+    return ordered[0] if len(ordered) == 1 else np.concatenate(ordered)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._members)
+
+  def __len__(self) -> int:
+    return len(self._members)
 
 
-def transformer_sources(found: Iterable[str]) -> dict[str, Source]:
-  """Of all tensors of a transformer, with SAT's prefix."""
-  sources = {name: transformer_source(name) for name in found}
-  return {name: source._replace(name=PREFIX + source.name) for name, source in sources.items()}
+_LORA_MODULES = {
+  ("query_key_value", "0"): "to_q",
+  ("query_key_value", "1"): "to_k",
+  ("query_key_value", "2"): "to_v",
+  ("dense", "0"): "to_out.0",
+}
+_LORA = re.compile(
+  r".*transformer\.layers\.(?P<layer>\d+)\.attention\.(?P<module>query_key_value|dense)"
+  r"\.matrix_(?P<matrix>[AB])\.(?P<part>\d)"
+)
 
 
-def vae_sources(found: Iterable[str], levels: int) -> dict[str, Source]:
-  return {name: vae_source(name, levels) for name in found}
+def lora_names(found: Iterable[str]) -> dict[str, str]:
+  """diffusers' names (`transformer_blocks...`) of SAT's LoRA tensors among the names -> these."""
+  result = {}
+  for name in found:
+    if (match := _LORA.fullmatch(name)) and (match["module"], match["part"]) in _LORA_MODULES:
+      module = _LORA_MODULES[match["module"], match["part"]]
+      block = f"transformer_blocks.{match['layer']}.attn1"
+      result[f"{block}.{module}.lora_{match['matrix']}.weight"] = name
+  return result
+
+
+def lora_name(name: str) -> str:
+  """SAT's name of a LoRA tensor of diffusers' (`transformer_blocks...`).
+
+  Raises:
+    UserError: it is of a module that SAT's LoRA does not change.
+  """
+  match = re.fullmatch(r"transformer_blocks\.(\d+)\.attn1\.(.+)\.lora_([AB])\.weight", name)
+  of_module = {module: key for key, module in _LORA_MODULES.items()}
+  if match is None or match[2] not in of_module:
+    raise UserError(f"SAT's LoRA has no place for {name}; it changes {', '.join(of_module)}.")
+  module, part = of_module[match[2]]
+  return f"{PREFIX}transformer.layers.{match[1]}.attention.{module}.matrix_{match[3]}.{part}"
 
 
 def _split(name: str) -> tuple[str, str]:

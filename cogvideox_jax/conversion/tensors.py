@@ -1,13 +1,16 @@
 """A model's parameters <-> the named tensors of a file, by one of the tables in names.py.
 
-Tensors are taken from a mapping and handed out by an iterator, one at a time, so that neither
-direction holds a second copy of a model.
+Both sides are views: a tensor, or one layer of a parameter, is read from disk when it is asked for
+and not kept. So a model passes from any kind of file to any other with no more of it in memory than
+one layer; `materialize` makes arrays of a view.
 """
 
+import abc
+import dataclasses
 import functools
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +19,74 @@ from flax import nnx
 
 from cogvideox_jax.conversion.names import Row
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.sharding import path_name
 
-Params = dict[Any, Any]  # Nested, as of `nnx.to_pure_dict`; leaves are arrays.
+Params = dict[Any, Any]  # Nested, as of `nnx.to_pure_dict`; leaves are arrays, or `Lazy`.
+Place = int | EllipsisType  # A layer of a parameter that stacks them, or all of another one.
 LISTED = 10  # How many tensors an error names.
+
+
+class Spec(NamedTuple):
+  """What is known of a tensor before it is read."""
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+
+  @property
+  def nbytes(self) -> int:
+    return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+class Tensors(Mapping[str, np.ndarray]):
+  """The tensors of a file by their names, each read when it is looked up."""
+
+  @abc.abstractmethod
+  def spec(self, name: str) -> Spec:
+    """KeyError if there is no such tensor."""
+
+
+class InMemory(Tensors):
+  """Arrays by their names, as a file that holds them would be."""
+
+  def __init__(self, arrays: Mapping[str, np.ndarray]):
+    self._arrays = arrays
+
+  def spec(self, name: str) -> Spec:
+    return Spec(self._arrays[name].dtype, self._arrays[name].shape)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._arrays[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._arrays)
+
+  def __len__(self) -> int:
+    return len(self._arrays)
+
+
+class Lazy(abc.ABC):
+  """A parameter that is read when it is indexed, as an array: by a layer if it stacks them."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  places: Sequence[Place]  # What it is best read by; all together are the whole.
+
+  @abc.abstractmethod
+  def __getitem__(self, place: Place) -> np.ndarray: ...
+
+
+def materialize(params: Params, allocate: Callable[..., np.ndarray] = np.empty) -> Params:
+  """The parameters with an array for each that is lazy, made by `allocate(shape, dtype)`."""
+
+  def whole(leaf):
+    if not isinstance(leaf, Lazy):
+      return leaf
+    array = allocate(leaf.shape, leaf.dtype)
+    for place in leaf.places:
+      array[place] = leaf[place]
+    return array
+
+  return jax.tree.map(whole, params)
 
 
 class Slot(NamedTuple):
@@ -27,7 +95,7 @@ class Slot(NamedTuple):
   name: str
   shape: tuple[int, ...]  # In the file.
   path: str
-  layer: int | None  # Of our stacked layers; None when the parameter is not stacked.
+  place: Place
   row: Row
 
 
@@ -40,17 +108,15 @@ def abstract_params(model: Callable[..., nnx.Module], config) -> Params:
 
 def slots(rows: Sequence[Row], params: Params) -> list[Slot]:
   """Every tensor that a file of these parameters (arrays, or their shapes) holds."""
-  found = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    found += _slots_of(path_name(path), leaf.shape, rows)
-  return found
+  return [
+    slot for path, leaf in flatten(params).items() for slot in _slots_of(path, leaf.shape, rows)
+  ]
 
 
-def read(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], shapes: Params) -> Params:
-  """The parameters that `tensors` holds, in the dtypes in which it holds them.
+def read(tensors: Tensors, rows: Sequence[Row], shapes: Params) -> Params:
+  """The parameters that `tensors` holds, lazy, in the dtypes in which it holds them.
 
   Args:
-    tensors: the file's tensors by their names; each is looked up once.
     rows: the model's table.
     shapes: of the parameters, from `abstract_params`.
 
@@ -58,43 +124,68 @@ def read(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], shapes: Params)
     UserError: a tensor is missing, is of another shape than the config says, or is not in the
       table; the error names it.
   """
-  by_path = defaultdict(list)
-  for slot in slots(rows, shapes):
-    by_path[slot.path].append(slot)
-  check_names(tensors.keys(), {slot.name for group in by_path.values() for slot in group})
+  groups = {path: _slots_of(path, leaf.shape, rows) for path, leaf in flatten(shapes).items()}
+  check_names(tensors.keys(), {slot.name for group in groups.values() for slot in group})
 
   def leaf(path, shape):
-    group = by_path[path_name(path)]
-    if group[0].layer is None:
-      return np.ascontiguousarray(_fetch(tensors, group[0]))
-    first = _fetch(tensors, group[0])
-    stacked = np.empty(shape.shape, first.dtype)
+    group = groups[path_name(path)]
+    first = tensors.spec(group[0].name)
     for slot in group:
-      array = _fetch(tensors, slot)
-      if array.dtype != stacked.dtype:
-        raise UserError(f"{slot.name} is {array.dtype}, but {group[0].name} is {stacked.dtype}.")
-      stacked[slot.layer] = array
-    return stacked
+      spec = tensors.spec(slot.name)
+      check_shape(slot.name, spec.shape, slot.shape)
+      if spec.dtype != first.dtype:
+        raise UserError(f"{slot.name} is {spec.dtype}, but {group[0].name} is {first.dtype}.")
+    return _FromFile(shape.shape, first.dtype, [slot.place for slot in group], tensors, group)
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def write(params: Params, rows: Sequence[Row], shapes: Params) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors of a file of these parameters, each with its name; undoes `read`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _FromFile(Lazy):
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  places: Sequence[Place]
+  tensors: Tensors
+  slots: Sequence[Slot]
 
-  Raises:
-    UserError: a parameter is missing, is none of the model's, or is of another shape than
-      `shapes` (from `abstract_params`) says; the error names it.
-  """
-  arrays = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  expected = {path_name(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(shapes)}
-  check_names(arrays.keys(), expected.keys())
-  for path, shape in expected.items():
-    check_shape(path, arrays[path].shape, shape)
-  for slot in slots(rows, shapes):
-    array = arrays[slot.path]
-    array = np.asarray(array if slot.layer is None else array[slot.layer])
-    yield slot.name, np.ascontiguousarray(slot.row.to_theirs(array))
+  def __getitem__(self, place: Place) -> np.ndarray:
+    slot = self.slots[0 if place is ... else place]
+    return slot.row.to_ours(self.tensors[slot.name])
+
+
+class AsFile(Tensors):
+  """The tensors of a file of these parameters; undoes `read`."""
+
+  def __init__(self, params: Params, rows: Sequence[Row], shapes: Params):
+    """shapes: from `abstract_params`.
+
+    Raises:
+      UserError: a parameter is missing, is none of the model's, or is of another shape than
+        `shapes` says; the error names it.
+    """
+    self._arrays = flatten(params)
+    check_params(self._arrays, flatten(shapes))
+    self._slots = {slot.name: slot for slot in slots(rows, shapes)}
+
+  def spec(self, name: str) -> Spec:
+    slot = self._slots[name]
+    return Spec(np.dtype(self._arrays[slot.path].dtype), slot.shape)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    slot = self._slots[name]
+    array = np.asarray(self._arrays[slot.path][slot.place])
+    return np.ascontiguousarray(slot.row.to_theirs(array))
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._slots)
+
+  def __len__(self) -> int:
+    return len(self._slots)
+
+
+def flatten(params: Params) -> dict[str, Any]:
+  """Path -> leaf."""
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _slots_of(path: str, shape: tuple[int, ...], rows: Sequence[Row]) -> list[Slot]:
@@ -107,26 +198,23 @@ def _slots_of(path: str, shape: tuple[int, ...], rows: Sequence[Row]) -> list[Sl
   one = np.broadcast_to(np.uint8(0), shape[1:] if stacked else shape)  # Takes no memory.
   theirs = row.to_theirs(one).shape
   if not stacked:
-    return [Slot(row.name.format(**parts), theirs, path, None, row)]
+    return [Slot(row.name.format(**parts), theirs, path, ..., row)]
   return [
     Slot(row.name.format(layer=layer, **parts), theirs, path, layer, row)
     for layer in range(shape[0])
   ]
 
 
+@functools.cache
 def _template(path: str) -> re.Pattern:
   return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path))
 
 
-def path_name(path) -> str:
-  """The parts of a parameter's path, joined by "/"."""
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _fetch(tensors: Mapping[str, np.ndarray], slot: Slot) -> np.ndarray:
-  tensor = tensors[slot.name]
-  check_shape(slot.name, tensor.shape, slot.shape)
-  return slot.row.to_ours(tensor)
+def check_params(found: Mapping[str, Any], expected: Mapping[str, Any]):
+  """Raises UserError, naming it, if a parameter (by path) is missing, unknown or misshapen."""
+  check_names(found.keys(), expected.keys())
+  for path, leaf in expected.items():
+    check_shape(path, found[path].shape, leaf.shape)
 
 
 def check_shape(name: str, shape: Sequence[int], expected: Sequence[int]):

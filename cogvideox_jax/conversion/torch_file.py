@@ -1,11 +1,17 @@
-"""Copies the tensors of a PyTorch file to safetensors: `python -m ... FILE.pt FOLDER`.
+"""Copies the tensors of a PyTorch file to safetensors, or back.
+
+python -m cogvideox_jax.conversion.torch_file read FILE.pt FOLDER
+python -m cogvideox_jax.conversion.torch_file write FILE.safetensors FILE.pt CONTAINER
 
 A process of its own, with the extra `convert`: torch's restricted loader builds tensors and nothing
 else from the pickle, and what it takes of memory ends with it.
 """
 
+import json
 import sys
 from pathlib import Path
+
+import numpy as np
 
 try:
   import torch  # pyright: ignore[reportMissingImports] - of the extra, absent where it is linted.
@@ -14,10 +20,18 @@ except ImportError as error:
   raise SystemExit("PyTorch is needed for it: pip install -e '.[convert]'") from error
 
 CONTAINERS = ("model", "module", "state_dict")  # Where a file may keep its tensors.
-MAX_BYTES = 2**31  # Of one file; what it holds is in memory at once.
+MAX_BYTES = 2**29  # Of one file; what it holds is in memory at once, and a copy of it.
+TYPES = {
+  "F64": torch.float64,
+  "F32": torch.float32,
+  "F16": torch.float16,
+  "BF16": torch.bfloat16,
+  "I64": torch.int64,
+  "I32": torch.int32,
+}
 
 
-def main(source: Path, folder: Path) -> None:
+def read(source: Path, folder: Path) -> None:
   content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
   for name in CONTAINERS:
     content = content.get(name, content) if isinstance(content, dict) else content
@@ -36,5 +50,19 @@ def main(source: Path, folder: Path) -> None:
   save_file(batch, folder / f"{number:05d}.safetensors")
 
 
+def write(source: Path, target: Path, container: str) -> None:
+  """Each tensor is a window on the source, so that torch copies from disk to disk."""
+  with source.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    entries = json.loads(file.read(length))
+  tensors = {}
+  for name, entry in entries.items():
+    if name != "__metadata__":
+      start, end = entry["data_offsets"]
+      window = np.memmap(source, np.uint8, "c", 8 + length + start, (end - start,))
+      tensors[name] = torch.from_numpy(window).view(TYPES[entry["dtype"]]).view(entry["shape"])
+  torch.save({container: tensors}, target)
+
+
 if __name__ == "__main__":
-  main(Path(sys.argv[1]), Path(sys.argv[2]))
+  {"read": read, "write": write}[sys.argv[1]](*map(Path, sys.argv[2:4]), *sys.argv[4:])

@@ -44,7 +44,7 @@ MOTIONS = {  # Direction along (x, y); y points down.
 
 IMAGE_RATE = 0.15  # Fraction of images, where the durations offer them.
 PAIR_RATE = 0.15  # Fraction of scenes with two objects.
-SIZES = {1: (0.4, 0.5), 2: (0.3, 0.38)}  # Of the short side, by number of objects.
+SIZES = {1: (0.5, 0.6), 2: (0.3, 0.38)}  # Of the short side, by number of objects.
 SPEEDS = (0.025, 0.031)  # Of the frame's side, per frame: 40 to 50% of it in 17 frames.
 HELD_OUT_COUNT = 64
 

@@ -1,11 +1,12 @@
 """LoRA on a pipeline, with the names of diffusers' `CogVideoXLoraLoaderMixin`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 from etils import epath
 
-from cogvideox_jax.conversion import lora
+from cogvideox_jax.conversion import lora, tensors
 from cogvideox_jax.conversion.lora import LoRA
 from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.errors import UserError
@@ -52,6 +53,19 @@ class Adapters:
     self._apply({name: (x, weight * lora_scale) for name, (x, weight) in self._adapters.items()})
     self._base, self._adapters = None, {}
 
+  @contextmanager
+  def _scaled(self, scale: float) -> Iterator[None]:
+    """Multiplies the weights of all adapters for the while."""
+    adapters = self._adapters
+    if scale == 1 or not adapters:
+      yield
+      return
+    self._apply({name: (x, weight * scale) for name, (x, weight) in adapters.items()})
+    try:
+      yield
+    finally:
+      self._apply(adapters)
+
   def unload_lora_weights(self) -> None:
     """Goes back to the base weights."""
     self._apply({})
@@ -62,5 +76,6 @@ class Adapters:
     total = base
     for updates, weight in adapters.values():
       total = lora.fuse(total, self.config, updates, weight)
+    total = tensors.materialize(total)
     self._params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), total, base)
     self._base, self._adapters = base, adapters

@@ -4,7 +4,7 @@ pipe = ImageToVideo.from_pretrained("CogVideoX-5b-I2V")
 video = pipe(Image.open("boat.jpg"), "a boat leaves the harbour").frames[0]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,18 +36,23 @@ class ImageToVideo(Pipeline):
     width: int | None = None,
     num_frames: int = 49,
     num_inference_steps: int = 50,
+    timesteps: Sequence[int] | None = None,
     guidance_scale: float | int = 6,
     use_dynamic_cfg: bool | str = False,
     num_videos_per_prompt: int = 1,
-    seed: int | Sequence[int] = 0,
+    eta: float = 0.0,
+    generator: object = None,
     latents: Latents | None = None,
     prompt_embeds: inputs.Embeds | None = None,
     negative_prompt_embeds: inputs.Embeds | None = None,
     output_type: str = "pil",
     return_dict: bool = True,
+    attention_kwargs: Mapping[str, Any] | None = None,
     callback_on_step_end: Callable[..., dict[str, Array]] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    max_sequence_length: int | None = None,
     *,
+    seed: int | Sequence[int] = 0,
     solver: str | None = None,
     batch_size: int | None = None,
     draws: inputs.Draws | None = None,

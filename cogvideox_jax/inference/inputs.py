@@ -55,16 +55,20 @@ class Arguments:
   prompt: str | Sequence[str] | None
   negative_prompt: str | Sequence[str] | None
   num_inference_steps: int
+  timesteps: Sequence[int] | None
   guidance_scale: float | int
   use_dynamic_cfg: bool | str
   num_videos_per_prompt: int
-  seed: int | Sequence[int]
+  generator: object
   latents: Float[Array | np.ndarray, "b f h w c"] | None
   prompt_embeds: Embeds | None
   negative_prompt_embeds: Embeds | None
   output_type: str
+  attention_kwargs: Mapping[str, Any] | None
   callback_on_step_end: Callable[..., dict[str, Array]] | None
   callback_on_step_end_tensor_inputs: Sequence[str]
+  max_sequence_length: int | None
+  seed: int | Sequence[int]
   solver: str | None
   batch_size: int | None
   draws: Draws | None
@@ -73,6 +77,41 @@ class Arguments:
 def from_call(given: Mapping[str, Any]) -> Arguments:
   """Of the local names at the beginning of a call."""
   return Arguments(**{field.name: given[field.name] for field in dataclasses.fields(Arguments)})
+
+
+def check_refused(arguments: Arguments) -> None:
+  """Raises UserError for what diffusers has arguments for and cannot be done here, and why."""
+  if arguments.timesteps is not None:
+    raise UserError(
+      "timesteps cannot be given: CogVideoX's schedulers have none but their own.\n"
+      "Pass num_inference_steps."
+    )
+  if arguments.generator is not None:
+    raise UserError(
+      "generator cannot be given: torch's random numbers are not drawn here.\n"
+      "Pass seed=, one for all prompts or one each; or the noise itself as latents."
+    )
+  if unknown := set(arguments.attention_kwargs or {}) - {"scale"}:
+    raise UserError(f"attention_kwargs has {sorted(unknown)[0]!r}; only 'scale' is known.")
+
+
+def text_length(arguments: Arguments, model: DiTConfig) -> int:
+  """The tokens of each prompt.
+
+  Raises:
+    UserError: the model has positions for another number.
+  """
+  length = model.text_length
+  if arguments.max_sequence_length is not None:
+    length = arguments.max_sequence_length
+  if length < 1:
+    raise UserError(f"max_sequence_length={length}: must be at least 1.")
+  if length != model.text_length and (model.positions == "sincos" or model.learned_positions):
+    raise UserError(
+      f"max_sequence_length={length}: this transformer's positions are for {model.text_length} "
+      "text tokens."
+    )
+  return length
 
 
 def check_callback(arguments: Arguments) -> None:

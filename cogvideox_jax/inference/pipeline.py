@@ -8,7 +8,7 @@ by all pipelines of the same model configs, so that a training run may make a ne
 preview.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ class Job(NamedTuple):
 
   arguments: Arguments
   halves: list[Condition]  # Negative and positive prompts; the positive alone if not guided.
+  text_length: int  # Tokens of each.
   videos: Videos
   chunks: list[Videos]  # Those that are made at once.
   steps: list[Step]
@@ -129,6 +130,7 @@ class Pipeline(Adapters):
     vae_params = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), vae_params)
     self._vae = nnx.merge(graph_of(VAE, self.vae_config), vae_params)
     self._tiling: Tiling | None = None
+    self._slicing = False
 
   @classmethod
   def from_pretrained(
@@ -159,18 +161,23 @@ class Pipeline(Adapters):
     width: int | None = None,
     num_frames: int | None = None,
     num_inference_steps: int = 50,
+    timesteps: Sequence[int] | None = None,
     guidance_scale: float | int = 6,
     use_dynamic_cfg: bool | str = False,
     num_videos_per_prompt: int = 1,
-    seed: int | Sequence[int] = 0,
+    eta: float = 0.0,
+    generator: object = None,
     latents: Latents | None = None,
     prompt_embeds: inputs.Embeds | None = None,
     negative_prompt_embeds: inputs.Embeds | None = None,
     output_type: str = "pil",
     return_dict: bool = True,
+    attention_kwargs: Mapping[str, Any] | None = None,
     callback_on_step_end: Callable[..., dict[str, Array]] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    max_sequence_length: int | None = None,
     *,
+    seed: int | Sequence[int] = 0,
     solver: str | None = None,
     batch_size: int | None = None,
     draws: inputs.Draws | None = None,
@@ -187,19 +194,24 @@ class Pipeline(Adapters):
       height: pixels, as width; by default those of the model's config, as num_frames.
       num_frames: of the form 4k + 1. The reference VAE decodes an odd k to 4k + 4 frames.
       num_inference_steps: up to the steps of the noise schedule, usually 1000.
+      timesteps, generator: refused; diffusers' schedulers of CogVideoX take no timesteps either,
+        and torch's random numbers cannot be drawn here.
       guidance_scale: up to 1 there is no guidance, and half the work.
       use_dynamic_cfg: lets the scale change from step to step: True, or "wave", as the published
         samplers do; "ramp", as they meant to.
-      seed: in [0, 2**32), one for all prompts or one each. Video k of a prompt depends on the
-        prompt, the seed and k, not on what else is in the call.
+      eta: changes nothing, as in diffusers.
       latents: initial noise of all videos, in place of drawn noise.
       prompt_embeds: text states in place of prompt; negative_prompt_embeds likewise.
       output_type: pil, np, uint8 or latent; see VideoOutput.
       return_dict: taken for diffusers' sake; what is returned is a tuple in any case.
+      attention_kwargs: {"scale": x} multiplies the weights of all adapters by x for this call.
       callback_on_step_end: called as f(pipe, step, timestep, arrays) after each step of each batch.
         Arrays of those names that it returns replace the loop's own.
       callback_on_step_end_tensor_inputs: which arrays it is given: latents, prompt_embeds,
         negative_prompt_embeds.
+      max_sequence_length: text tokens; by default the model's. Others are for rotary models only.
+      seed: in [0, 2**32), one for all prompts or one each. Video k of a prompt depends on the
+        prompt, the seed and k, not on what else is in the call.
       solver: ddim or dpm; by default the model's.
       batch_size: how many videos to make at once; by default all.
       draws: replaces drawn noise; see `inputs.Draws`.
@@ -217,6 +229,10 @@ class Pipeline(Adapters):
     """The size that the transformer was made for (its config's `sample_*`)."""
     scale, config = self.vae_config.spatial_compression, self.config
     return Size(config.sample_frames, config.sample_height * scale, config.sample_width * scale)
+
+  def enable_slicing(self, enabled: bool = True) -> None:
+    """Has the VAE decode one video at a time, whatever the batch: less memory, the same frames."""
+    self._slicing = enabled
 
   def enable_tiling(self, enabled: bool = True) -> None:
     """Has the VAE take videos larger than half its sample size in overlapping tiles."""
@@ -243,6 +259,8 @@ class Pipeline(Adapters):
     """Checks what all kinds of calls share. steps: of which dynamic guidance is reckoned."""
     inputs.check_choice("output_type", arguments.output_type, OUTPUT_TYPES)
     inputs.check_callback(arguments)
+    inputs.check_refused(arguments)
+    length = inputs.text_length(arguments, self.config)
     scales = guidance.scales(
       arguments.use_dynamic_cfg,
       float(arguments.guidance_scale),
@@ -251,8 +269,8 @@ class Pipeline(Adapters):
     )
     halves = [inputs.condition("prompt", arguments.prompt, arguments.prompt_embeds)]
     if arguments.guidance_scale > 1:
-      halves.insert(0, self._negative(arguments, len(halves[0])))
-    self._check_conditions(halves)
+      halves.insert(0, self._negative(arguments, len(halves[0]), length))
+    self._check_conditions(halves, length)
     count = arguments.num_videos_per_prompt
     videos = inputs.plan_videos(arguments.seed, len(halves[0]), count)
     shape, extra = inputs.latent_shape(size, self.config, self.vae_config)
@@ -260,7 +278,7 @@ class Pipeline(Adapters):
       inputs.check_shape("latents", arguments.latents, (len(videos.seeds), *shape))
     places = inputs.chunks(len(videos.seeds), arguments.batch_size)
     chunks = [videos.take(chunk) for chunk in places]
-    return Job(arguments, halves, videos, chunks, solver_steps(path, scales), shape, extra)
+    return Job(arguments, halves, length, videos, chunks, solver_steps(path, scales), shape, extra)
 
   def _initial_noise(self, job: Job) -> list[Array]:
     """Of each chunk."""
@@ -269,12 +287,12 @@ class Pipeline(Adapters):
       return [job.noise(chunk, INITIAL, job.shape) for chunk in job.chunks]
     return [jnp.asarray(given[chunk.places], jnp.float32) for chunk in job.chunks]
 
-  def _negative(self, arguments: Arguments, count: int) -> Condition:
-    """What each of `count` prompts moves away from."""
+  def _negative(self, arguments: Arguments, count: int, length: int) -> Condition:
+    """What each of `count` prompts, of `length` tokens, moves away from."""
     prompt, embeds = arguments.negative_prompt, arguments.negative_prompt_embeds
     if prompt is None and embeds is None:
       if self.settings.text_drop == "zeros":
-        return np.zeros((count, self.config.text_length, self.config.text_width), np.float32)
+        return np.zeros((count, length, self.config.text_width), np.float32)
       prompt = ""
     negative = inputs.condition("negative_prompt", prompt, embeds)
     if isinstance(negative, list) and len(negative) == 1:
@@ -285,23 +303,22 @@ class Pipeline(Adapters):
       )
     return negative
 
-  def _check_conditions(self, halves: list[Condition]) -> None:
+  def _check_conditions(self, halves: list[Condition], length: int) -> None:
     for half in halves:
       if not isinstance(half, list):
-        shape = (len(half), self.config.text_length, self.config.text_width)
+        shape = (len(half), length, self.config.text_width)
         inputs.check_shape("prompt_embeds", half, shape)
 
-  def _encode(
-    self, halves: list[Condition], batch_size: int | None
-  ) -> Float[Array, "halves b l t"]:
+  def _encode(self, job: Job) -> Float[Array, "halves b l t"]:
     """Text states of each half of guidance. A prompt that stands twice is encoded once."""
+    halves = job.halves
     prompts = list(dict.fromkeys(p for half in halves if isinstance(half, list) for p in half))
     table = {}
     if prompts:
       if self._tokenizer is None:
         raise UserError("There is no tokenizer: pass prompt_embeds and negative_prompt_embeds.")
-      ids = self._tokenizer.encode(prompts, self.config.text_length)
-      chunks = inputs.chunks(len(prompts), batch_size)
+      ids = self._tokenizer.encode(prompts, job.text_length)
+      chunks = inputs.chunks(len(prompts), job.arguments.batch_size)
       with self.progress.phase("encode", len(chunks)) as bar:
         for chunk in chunks:
           states = encode_text(self._text_params, ids[chunk], graphdef=self._text_graphdef)
@@ -321,9 +338,16 @@ class Pipeline(Adapters):
 
     images: latents that the network sees beside the noise, of each chunk.
     """
-    text = self._encode(job.halves, job.arguments.batch_size)
+    text = self._encode(job)
     texts = [text[:, chunk.prompts] for chunk in job.chunks]
     start, texts, seen = jax.device_put((start, texts, images or [None] * len(start)), self._place)
+    with self._scaled((job.arguments.attention_kwargs or {}).get("scale", 1.0)):
+      return self._run(job, start, texts, seen)
+
+  def _run(
+    self, job: Job, start: list[Array], texts: list[Array], seen: list[Array | None]
+  ) -> Float[Array, "b f h w c"]:
+    """Compiles one step, and takes them all for each chunk."""
     fixed = {"graphdef": self._graphdef, "config": self.config}
     with self.progress.phase(COMPILE) as bar:
       x = start[0]
@@ -357,7 +381,7 @@ class Pipeline(Adapters):
     self, latents: Float[Array, "b f h w c"], batch_size: int | None
   ) -> Float32[np.ndarray, "b F H W 3"]:
     """Frames in [0, 1], on the host."""
-    chunks = inputs.chunks(len(latents), batch_size)
+    chunks = inputs.chunks(len(latents), 1 if self._slicing else batch_size)
     videos = []
     with self.progress.phase("decode", len(chunks)) as bar:
       for chunk in chunks:

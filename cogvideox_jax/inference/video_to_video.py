@@ -4,7 +4,7 @@ pipe = VideoToVideo.from_pretrained("CogVideoX-5b")
 video = pipe(frames, "the same street in winter", strength=0.8).frames[0]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,19 +30,24 @@ class VideoToVideo(Pipeline):
     height: int | None = None,
     width: int | None = None,
     num_inference_steps: int = 50,
+    timesteps: Sequence[int] | None = None,
     strength: float = 0.8,
     guidance_scale: float | int = 6,
     use_dynamic_cfg: bool | str = False,
     num_videos_per_prompt: int = 1,
-    seed: int | Sequence[int] = 0,
+    eta: float = 0.0,
+    generator: object = None,
     latents: Latents | None = None,
     prompt_embeds: inputs.Embeds | None = None,
     negative_prompt_embeds: inputs.Embeds | None = None,
     output_type: str = "pil",
     return_dict: bool = True,
+    attention_kwargs: Mapping[str, Any] | None = None,
     callback_on_step_end: Callable[..., dict[str, Array]] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    max_sequence_length: int | None = None,
     *,
+    seed: int | Sequence[int] = 0,
     solver: str | None = None,
     batch_size: int | None = None,
     draws: inputs.Draws | None = None,

@@ -4,25 +4,22 @@
 them. A step counts only once its digests are written, and is used only if they hold.
 """
 
-import functools
-import logging
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from cogvideox_jax.conversion import orbax, tensors
+from cogvideox_jax.data import digests
+from cogvideox_jax.data.digests import UnusableError
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import path_name
-from cogvideox_jax.training import digests
-from cogvideox_jax.training.digests import UnusableError
 from cogvideox_jax.training.state import Params, TrainState
 
 Arrays = dict[str, Any]  # Path -> array.
@@ -58,7 +55,7 @@ class Checkpoints:
   def save(self, step: int, state: TrainState) -> None:
     """Copies the state and returns; hashing and writing go on beside the next steps."""
     self.wait()
-    _quieten_orbax()
+    orbax.quieten()
     arrays = flatten(state)
     host = dict(zip(arrays, _host_copies(arrays.values()), strict=True))
     tree = traverse_util.unflatten_dict(arrays, sep="/")
@@ -129,8 +126,8 @@ class Checkpoints:
     self._on_saved(step, digests.overall(arrays))
 
 
-def load_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
-  """The transformer's parameters from a training workdir's newest good checkpoint, on the host.
+def open_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
+  """The transformer's parameters of a training workdir's newest good checkpoint, lazy.
 
   Args:
     workdir: what `train --workdir` was given.
@@ -142,14 +139,22 @@ def load_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
   parts = {"ema": "ema", "raw": "params"}
   if weights not in parts:
     raise UserError(f"weights must be ema or raw, not {weights!r}.")
-  folder = epath.Path(workdir) / "checkpoints"
+  folder, prefix = epath.Path(workdir) / "checkpoints", f"{parts[weights]}/"
   reasons = []
   for step in reversed(good_steps(folder)):
     try:
-      return _load_part(folder / str(step), parts[weights])
+      found = orbax.open_arrays(folder / str(step))
     except UnusableError as error:
       reasons.append(f"step {step}: {error}")
+      continue
+    part = {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)}
+    return traverse_util.unflatten_dict(part, sep="/")
   raise UserError("\n".join([f"There is no checkpoint to use in {folder}.", *reasons]))
+
+
+def load_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
+  """The same, as arrays on the host."""
+  return tensors.materialize(open_weights(workdir, weights))
 
 
 def flatten(tree: Any) -> Arrays:
@@ -172,24 +177,10 @@ def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
   return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in targets])
 
 
-def _load_part(path: epath.Path, part: str) -> Params:
-  """The arrays of the state's `part` alone."""
-  described = digests.read(path)
-  targets = {
-    name: np.empty(about["shape"], jnp.dtype(about["dtype"]))
-    for name, about in described.items()
-    if name.startswith(f"{part}/")
-  }
-  return traverse_util.unflatten_dict(_load(path, targets, described), sep="/")[part]
-
-
 def _load(path: epath.Path, targets: Arrays, described: dict[str, dict[str, Any]]) -> Arrays:
   """Arrays by path, placed as `targets`, that are what was saved."""
-  _quieten_orbax()
-  context = ocp.Context()
-  context.pytree.loading.partial_load = len(targets) < len(described)
-  with context:
-    arrays = flatten(ocp.load(path, traverse_util.unflatten_dict(targets, sep="/")))
+  orbax.quieten()
+  arrays = flatten(ocp.load(path, traverse_util.unflatten_dict(targets, sep="/")))
   found = digests.describe(dict(zip(arrays, _host_copies(arrays.values()), strict=True)))
   for name, about in found.items():
     if about != described[name]:
@@ -227,27 +218,6 @@ def _set_aside(path: epath.Path) -> None:
   if target.exists():
     target.rmtree()
   path.rename(target)
-
-
-@functools.cache
-def _quieten_orbax() -> None:
-  """Keeps its log off the terminal: what matters is raised too, and said in our words.
-
-  When one of its writes fails it closes its event loop under the others, which Python reports,
-  each with a traceback.
-  """
-  logging.getLogger("absl").addFilter(_not_from_orbax)
-  report = sys.unraisablehook
-
-  def report_others(args: Any) -> None:
-    if str(args.exc_value) != "Event loop is closed":
-      report(args)
-
-  sys.unraisablehook = report_others
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-  return "orbax" not in record.pathname
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,14 +6,16 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from cogvideox_jax.conversion.folder import Settings, open_model
+from cogvideox_jax.conversion import convert
+from cogvideox_jax.conversion.configs import write_noise
+from cogvideox_jax.conversion.folder import Settings, index_fields, open_model
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
 from cogvideox_jax.models.t5 import T5Config
 from cogvideox_jax.models.vae import VAEConfig
-from cogvideox_jax.training.checkpoint import load_weights
+from cogvideox_jax.training.checkpoint import load_weights, open_weights
 from cogvideox_jax.training.resume import NAME
 from cogvideox_jax.training.setup import model_config
 from cogvideox_jax.training.state import Params
@@ -36,11 +38,42 @@ def load(
     UserError: there is no such model, or a part of it is missing or damaged.
   """
   workdir = epath.Path(model)
-  if not (workdir / "checkpoints").is_dir():
+  if not is_workdir(workdir):
     return kind.from_pretrained(model, progress=progress)
-  config = ConfigDict(json.loads((workdir / NAME).read_text()))
+  config = _config(workdir)
   params = load_weights(workdir, weights)
   return with_transformer(config, params, load_frozen(config), progress, kind)
+
+
+def is_workdir(path: epath.Path) -> bool:
+  return (path / "checkpoints").is_dir()
+
+
+def _config(workdir: epath.Path) -> ConfigDict:
+  return ConfigDict(json.loads((workdir / NAME).read_text()))
+
+
+def model(workdir: epath.Path, weights: str) -> convert.Model:
+  """What `convert` writes of a workdir: its transformer, and the rest that its config names.
+
+  Raises:
+    UserError: it has no good checkpoint, or a part is missing or damaged.
+  """
+  config = _config(workdir)
+  written = convert.of_folder(open_model(config.components).path)
+  params = open_weights(workdir, weights)
+  written.networks["transformer"] = convert.Network(
+    "transformer", model_config(config), params, None
+  )
+  written.scheduler = write_noise(NoiseConfig(**config.noise))
+  transformer = written.networks["transformer"].config
+  sees_image = transformer.in_channels != transformer.out_channels
+  written.index = index_fields(_settings(config), sees_image)
+  base = written.origin.name
+  written.origin = written.origin._replace(
+    name=workdir.name, note=f" A training run ({weights} weights); other parts from `{base}`."
+  )
+  return written
 
 
 class Frozen(NamedTuple):
@@ -65,18 +98,22 @@ def with_transformer(
   kind: type[Pipeline] = Pipeline,
 ) -> Pipeline:
   """The pipeline of a training config's frozen networks and the transformer's `params`."""
-  settings = Settings(
+  return kind(
+    (model_config(config), params),
+    *frozen,
+    NoiseConfig(**config.noise),
+    _settings(config),
+    dtype=config.dtype,
+    progress=progress,
+  )
+
+
+def _settings(config: ConfigDict) -> Settings:
+  """How a model that was trained so is best sampled: as its previews are."""
+  return Settings(
     text_drop=config.text.drop,
     guidance_scale=config.preview.guidance_scale,
     num_inference_steps=config.preview.steps,
     solver=config.preview.solver,
     fps=config.data.fps,
-  )
-  return kind(
-    (model_config(config), params),
-    *frozen,
-    NoiseConfig(**config.noise),
-    settings,
-    dtype=config.dtype,
-    progress=progress,
   )

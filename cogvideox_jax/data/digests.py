@@ -41,9 +41,9 @@ def overall(arrays: dict[str, dict[str, Any]]) -> str:
 
 def write(folder: epath.Path, arrays: dict[str, dict[str, Any]]) -> None:
   """Reads back the files of a checkpoint that is all written, and adds their digests."""
-  files = list(_files(folder))
+  files = list(files_in(folder))
   names = [file.relative_to(folder).as_posix() for file in files]
-  hashes = _on_all_cores(_hash_file, files)
+  hashes = hash_files(files)
   record = {"arrays": arrays, "files": dict(zip(names, hashes, strict=True))}
   text = json.dumps({"sha256": _hash_json(record), **record}, indent=1)
   write_atomically(folder / NAME, text.encode())
@@ -68,18 +68,24 @@ def read(folder: epath.Path) -> dict[str, dict[str, Any]]:
   for name, file in zip(record["files"], files, strict=True):
     if not file.exists():
       raise UnusableError(f"{name} is missing")
-  for name, digest in zip(record["files"], _on_all_cores(_hash_file, files), strict=True):
+  for name, digest in zip(record["files"], hash_files(files), strict=True):
     if digest != record["files"][name]:
       raise UnusableError(f"{name} is damaged: its sha256 differs")
   return record["arrays"]
 
 
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
+def files_in(folder: epath.Path) -> Iterator[epath.Path]:
+  """All files of a folder, those of its folders too, in order."""
   for path in sorted(folder.iterdir()):
     if path.is_dir():
-      yield from _files(path)
+      yield from files_in(path)
     else:
       yield path
+
+
+def hash_files(files: Iterable[epath.Path]) -> list[str]:
+  """The sha256 of each."""
+  return _on_all_cores(_hash_file, files)
 
 
 def _on_all_cores(hasher: Callable[[Any], str], items: Iterable[Any]) -> list[str]:

@@ -1,0 +1,57 @@
+"""The networks of a model folder: whose architecture, names and configs each of them has."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from cogvideox_jax.conversion import configs, names, tensors
+from cogvideox_jax.conversion.names import Row
+from cogvideox_jax.conversion.tensors import Params
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.t5 import T5Encoder
+from cogvideox_jax.models.vae import VAE
+
+
+class Component(NamedTuple):
+  """A kind of network. `Config` below stands for its frozen dataclass."""
+
+  model: Callable[..., nnx.Module]
+  rows: Callable[[Any], tuple[Row, ...]]  # Config -> its table of names.
+  read_config: Callable[[Mapping[str, Any], str], Any]  # config.json's fields, place -> Config.
+  write_config: Callable[[Any], dict[str, Any]]  # Config -> config.json's fields.
+  weights: str  # Name of its safetensors, without the ending.
+  aliases: Mapping[str, str] = {}  # Other names of tensors -> those of the table.
+
+  def shapes(self, config: Any) -> Params:
+    """Of the parameters; allocates nothing."""
+    return tensors.abstract_params(self.model, config)
+
+  def read(self, found: tensors.Tensors, config: Any) -> Params:
+    """The parameters, lazy, that a file's tensors hold; UserError if they are of another model."""
+    return tensors.read(found, self.rows(config), self.shapes(config))
+
+  def as_file(self, params: Params, config: Any) -> tensors.AsFile:
+    """The tensors of a file of these parameters; UserError if they are of another model."""
+    return tensors.AsFile(params, self.rows(config), self.shapes(config))
+
+
+TRANSFORMER = Component(
+  DiT,
+  names.transformer,
+  configs.read_transformer,
+  configs.write_transformer,
+  weights="diffusion_pytorch_model",
+)
+AUTOENCODER = Component(
+  VAE, names.vae, configs.read_vae, configs.write_vae, weights="diffusion_pytorch_model"
+)
+TEXT_ENCODER = Component(
+  T5Encoder,
+  names.text_encoder,
+  configs.read_text_encoder,
+  configs.write_text_encoder,
+  weights="model",
+  aliases={"encoder.embed_tokens.weight": "shared.weight"},  # T5's one embedding has two names.
+)
+COMPONENTS = {"transformer": TRANSFORMER, "vae": AUTOENCODER, "text_encoder": TEXT_ENCODER}

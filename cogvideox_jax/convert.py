@@ -1,0 +1,96 @@
+"""Writes a model in another layout, and LoRA files too.
+
+python -m cogvideox_jax.convert --source=MODEL --target=DIR --format={orbax,diffusers,sat}
+
+MODEL is a model folder (safetensors or Orbax), a shipped name, a training workdir, a release of
+SAT's or one of its .pt files (both with the extra `convert`), or a LoRA file. Weights keep their
+bits unless --dtype or --lora is given, and configs what they say.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from absl import flags
+from etils import epath
+
+from cogvideox_jax import command
+from cogvideox_jax.conversion import convert, lora
+from cogvideox_jax.conversion.convert import LAYOUTS, Model
+from cogvideox_jax.conversion.folder import SHIPPED, resolve
+from cogvideox_jax.conversion.safetensors_file import DTYPES
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.training import workdir
+
+SOURCE = flags.DEFINE_string("source", None, "The model, or LoRA file, to convert.", required=True)
+TARGET = flags.DEFINE_string("target", None, "The folder to write; new or empty.", required=True)
+FORMAT = flags.DEFINE_enum("format", None, list(LAYOUTS), "The layout to write.", required=True)
+TYPES = {dtype.name: dtype for dtype in DTYPES.values() if dtype.kind != "i"}
+DTYPE = flags.DEFINE_enum(
+  "dtype", "keep", ["keep", *TYPES], "Type of the weights; keep: as the source has them."
+)
+WEIGHTS = flags.DEFINE_enum(
+  "weights", "ema", ["ema", "raw"], "Of a training workdir: the moving average, or as trained."
+)
+LORA = flags.DEFINE_string("lora", None, "LoRA file that becomes part of the transformer.")
+LORA_WEIGHT = flags.DEFINE_float("lora_weight", 1.0, "Of --lora: alpha / rank if it has no alpha.")
+
+
+def main() -> None:
+  target = epath.Path(TARGET.value)
+  if is_lora(epath.Path(SOURCE.value)):
+    write_lora(epath.Path(SOURCE.value), target)
+  else:
+    with opened(SOURCE.value) as model:
+      if LORA.value:
+        fuse(model, epath.Path(LORA.value))
+      if DTYPE.value != "keep":
+        model.map_params(lambda network: convert.cast(network, TYPES[DTYPE.value]))
+      convert.write(model, target, FORMAT.value)
+  print(f"Wrote {target}.")
+
+
+@contextlib.contextmanager
+def opened(source: str) -> Iterator[Model]:
+  """The model of whatever kind of source."""
+  path = epath.Path(source)
+  if workdir.is_workdir(path):
+    yield workdir.model(path, WEIGHTS.value)
+  elif source not in SHIPPED and path.exists() and convert.is_sat(path):
+    with convert.of_sat(path) as model:
+      yield model
+  else:
+    yield convert.of_folder(resolve(source))
+
+
+def fuse(model: Model, path: epath.Path) -> None:
+  """Makes a LoRA file part of the transformer."""
+  transformer = model.networks.get("transformer")
+  if transformer is None:
+    raise UserError(f"--lora={path}: {SOURCE.value} has no transformer for it to change.")
+  loaded = lora.load(path)
+  transformer.params = lora.fuse(transformer.params, transformer.config, loaded, LORA_WEIGHT.value)
+  note = f" With the LoRA `{path.name}` at weight {LORA_WEIGHT.value:g}."
+  model.origin = model.origin._replace(note=model.origin.note + note)
+
+
+def is_lora(path: epath.Path) -> bool:
+  """Whether a path is a LoRA file, or a folder with nothing but diffusers' one."""
+  if path.is_dir():
+    return (path / lora.FILE).exists() and not (path / "transformer").exists()
+  return path.is_file() and lora.is_lora(path)
+
+
+def write_lora(source: epath.Path, target: epath.Path) -> None:
+  """Writes a LoRA file under the other kind's names."""
+  if FORMAT.value == "orbax":
+    raise UserError("A LoRA is kept in diffusers' or SAT's files: give --format=diffusers or sat.")
+  loaded = lora.load(source)
+  target.mkdir(parents=True, exist_ok=True)
+  if FORMAT.value == "sat":
+    lora.save_sat(target / lora.SAT_FILE, loaded)
+  else:
+    lora.save(target / lora.FILE, loaded)
+
+
+if __name__ == "__main__":
+  command.run(main)
