@@ -23,7 +23,9 @@ from ml_collections import config_flags
 from cogvideox_jax.conversion import diffusers, tensors
 from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.training.setup import model_config
 
+sys.path.append(str(Path(__file__).parent.parent))  # Configs say `from configs import base`.
 CONFIG = config_flags.DEFINE_config_file("config", "configs/5b.py", "Whose model is converted.")
 SCRATCH = flags.DEFINE_string("scratch", None, "Folder for the models; by default a temporary one.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
@@ -108,8 +110,6 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def main(_) -> None:
-  from cogvideox_jax.training.setup import model_config
-
   config = model_config(CONFIG.value)
   with tempfile.TemporaryDirectory(dir=SCRATCH.value) as scratch:
     source = first = Path(scratch) / "source"

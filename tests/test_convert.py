@@ -14,6 +14,7 @@ from drawn import DIT_CONFIG, draw
 from etils import epath
 from model_folder import make_model
 from safetensors.numpy import load_file, save_file
+from small_run import make_config, make_inputs
 
 from cogvideox_jax import convert
 from cogvideox_jax.conversion import convert as conversion
@@ -21,10 +22,12 @@ from cogvideox_jax.conversion import diffusers, lora, orbax, tensors
 from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import digests
+from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.training import checkpoint, loop
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 PIPELINES = sorted((GOLDENS / "pipelines").iterdir())
@@ -175,6 +178,21 @@ def test_parts_alone_are_converted(model, tmp_path):
   assert open_model(there).transformer()[0] == DIT_CONFIG
   expected = {k: v for k, v in weights(model).items() if k.startswith("transformer/")}
   assert_same_bits(weights(run(there, tmp_path / "back", "diffusers")), expected)
+
+
+def test_a_training_run_is_written_with_the_average_of_its_weights(model, tmp_path):
+  inputs = make_inputs(tmp_path)
+  config = make_config(inputs, components=str(model), train__steps=3)
+  assert loop.train(config, epath.Path(tmp_path / "run")) == 0
+  for weights_flag, part in (("ema", "ema"), ("raw", "params")):
+    there = run(tmp_path / "run", tmp_path / part, "diffusers", weights=weights_flag)
+    _, found = open_model(there).transformer()
+    stored = checkpoint.load_weights(tmp_path / "run", weights_flag)
+    assert_same_bits(tensors.flatten(found), tensors.flatten(stored))
+  assert open_model(there).settings().text_drop == config.text.drop
+  assert open_model(there).scheduler() == NoiseConfig(**config.noise)
+  assert "raw weights" in (there / "README.md").read_text()
+  assert len(Pipeline.from_pretrained(there)("a ball", **CALL).frames) == 1
 
 
 def make_lora(path: Path) -> Path:

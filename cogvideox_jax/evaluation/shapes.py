@@ -18,7 +18,7 @@ NONE = "none"
 # Thresholds, ours: rendered clips that are compressed, blurred or noisy are far from each of them.
 COLOUR_DISTANCE = 90.0  # RGB; the nearest colours of the palette are 150 apart.
 CONTRAST = 60.0  # RGB distance from the background at which a pixel may belong to an object.
-AREA = (0.015, 0.4)  # Of the frame; rendered ones cover 0.03 to 0.36.
+AREA = (0.015, 0.6)  # Of the frame; rendered objects cover 0.03 to 0.36, their edges 0.4.
 PRESENCE = 0.8  # Fraction of frames that must show the object.
 OVERLAP = 0.7  # Intersection over union with the best template; rendered clips reach 0.9.
 STILL = 0.05  # Of the frame's side, from first to last third; 9-frame clips travel at least 0.13.
