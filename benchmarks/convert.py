@@ -6,6 +6,7 @@ Needs three times the model's size on the disk. The memory is `RssAnon` of the p
 converts, with its helpers: pages of mapped files are the kernel's to drop, and are not in it.
 """
 
+import itertools
 import json
 import platform
 import shutil
@@ -29,7 +30,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # Configs say `from configs 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/5b.py", "Whose model is converted.")
 SCRATCH = flags.DEFINE_string("scratch", None, "Folder for the models; by default a temporary one.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
-LAYOUTS = ("orbax", "diffusers", "sat")  # In turn, each from the one before.
+LAYOUTS = ("diffusers", "orbax", "diffusers", "sat", "diffusers")  # Each from the one before.
 POLL_SECONDS = 0.02
 
 
@@ -112,13 +113,14 @@ def same_weights(a: Path, b: Path) -> bool:
 def main(_) -> None:
   config = model_config(CONFIG.value)
   with tempfile.TemporaryDirectory(dir=SCRATCH.value) as scratch:
-    source = first = Path(scratch) / "source"
-    result = {"machine": platform.machine(), "weights_bytes": write_source(source, config)}
-    for layout in LAYOUTS:
-      target = Path(scratch) / layout
-      result[f"to_{layout}"] = convert(source, target, layout)
-      if layout == "diffusers":
-        result["round_trip_is_bit_equal"] = same_weights(first, target)
+    first = source = Path(scratch) / "source"
+    result: dict[str, object] = {"machine": platform.machine()}
+    result["weights_bytes"] = write_source(first, config)
+    for number, (old, new) in enumerate(itertools.pairwise(LAYOUTS)):
+      target = Path(scratch) / f"{number}_{new}"
+      result[f"{old}_to_{new}"] = convert(source, target, new)
+      if new == "diffusers":
+        result[f"bit_equal_by_{old}"] = same_weights(first, target)
       if source != first:
         shutil.rmtree(source)
       source = target
