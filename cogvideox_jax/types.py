@@ -29,18 +29,33 @@ class Clip(NamedTuple):
   fps: float
 
 
+class Caption(NamedTuple):
+  """A text that describes a clip, before and after the text encoder."""
+
+  caption: str
+  text: Float[np.ndarray, "l t"]  # T5's states, padding included: content to this model.
+
+
 class Example(NamedTuple):
   """A clip after the frozen networks: what a training row is packed from."""
 
   mean: Float[np.ndarray, "f h w c"]  # Of the VAE's posterior; not scaled.
   logvar: Float[np.ndarray, "f h w c"]
-  text: Float[np.ndarray, "l t"]  # T5's states, padding included: content to this model.
+  text: Float[np.ndarray, "l t"]  # Of the caption in use, as `Caption.text`.
   caption: str
   source: str
   num_frames: int  # In pixels, as are height and width.
   height: int
   width: int
   fps: float
+  score: float | None = None  # The user's own measure of the clip; None: not measured.
+  others: tuple[Caption, ...] = ()  # Its captions that are not in use.
+
+  def with_caption(self, number: int) -> "Example":
+    """The example with one of its captions in use, alone: 0 is its own, 1 the first other."""
+    if not number:
+      return self._replace(others=())
+    return self._replace(**self.others[number - 1]._asdict(), others=())
 
 
 class Batch(NamedTuple):

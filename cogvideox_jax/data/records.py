@@ -6,6 +6,9 @@ from), `shards/J.json` (what shard J holds and refused), and once all shards are
 under another name and then renamed, so that a killed run leaves whole shards only. Nothing here
 imports TensorFlow.
 
+A record holds a clip with all its captions: `captions` is a list of k texts, and `text` holds
+their states as one array [k l t], so that k = 1 costs nothing. `score` is NaN where there is none.
+
 Latents are stored as float16: they are a few units wide (and log-variances lie in [-30, 20]), so
 its 11 bits of precision are worth more than bfloat16's range. Text states are stored as
 bfloat16, since those of T5-XXL can pass float16's 65504, and bfloat16 is what T5 and the
@@ -15,6 +18,7 @@ transformer compute in; TFDS sees its bits as uint16.
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,8 +33,9 @@ from jaxtyping import Float, Int, UInt64
 
 from cogvideox_jax.data.files import disk_errors, settle, write_arrays, write_atomically
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.types import Example
+from cogvideox_jax.types import Caption, Example
 
+FORMAT = 2  # Of the records and the index; 1 held one caption a clip, and no score.
 DATASET, SPLIT = "clips", "train"  # As TFDS calls them. Validation clips are chosen by the loader.
 
 FEATURES: Any = tfds.features.FeaturesDict(
@@ -38,9 +43,13 @@ FEATURES: Any = tfds.features.FeaturesDict(
     "mean": tfds.features.Tensor(shape=(None,) * 4, dtype=np.float16, encoding="bytes"),
     "logvar": tfds.features.Tensor(shape=(None,) * 4, dtype=np.float16, encoding="bytes"),
     "text": tfds.features.Tensor(
-      shape=(None, None), dtype=np.uint16, encoding="bytes", doc="The bits of bfloat16 numbers."
+      shape=(None,) * 3,
+      dtype=np.uint16,
+      encoding="bytes",
+      doc="Of each caption, tokens, width; the bits of bfloat16 numbers.",
     ),
-    "caption": tfds.features.Text(),
+    "captions": tfds.features.Sequence(tfds.features.Text()),
+    "score": tfds.features.Scalar(dtype=np.float32, doc="NaN: none."),
     "source": tfds.features.Text(),
     "num_frames": tfds.features.Scalar(dtype=np.int64),
     "height": tfds.features.Scalar(dtype=np.int64),
@@ -48,6 +57,9 @@ FEATURES: Any = tfds.features.FeaturesDict(
     "fps": tfds.features.Scalar(dtype=np.float32),
   }
 )
+
+
+_AS_THEY_ARE = ("source", "num_frames", "height", "width", "fps")  # Fields stored unchanged.
 
 
 class Index(NamedTuple):
@@ -59,7 +71,9 @@ class Index(NamedTuple):
   fps: Float[np.ndarray, " clips"]
   latent_shape: Int[np.ndarray, "clips 4"]  # (f, h, w, c).
   text_shape: Int[np.ndarray, "clips 2"]  # (l, t).
-  source_hash: UInt64[np.ndarray, " clips"]  # Uniform; the same wherever the source appears.
+  source_hash: UInt64[np.ndarray, " clips"]  # Uniform; the same for all clips of a file.
+  captions: Int[np.ndarray, " clips"]  # How many the clip has, at least 1.
+  score: Float[np.ndarray, " clips"]  # NaN where there is none.
 
 
 class Counts(NamedTuple):
@@ -72,15 +86,25 @@ def identity(parts: Any) -> str:
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def clip_name(file: str, number: int) -> str:
+  """The source of the number-th clip that is cut from one file; all stand in one split."""
+  return f"{file}#{number}"
+
+
 def storage_fault(example: Example) -> str | None:
   """Why the example cannot be stored, as a line for the quarantine; None if it can."""
-  for name in ("caption", "source"):
+  captions, texts = _captions_of(example)
+  for name, words in (("caption", "".join(captions)), ("source", example.source)):
     try:
-      getattr(example, name).encode()
+      words.encode()
     except UnicodeEncodeError:
       return f"its {name} is not valid Unicode"
-  for name, dtype in (("mean", np.float16), ("logvar", np.float16), ("text", ml_dtypes.bfloat16)):
-    if not np.isfinite(_cast(getattr(example, name), dtype)).all():
+  for name, array, dtype in (
+    ("mean", example.mean, np.float16),
+    ("logvar", example.logvar, np.float16),
+    ("text", texts, ml_dtypes.bfloat16),
+  ):
+    if not np.isfinite(_cast(array, dtype)).all():
       return f"its {name} is not finite in {np.dtype(dtype).name}"
   return None
 
@@ -89,24 +113,39 @@ def serialize(example: Example) -> bytes:
   """An `Example` as the bytes of a tf.train.Example; ValueError if it cannot be stored."""
   if fault := storage_fault(example):
     raise ValueError(f"{example.source!r} cannot be stored: {fault}")
-  fields = example._asdict()
-  fields.update(
-    mean=_cast(example.mean, np.float16),
-    logvar=_cast(example.logvar, np.float16),
-    text=_cast(example.text, ml_dtypes.bfloat16).view(np.uint16),
+  captions, texts = _captions_of(example)
+  return FEATURES.serialize_example(
+    {
+      "mean": _cast(example.mean, np.float16),
+      "logvar": _cast(example.logvar, np.float16),
+      "text": _cast(texts, ml_dtypes.bfloat16).view(np.uint16),
+      "captions": captions,
+      "score": np.nan if example.score is None else example.score,
+      **{name: getattr(example, name) for name in _AS_THEY_ARE},
+    }
   )
-  return FEATURES.serialize_example(fields)
 
 
 def parse(record: bytes) -> Example:
   """The inverse of `serialize`: latents in float16, text in bfloat16."""
   fields = FEATURES.deserialize_example_np(record)
-  fields.update(
-    text=fields["text"].view(ml_dtypes.bfloat16),
-    caption=fields["caption"].decode(),
-    source=fields["source"].decode(),
+  texts, score = fields["text"].view(ml_dtypes.bfloat16), float(fields["score"])
+  captions = [caption.decode() for caption in fields["captions"]]
+  first, *others = map(Caption, captions, texts)
+  return Example(
+    mean=fields["mean"],
+    logvar=fields["logvar"],
+    **first._asdict(),
+    **{name: fields[name] for name in _AS_THEY_ARE} | {"source": fields["source"].decode()},
+    score=None if np.isnan(score) else score,
+    others=tuple(others),
   )
-  return Example(**fields)
+
+
+def _captions_of(example: Example) -> tuple[list[str], Float[np.ndarray, "_ l t"]]:
+  """All captions of an example, and their states."""
+  captions = [Caption(example.caption, example.text), *example.others]
+  return [one.caption for one in captions], np.stack([one.text for one in captions])
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
@@ -127,7 +166,7 @@ class ShardWriter:
       raise UserError(f"there is nothing to encode into {directory}: no clips were found")
     self.directory = epath.Path(directory)
     self.num_shards = num_shards
-    plan = {"made_from": made_from, "num_shards": num_shards}
+    plan = {"format": FORMAT, "made_from": made_from, "num_shards": num_shards}
     path = self.directory / "shards.json"
     with disk_errors(self.directory):
       (self.directory / "shards").mkdir(parents=True, exist_ok=True)
@@ -227,6 +266,11 @@ class Dataset:
     """Reads the index only. UserError if the dataset is absent, unfinished, empty or damaged."""
     self.directory = epath.Path(directory)
     arrays = self._read_index()
+    if missing := set(Index._fields) - arrays.keys():
+      raise UserError(
+        f"{self.directory} was encoded by an earlier version: its index lacks "
+        f"{', '.join(sorted(missing))}.\nEncode the clips again, into another folder."
+      )
     self.index = Index(*(arrays[name] for name in Index._fields))
     self.digest = str(arrays["digest"])  # Of all records: the same data, the same digest.
     self._names, self._name_ends = arrays["names"], arrays["name_ends"]
@@ -284,6 +328,8 @@ def _metadata(example: Example) -> dict[str, Any]:
     "fps": float(example.fps),
     "latent_shape": example.mean.shape,
     "text_shape": example.text.shape,
+    "captions": 1 + len(example.others),
+    "score": example.score,
   }
 
 
@@ -292,7 +338,9 @@ def _columns(
 ) -> dict[str, Any]:
   """The arrays of index.npz."""
   names = [clip["source"].encode() for clip in clips]
-  hashes = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
+  files = [re.sub(rb"#\d+$", b"", name) for name in names]  # See `clip_name`.
+  hashes = b"".join(hashlib.blake2b(file, digest_size=8).digest() for file in files)
+  scores = [np.nan if clip["score"] is None else clip["score"] for clip in clips]
 
   def column(name: str) -> np.ndarray:
     return np.array([clip[name] for clip in clips], np.int32)
@@ -305,6 +353,8 @@ def _columns(
     "text_shape": column("text_shape").reshape(-1, 2),
     "fps": np.array([clip["fps"] for clip in clips], np.float32),
     "source_hash": np.frombuffer(hashes, "<u8"),
+    "captions": column("captions"),
+    "score": np.array(scores, np.float32),
     "names": np.frombuffer(b"".join(names), np.uint8),
     "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
     "shard_lengths": np.array(lengths),
