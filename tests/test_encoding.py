@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from drawn import T5_CONFIG, VAE_CONFIG, draw
 from etils import epath
+from flax import nnx
 
 from cogvideox_jax import encoding
 from cogvideox_jax.conversion import diffusers
@@ -21,8 +22,11 @@ from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import video
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.encoders import Encoders
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.t5 import T5Encoder
+from cogvideox_jax.models import vae
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.t5 import T5Encoder, encode_text
 from cogvideox_jax.models.vae import VAE
 from configs import tiny
 
@@ -78,15 +82,15 @@ def test_an_example_holds_the_moments_of_its_clip_and_the_states_of_its_caption(
   frames = video.read(clips / "001.mp4", fps=8.0, num_frames=9, height=16, width=16)
 
   vae_config, params = open_model(model).vae()
-  network = encoding.nnx.merge(encoding.graph_of(VAE, vae_config), params)
-  mean, logvar = encoding.vae.encode(network, jnp.float32(frames[None]) / 127.5 - 1)
+  network = nnx.merge(graph_of(VAE, vae_config), params)
+  mean, logvar = vae.encode(network, jnp.float32(frames[None]) / 127.5 - 1)
   np.testing.assert_allclose(example.mean, mean[0], atol=2e-2)  # Stored as float16.
   np.testing.assert_allclose(example.logvar, logvar[0], atol=2e-2)
   assert (example.num_frames, example.height, example.width, example.fps) == (9, 16, 16, 8.0)
 
-  graph = encoding.graph_of(T5Encoder, T5_CONFIG)
+  graph = graph_of(T5Encoder, T5_CONFIG)
   ids = Tokenizer(TOKENIZER).encode(["number 1"], 6)
-  states = encoding.encode_text(draw(T5Encoder, T5_CONFIG)[1], ids, graphdef=graph)
+  states = encode_text(draw(T5Encoder, T5_CONFIG)[1], ids, graphdef=graph)
   np.testing.assert_allclose(np.float32(example.text), states[0], atol=2e-2)
 
 
@@ -170,11 +174,11 @@ def test_a_killed_run_started_again_holds_each_clip_once(tmp_path, model):
 
 
 def test_the_text_encoder_runs_as_one_program_whatever_the_number_of_captions(model, config):
-  encoders = encoding.Encoders(open_model(model), config)
-  before = encoding.encode_text._cache_size()
+  encoders = Encoders(open_model(model), config)
+  before = encode_text._cache_size()
   one = encoders.text(["a clip"])
   three = encoders.text(["another", "a clip", "one more"])
-  assert encoding.encode_text._cache_size() - before <= 1
+  assert encode_text._cache_size() - before <= 1
   np.testing.assert_array_equal(one[0], three[1])
 
 

@@ -2,7 +2,8 @@
 
 A folder holds `clips-train.array_record-J-of-N` (the shards), `shards.json` (what they are made
 from), `shards/J.json` (what shard J holds and refused), and once all shards are there
-`index.npz` (the clips' metadata in columns) and TFDS's own two JSON files. A shard is written
+`index.npz` (the clips' metadata in columns), TFDS's own two JSON files and `sha256sums.txt` (the
+digests of all shards and of the index, as sha256sum writes and checks them). A shard is written
 under another name and then renamed, so that a killed run leaves whole shards only. Nothing here
 imports TensorFlow.
 
@@ -20,7 +21,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -31,11 +32,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Float, Int, UInt64
 
-from cogvideox_jax.data.files import disk_errors, settle, write_arrays, write_atomically
+from cogvideox_jax.data.files import disk_errors, settle, sha256, write_arrays, write_atomically
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Caption, Example
 
 FORMAT = 2  # Of the records and the index; 1 held one caption a clip, and no score.
+INDEX, DIGESTS = "index.npz", "sha256sums.txt"
 DATASET, SPLIT = "clips", "train"  # As TFDS calls them. Validation clips are chosen by the loader.
 
 FEATURES: Any = tfds.features.FeaturesDict(
@@ -179,57 +181,65 @@ class ShardWriter:
         "Choose another --output, or delete that folder to encode again."
       )
 
-  def pending(self) -> list[int]:
-    """The shards that are still to be written, in order."""
-    return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
+  def pending(self, among: Iterable[int] | None = None) -> list[int]:
+    """The shards, of all or of some, that are still to be written, in order."""
+    shards = range(self.num_shards) if among is None else among
+    return [shard for shard in shards if not self._is_whole(shard)]
 
   def write_shard(
     self,
     shard: int,
     examples: Iterable[Example],
-    refusals: Sequence[dict[str, Any]] = (),
+    refusals: Iterable[dict[str, Any]] = (),
   ) -> None:
     """Writes one shard, or nothing.
 
     refusals: objects of quarantine.jsonl for the items that became no example. Read after the
     last example was taken, so that a generator of examples may add to it as it goes.
     """
-    path = self._path(shard)
-    partial = path.with_name(f"{path.name}.partial")
-    with disk_errors(partial):
-      # One record a group, for random access. Latents are noise to a compressor.
-      writer = ArrayRecordWriter(os.fspath(partial), "group_size:1,uncompressed")
-    clips = []
+    opened = self.open_shard(shard)
     for example in examples:
-      record = serialize(example)
-      with disk_errors(partial):
-        writer.write(record)
-      clips.append(_metadata(example))
-    with disk_errors(partial):
-      writer.close()
-      note = {"clips": clips, "refusals": list(refusals), **settle(partial)}
-      write_atomically(self._note_path(shard), json.dumps(note).encode())
-      partial.replace(path)  # Last: a shard counts as written once it has its name.
+      opened.write(example)
+    opened.close(refusals)
+
+  def open_shard(self, shard: int) -> "OpenShard":
+    return OpenShard(self._path(shard), self._note_path(shard))
 
   def refusals(self) -> list[dict[str, Any]]:
     """Of all shards written so far, in order."""
     return [refusal for note in self._notes() for refusal in note["refusals"]]
 
+  def counts(self) -> Counts:
+    """Of all shards written so far."""
+    notes = list(self._notes())
+    return Counts(
+      sum(len(note["clips"]) for note in notes), sum(len(note["refusals"]) for note in notes)
+    )
+
   def finalize(self) -> Counts:
-    """Writes the index and TFDS's metadata; all shards must be there. May be called again."""
+    """Writes the index, TFDS's metadata and the digests; all shards must be there.
+
+    May be called again.
+    """
     if missing := self.pending():
       raise ValueError(f"{self.directory} lacks {len(missing)} of {self.num_shards} shards")
     notes = list(self._notes())
     lengths = [len(note["clips"]) for note in notes]
     clips = [clip for note in notes for clip in note["clips"]]
-    refused = sum(len(note["refusals"]) for note in notes)
     with disk_errors(self.directory):
       if clips:
         self._write_tfds_metadata(lengths, sum(note["bytes"] for note in notes))
-      write_arrays(self.directory / "index.npz", _columns(notes, lengths, clips))
+      write_arrays(self.directory / INDEX, _columns(notes, lengths, clips))
+      self._write_digests(notes)
       for left_over in (*self.directory.glob("*.partial"), *self.directory.glob("*/*.partial")):
         left_over.unlink(missing_ok=True)
-    return Counts(len(clips), refused)
+    return self.counts()
+
+  def _write_digests(self, notes: list[dict[str, Any]]) -> None:
+    digests = {self._path(shard).name: note["sha256"] for shard, note in enumerate(notes)}
+    digests[INDEX] = sha256(self.directory / INDEX)
+    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    write_atomically(self.directory / DIGESTS, lines.encode())
 
   def _path(self, shard: int) -> epath.Path:
     return self.directory / shard_name(shard, self.num_shards)
@@ -257,6 +267,32 @@ class ShardWriter:
       check_data=False,  # Checking imports TensorFlow.
       description="Video clips after CogVideoX's VAE and text encoder.",
     )
+
+
+class OpenShard:
+  """A shard that is being written. Until it is closed there is none."""
+
+  def __init__(self, path: epath.Path, note_path: epath.Path):
+    self._path, self._note_path = path, note_path
+    self._partial = path.with_name(f"{path.name}.partial")
+    self._clips: list[dict[str, Any]] = []
+    with disk_errors(self._partial):
+      # One record a group, for random access. Latents are noise to a compressor.
+      self._writer = ArrayRecordWriter(os.fspath(self._partial), "group_size:1,uncompressed")
+
+  def write(self, example: Example) -> None:
+    record = serialize(example)
+    with disk_errors(self._partial):
+      self._writer.write(record)
+    self._clips.append(_metadata(example))
+
+  def close(self, refusals: Iterable[dict[str, Any]]) -> None:
+    """Finishes the shard. refusals: objects of quarantine.jsonl for items without an example."""
+    with disk_errors(self._partial):
+      self._writer.close()
+      note = {"clips": self._clips, "refusals": list(refusals), **settle(self._partial)}
+      write_atomically(self._note_path, json.dumps(note).encode())
+      self._partial.replace(self._path)  # Last: a shard counts as written once it has its name.
 
 
 class Dataset:
@@ -291,7 +327,7 @@ class Dataset:
     return self._names[start : self._name_ends[clip]].tobytes().decode()
 
   def _read_index(self) -> dict[str, np.ndarray]:
-    path = self.directory / "index.npz"
+    path = self.directory / INDEX
     try:
       with path.open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
@@ -313,6 +349,27 @@ class Dataset:
       if length:
         shards.append(f"{os.fspath(path)}[0:{length}]")
     return shards
+
+
+def damaged_files(directory: epath.PathLike) -> list[str]:
+  """Names the shards, and the index, that are not as they were written; reads all of them.
+
+  `sha256sum --check sha256sums.txt` in the folder does the same. UserError if nothing says what
+  they should be.
+  """
+  directory = epath.Path(directory)
+  try:
+    lines = (directory / DIGESTS).read_text().splitlines()
+  except FileNotFoundError as error:
+    raise UserError(
+      f"{directory} has no {DIGESTS}: it is not an encoded dataset, or was not finished.\n"
+      "Make it with `python -m cogvideox_jax.encode`; the same command finishes it."
+    ) from error
+  expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+  paths = {name: directory / name for name in expected}
+  return [
+    name for name, path in paths.items() if not path.exists() or sha256(path) != expected[name]
+  ]
 
 
 def shard_name(shard: int, num_shards: int) -> str:
