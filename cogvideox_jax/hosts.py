@@ -28,14 +28,15 @@ def join(group: Group) -> None:
   """
   # JAX would take SIGTERM for itself, and go on.
   jax.config.update("jax_enable_preemption_service", False)
-  if not group.coordinator:
+  if group == Group():
     with contextlib.suppress(ValueError):  # How JAX says that it found no cluster.
       jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     return
-  if not 0 <= group.index < group.count:
+  if not group.coordinator or not 0 <= group.index < group.count:
     raise UserError(
-      f"process {group.index} of {group.count} cannot be: they count from 0.\n"
-      f"Give each process its own --process_id, from 0 to {group.count - 1}."
+      f"there is no process {group.index} of {group.count} at {group.coordinator!r}.\n"
+      "Give each process the same --coordinator, HOST:PORT of the first one, and the same\n"
+      "--process_count=N, and its own --process_id from 0 to N-1."
     )
   try:
     jax.distributed.initialize(

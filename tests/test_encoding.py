@@ -34,13 +34,17 @@ TOKENIZER = epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenize
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("model")
+def make_encoders(folder: Path) -> str:
+  """A model folder without a transformer."""
   diffusers.save_vae(folder / "vae", *draw(VAE, VAE_CONFIG))
   diffusers.save_text_encoder(folder / "text_encoder", *draw(T5Encoder, T5_CONFIG))
   diffusers.save_tokenizer(folder / "tokenizer", Tokenizer(TOKENIZER))
   return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return make_encoders(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def test_lines_become_items_in_their_order(folder):
     ({"file": "a.mp4", "caption": "x", "score": "high"}, "a.mp4", "score is not a number"),
     ('{"file": "a.mp4", "caption": "x", "score": NaN}', "a.mp4", "score is not a number"),
     ({"file": "a.mp4", "caption": "x", "id": ""}, "a.mp4", "no id"),
+    ({"file": "a.mp4", "caption": "x", "id": "a#12"}, "a.mp4", "'a#12' ends as the names of clips"),
     ({"file": "a.mp4", "caption": "x", "id": "b.webm"}, "a.mp4", "'b.webm' is that of line 1"),
     ({"file": "b.webm", "caption": "x"}, "b.webm", "'b.webm' is that of line 1"),
     ({"file": "d.mp4", "caption": "x"}, "d.mp4", "absent"),

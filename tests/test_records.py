@@ -102,6 +102,19 @@ def test_one_caption_costs_no_more_than_its_own_states():
   assert states < two - one < states + 40  # The other caption's words and a few bytes.
 
 
+def test_every_process_stores_the_same_bytes():
+  """Three of them: with TFDS's own order of the fields, they differ nearly always."""
+  program = (
+    "import hashlib; from cogvideox_jax.data import records; from tests.test_records import *; "
+    "print(hashlib.sha256(records.serialize(draw_captioned(1, 3, 0.5))).hexdigest())"
+  )
+  root = pathlib.Path(__file__).parents[1]
+  command = [sys.executable, "-c", program]
+  runs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE) for _ in range(3)]
+  assert len({run.communicate(timeout=60)[0] for run in runs}) == 1
+  assert not any(run.returncode for run in runs)
+
+
 def test_clips_that_are_cut_from_a_file_share_its_hash(tmp_path):
   """So that none of them validates what another trains."""
   names = ["a.mp4", "b.mp4", records.clip_name("a.mp4", 0), records.clip_name("a.mp4", 12)]

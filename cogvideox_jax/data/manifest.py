@@ -6,6 +6,7 @@ What cannot be used is refused by itself, with its place and the reason, and nev
 import json
 import math
 import os
+import re
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -134,11 +135,14 @@ def _item(fields: dict[str, Any], folder: epath.Path, line: int) -> Item:
     captions = [fields["caption"], *captions]
   if not captions:
     raise _RefusedError("no caption")
+  id_ = _text(fields.get("id", name), "id")
+  if re.search(r"#\d+$", id_):
+    raise _RefusedError(f"the id {id_!r} ends as the names of clips that are cut from one file do")
   score = fields.get("score")
   if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
     raise _RefusedError("score is not a number")
   return Item(
-    id=_text(fields.get("id", name), "id"),
+    id=id_,
     file=_inside(name, folder),
     captions=tuple(_text(caption, "caption") for caption in captions),
     score=None if score is None else float(score),

@@ -61,6 +61,7 @@ FEATURES: Any = tfds.features.FeaturesDict(
 )
 
 
+_SERIALIZER = tfds.core.ExampleSerializer(FEATURES.get_serialized_info())
 _AS_THEY_ARE = ("source", "num_frames", "height", "width", "fps")  # Fields stored unchanged.
 
 
@@ -116,16 +117,17 @@ def serialize(example: Example) -> bytes:
   if fault := storage_fault(example):
     raise ValueError(f"{example.source!r} cannot be stored: {fault}")
   captions, texts = _captions_of(example)
-  return FEATURES.serialize_example(
-    {
-      "mean": _cast(example.mean, np.float16),
-      "logvar": _cast(example.logvar, np.float16),
-      "text": _cast(texts, ml_dtypes.bfloat16).view(np.uint16),
-      "captions": captions,
-      "score": np.nan if example.score is None else example.score,
-      **{name: getattr(example, name) for name in _AS_THEY_ARE},
-    }
-  )
+  fields = {
+    "mean": _cast(example.mean, np.float16),
+    "logvar": _cast(example.logvar, np.float16),
+    "text": _cast(texts, ml_dtypes.bfloat16).view(np.uint16),
+    "captions": captions,
+    "score": np.nan if example.score is None else example.score,
+    **{name: getattr(example, name) for name in _AS_THEY_ARE},
+  }
+  message = _SERIALIZER.get_tf_example(FEATURES.encode_example(fields))
+  # TFDS itself leaves the order of the fields to the address space of the process.
+  return message.SerializeToString(deterministic=True)
 
 
 def parse(record: bytes) -> Example:
