@@ -321,6 +321,8 @@ def _upright(frame: av.VideoFrame, stream: VideoStream) -> tuple[Image.Image, tu
     interpolation=_EXACT | Interpolation.FULL_CHR_H_INT,
     threads=1,
   )
+  if frame.interlaced_frame and frame.height > 1:
+    rgb = rgb[::2]  # One field: the other shows another instant.
   width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
   quarters = round(frame.rotation / 90) % 4
   size = (frame.height, width) if quarters % 2 else (width, frame.height)
