@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from cogvideox_jax import encoding
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import video
+from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.tokenizer import Tokenizer
-from cogvideox_jax.encoders import Encoders
+from cogvideox_jax.encoders import Encoders, fill
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
@@ -144,6 +146,126 @@ def test_another_manifest_into_the_same_place_is_refused(tmp_path, model, config
   other = write_clips(tmp_path / "two", 3)
   with pytest.raises(UserError, match="other files or settings"):
     encoding.encode(config, other, tmp_path / "out", model)
+
+
+def two_stages(config):
+  with config.unlocked():
+    config.stages = {"a": config.stages.tiny.copy_and_resolve_references(), "b": config.stages.tiny}
+  config.stages.b.sizes = ((32, 32),)
+  return config
+
+
+def test_a_long_video_becomes_clips_that_share_its_caption_and_follow_one_another(
+  tmp_path, model, config
+):
+  clips, output = write_clips(tmp_path / "clips", 1), tmp_path / "out"
+  frames = np.random.default_rng(1).integers(0, 255, (30, 16, 16, 3), np.uint8)
+  video.write_mp4(clips / "000.mp4", frames, 8.0)
+  assert encoding.encode(config, clips, output, model) == (3, 0)
+  dataset = Dataset(output / "tiny")
+  assert sources(output) == ["000.mp4#0", "000.mp4#1", "000.mp4#2"]
+  assert len(set(dataset.index.source_hash)) == 1
+  shown = video.read(clips / "000.mp4", fps=8.0, num_frames=27, height=16, width=16)
+  encoders = Encoders(open_model(model), config)
+  cut = shown.reshape(3, 9, 16, 16, 3)
+  mean, _ = encoders.moments(fill(cut, encoders.batch_size(Bucket(9, 16, 16))))
+  for clip in range(3):
+    assert dataset[clip].caption == "number 0"
+    np.testing.assert_allclose(dataset[clip].mean, mean[clip], atol=2e-2)
+
+
+def test_a_file_goes_to_each_stage_at_its_size_unless_it_would_blur(tmp_path, model, config):
+  clips, output = write_clips(tmp_path / "clips", 3), tmp_path / "out"
+  large = np.random.default_rng(1).integers(0, 255, (9, 32, 32, 3), np.uint8)
+  video.write_mp4(clips / "001.mp4", large, 8.0)
+  (clips / "002.mp4").write_bytes(b"x")
+  assert encoding.encode(two_stages(config), clips, output, model) == (3, 2)
+  a, b = Dataset(output / "a"), Dataset(output / "b")
+  assert sorted(a.source(clip) for clip in range(len(a))) == ["000.mp4", "001.mp4"]
+  assert [b.source(clip) for clip in range(len(b))] == ["001.mp4"]
+  assert (set(a.index.height), set(b.index.height)) == ({16}, {32})
+  small, torn = map(json.loads, (output / "quarantine.jsonl").read_text().splitlines())
+  assert (small["file"], torn["file"]) == ("000.mp4", "002.mp4")
+  assert small["reason"].startswith("stage b: 16x16 (height x width) pixels would be enlarged 2.0")
+  assert "stage" not in torn["reason"]  # Once, for both.
+
+
+def test_a_stage_that_is_there_is_not_written_again(tmp_path, model, config):
+  clips, output = write_clips(tmp_path / "clips", 2), tmp_path / "out"
+  config.stages.tiny.sizes = ((16, 16), (16, 32))
+  encoding.encode(two_stages(config), clips, output, model)
+  shards = {stage: next(output.glob(f"{stage}/*.array_record*")) for stage in "ab"}
+  expected = shards["b"].read_bytes()
+  shards["b"].unlink()
+  before = shards["a"].stat().st_mtime_ns
+  encoding.encode(config, clips, output, model)
+  assert shards["b"].read_bytes() == expected
+  assert shards["a"].stat().st_mtime_ns == before
+
+
+def test_a_clip_keeps_all_its_captions_and_its_score(tmp_path, model, config):
+  clips, output = write_clips(tmp_path / "clips", 2), tmp_path / "out"
+  line = {"file": "000.mp4", "caption": "first", "captions": ["second", "number 1"], "score": 0.5}
+  manifest = clips / "manifest.jsonl"
+  manifest.write_text(f"{json.dumps(line)}\n{manifest.read_text().splitlines()[1]}\n")
+  encoding.encode(config, clips, output, model)
+  dataset = Dataset(output / "tiny")
+  several, one = np.argsort(-dataset.index.captions).tolist()
+  np.testing.assert_array_equal(dataset.index.captions[[several, one]], [3, 1])
+  np.testing.assert_array_equal(dataset.index.score[[several, one]], [0.5, np.nan])
+  used = [dataset[several].with_caption(number) for number in range(3)]
+  assert [example.caption for example in used] == ["first", "second", "number 1"]
+  np.testing.assert_array_equal(used[2].text, dataset[one].text)
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, model, config, monkeypatch):
+  monkeypatch.setattr(encoding, "SHARD_ITEMS", 5)
+  clips = write_clips(tmp_path / "clips", 12)
+  (clips / "007.mp4").write_bytes(b"x")
+  written = []
+  for workers in (1, 3):
+    output = tmp_path / str(workers)
+    encoding.encode(config, clips, output, model, workers=workers)
+    files = [path for path in output.rglob("*") if path.is_file()]
+    written.append({path.relative_to(output): path.read_bytes() for path in files})
+  assert written[0] == written[1]
+
+
+def test_a_full_disk_is_one_clear_message(tmp_path, model, config):
+  clips, output = write_clips(tmp_path / "clips", 12), tmp_path / "out"
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+  try:
+    with pytest.raises(UserError, match=r"cannot write .*\nFree some space"):
+      encoding.encode(config, clips, output, model)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert encoding.encode(config, clips, output, model) == (12, 0)
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, model):
+  clips = write_clips(tmp_path / "clips", 1)
+  lines = [{"file": "000.mp4", "caption": "x", "id": f"{index}"} for index in range(20_000)]
+  (clips / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  command = [sys.executable, "-m", "cogvideox_jax.encode", "--config=configs/tiny.py"]
+  flags = [f"--input={clips}", f"--output={tmp_path / 'out'}", f"--model={model}"]
+  changes = ["--config.stages.tiny.sizes=((16,16),)", "--config.model.text_length=6"]
+  with subprocess.Popen(
+    [*command, *flags, *changes],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    while "Encoding" not in process.stderr.readline():
+      assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+  assert process.returncode == 130
+  assert (
+    output == f"Whole shards are kept in {tmp_path / 'out'}: the same command goes on from there.\n"
+  )
+  assert errors.rstrip().endswith("Interrupted.")
 
 
 RUN = """
