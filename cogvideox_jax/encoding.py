@@ -107,14 +107,14 @@ def _runs(items: Sequence[Item]) -> list[list[Item]]:
   return runs
 
 
-class Cut(NamedTuple):
-  """A clip to be made of a window of a file."""
+class Clip(NamedTuple):
+  """A window of a file, brought to a stage's bucket and frame rate: all of it but the frames."""
 
   stage: str
   bucket: Bucket
   fps: float
   item: Item
-  name: str  # The example's source.
+  source: str  # As the example's.
 
 
 class _Stage:
@@ -128,7 +128,7 @@ class _Stage:
     made_from = identity(
       {
         "items": [
-          [[item.id, item.file.name, item.score, *item.captions] for item in run] for run in runs
+          [[item.id, item.name, item.score, *item.captions] for item in run] for run in runs
         ],
         "model": model,
         "text_length": config.model.text_length,
@@ -142,13 +142,13 @@ class _Stage:
     """Whether it had to be written when this process began."""
     return shard in self._pending
 
-  def cut(self, item: Item, info: VideoInfo) -> list[tuple[Cut, Window]]:
+  def cut(self, item: Item, info: VideoInfo) -> list[tuple[Clip, Window]]:
     """The clips of a file, and where they are; VideoError if there are none for this stage."""
     windows = buckets.cut(info, self._sizes, self._durations, self._fps)
     names = [clip_name(item.id, number) for number in range(len(windows))]
     return [
-      (Cut(self.name, Bucket(*window[1:]), self._fps, item, name), window)
-      for window, name in zip(windows, names if len(names) > 1 else [item.id], strict=True)
+      (Clip(self.name, Bucket(*window[1:]), self._fps, item, source), window)
+      for window, source in zip(windows, names if len(names) > 1 else [item.id], strict=True)
     ]
 
 
@@ -158,7 +158,7 @@ class _Shard:
   def __init__(self, number: int, items: list[Item], stages: list[_Stage]):
     self.items = items
     self._number, self._stages = number, stages
-    self._cuts: dict[str, list[Cut]] = {}  # By the item's id, in the order of the plan.
+    self._planned: dict[str, list[Clip]] = {}  # By the item's id.
     self._refusals: dict[str, set[Refusal]] = {stage.name: set() for stage in stages}
 
   @cached_property
@@ -168,37 +168,37 @@ class _Shard:
   def files(self, fps: float) -> Iterator[File]:
     return (File(item.file, fps, partial(self._plan, item)) for item in self.items)
 
-  def clips(self, decoded: Iterator[Iterator[Piece]], bar: tqdm) -> Iterator[tuple[Cut, Frames]]:
+  def clips(self, decoded: Iterator[Iterator[Piece]], bar: tqdm) -> Iterator[tuple[Clip, Frames]]:
     """What the decoders make of the shard's files."""
     for item, pieces in zip(self.items, decoded, strict=False):
       given = 0
       try:
         for number, frames in pieces:
-          yield self._cuts[item.id][number], frames
+          yield self._planned[item.id][number], frames
           given += 1
       except VideoError as error:
         kept = f", after {given} clips that are kept" if given else ""
         self._refuse(item, f"{error}{kept}", self._refusals)
       bar.update()
 
-  def write(self, cuts: Sequence[Cut], moments: Moments, texts: dict[str, States]) -> None:
+  def write(self, clips: Sequence[Clip], moments: Moments, texts: dict[str, States]) -> None:
     """Writes a batch, once the devices have made it."""
-    for cut, mean, logvar in zip(cuts, *map(np.asarray, moments), strict=False):
-      first, *others = (Caption(caption, texts[caption]) for caption in cut.item.captions)
+    for clip, mean, logvar in zip(clips, *map(np.asarray, moments), strict=False):
+      first, *others = (Caption(caption, texts[caption]) for caption in clip.item.captions)
       example = Example(
         mean=mean,
         logvar=logvar,
         **first._asdict(),
-        source=cut.name,
-        **cut.bucket._asdict(),
-        fps=cut.fps,
-        score=cut.item.score,
+        source=clip.source,
+        **clip.bucket._asdict(),
+        fps=clip.fps,
+        score=clip.item.score,
         others=tuple(others),
       )
       if fault := storage_fault(example):
-        self._refuse(cut.item, f"stage {cut.stage}, clip {cut.name}: {fault}", [cut.stage])
+        self._refuse(clip.item, f"stage {clip.stage}, clip {clip.source}: {fault}", [clip.stage])
       else:
-        self._outputs[cut.stage].write(example)
+        self._outputs[clip.stage].write(example)
 
   def close(self) -> None:
     for name, output in self._outputs.items():
@@ -206,18 +206,18 @@ class _Shard:
 
   def _plan(self, item: Item, info: VideoInfo) -> list[Window]:
     """What the stages want of a file. Runs in a decoder's thread, before the file's clips come."""
-    wanted: list[tuple[Cut, Window]] = []
+    wanted: list[tuple[Clip, Window]] = []
     for stage in self._stages:
       try:
         wanted += stage.cut(item, info)
       except VideoError as error:
         self._refuse(item, f"stage {stage.name}: {error}", [stage.name])
-    self._cuts[item.id] = [cut for cut, _ in wanted]
+    self._planned[item.id] = [clip for clip, _ in wanted]
     return [window for _, window in wanted]
 
   def _refuse(self, item: Item, reason: str, stages: Iterable[str]) -> None:
     for name in stages:
-      self._refusals[name].add(Refusal(str(item.file.name), item.line, reason))
+      self._refusals[name].add(Refusal(item.name, item.line, reason))
 
 
 class _Background:
@@ -256,9 +256,10 @@ def _encode_shards(
     for shard in shards:
       texts = _texts(shard.items, encoders)
       for batch in _batches(shard.clips(decoded, bar), encoders):
-        cuts, clips = zip(*batch, strict=True)
-        moments = encoders.moments(fill(np.stack(clips), encoders.batch_size(cuts[0].bucket)))
-        background.do(shard.write, cuts, moments, texts)
+        clips, frames = zip(*batch, strict=True)
+        size = encoders.batch_size(clips[0].bucket)
+        moments = encoders.moments(fill(np.stack(frames), size))
+        background.do(shard.write, clips, moments, texts)
       background.do(shard.close)
 
 
@@ -269,14 +270,14 @@ def _texts(items: Sequence[Item], encoders: Encoders) -> dict[str, States]:
 
 
 def _batches(
-  clips: Iterator[tuple[Cut, Frames]], encoders: Encoders
-) -> Iterator[list[tuple[Cut, Frames]]]:
+  clips: Iterator[tuple[Clip, Frames]], encoders: Encoders
+) -> Iterator[list[tuple[Clip, Frames]]]:
   """Clips of one stage and bucket together, as many as the encoders take; fewer at the end."""
-  waiting: dict[tuple[str, Bucket], list[tuple[Cut, Frames]]] = {}
-  for cut, frames in clips:
-    key = cut.stage, cut.bucket
-    waiting.setdefault(key, []).append((cut, frames))
-    if len(waiting[key]) == encoders.batch_size(cut.bucket):
+  waiting: dict[tuple[str, Bucket], list[tuple[Clip, Frames]]] = {}
+  for clip, frames in clips:
+    key = clip.stage, clip.bucket
+    waiting.setdefault(key, []).append((clip, frames))
+    if len(waiting[key]) == encoders.batch_size(clip.bucket):
       yield waiting.pop(key)
   for key in sorted(waiting):
     yield waiting[key]

@@ -15,18 +15,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
 VISION, TEXT = 0, 1  # The two experts, in the order their weights are stored.
-
-
-class Clip(NamedTuple):
-  """A piece of video brought to a bucket's frame rate, duration and size, with its caption."""
-
-  frames: UInt8[np.ndarray, "F H W 3"]  # RGB.
-  caption: str
-  source: str  # Names the clip within its dataset: unique, stable over runs.
-  fps: float
 
 
 class Caption(NamedTuple):
@@ -43,7 +34,7 @@ class Example(NamedTuple):
   logvar: Float[np.ndarray, "f h w c"]
   text: Float[np.ndarray, "l t"]  # Of the caption in use, as `Caption.text`.
   caption: str
-  source: str
+  source: str  # Names the clip within its dataset: unique, stable over runs.
   num_frames: int  # In pixels, as are height and width.
   height: int
   width: int

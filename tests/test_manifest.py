@@ -49,9 +49,9 @@ def test_lines_become_items_in_their_order(folder):
     items, refusals = read_manifest(path)
     assert not refusals
     assert [tuple(item) for item in items] == [
-      ("b.webm", folder / "b.webm", ("a wave",), None, 1),
-      ("c", folder / "sub/c.jpg", ("one", "two", "drei"), 3.0, 3),
-      ("a.mp4", folder / "a.mp4", ("été",), None, 4),
+      ("b.webm", folder / "b.webm", ("a wave",), None, 1, "b.webm"),
+      ("c", folder / "sub/c.jpg", ("one", "two", "drei"), 3.0, 3, "sub/c.jpg"),
+      ("a.mp4", folder / "a.mp4", ("été",), None, 4, "a.mp4"),
     ]
 
 
@@ -147,8 +147,8 @@ def test_a_folder_pairs_files_with_texts_by_name(folder):
   (folder / "notes.md").write_text("not a clip")
   items, refusals = read_manifest(folder)
   assert [tuple(item) for item in items] == [
-    ("a.mp4", folder / "a.mp4", ("a wave",), None, 0),
-    ("c.v2.PNG", folder / "c.v2.PNG", ("a lion",), None, 0),
+    ("a.mp4", folder / "a.mp4", ("a wave",), None, 0, "a.mp4"),
+    ("c.v2.PNG", folder / "c.v2.PNG", ("a lion",), None, 0, "c.v2.PNG"),
   ]
   assert refusals == [
     Refusal("b.webm", 0, "no caption: there is no b.txt"),

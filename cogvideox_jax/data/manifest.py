@@ -26,6 +26,7 @@ class Item(NamedTuple):
   captions: tuple[str, ...]  # At least one.
   score: float | None  # The user's own measure of the clip.
   line: int  # Of the manifest, from 1; 0 in a folder without one.
+  name: str  # Of the file, as the manifest or the folder has it.
 
 
 class Refusal(NamedTuple):
@@ -99,7 +100,7 @@ def _read_folder(folder: epath.Path) -> tuple[list[Item], list[Refusal]]:
   for name in names:
     try:
       caption = _read_text(os.path.splitext(name)[0] + ".txt", folder)
-      items.append(Item(_text(name, "file"), _inside(name, folder), (caption,), None, 0))
+      items.append(Item(_text(name, "file"), _inside(name, folder), (caption,), None, 0, name))
     except _RefusedError as refused:
       refusals.append(Refusal(name, 0, str(refused)))
   return items, refusals
@@ -147,6 +148,7 @@ def _item(fields: dict[str, Any], folder: epath.Path, line: int) -> Item:
     captions=tuple(_text(caption, "caption") for caption in captions),
     score=None if score is None else float(score),
     line=line,
+    name=name,
   )
 
 
