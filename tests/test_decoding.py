@@ -25,9 +25,9 @@ served, read_windows = [], video.read_windows
 def attacked(path, windows, **settings):
   served.append(path.name)
   for index, frame in enumerate(read_windows(path, windows, **settings)):
-    if index == 12 and path.name.startswith("crash"):
+    if index == 14 and path.name.startswith("crash"):
       os.kill(os.getpid(), signal.SIGSEGV)
-    if index == 12 and path.name.startswith("leave"):
+    if index == 14 and path.name.startswith("leave"):
       os._exit(7)
     if path.name.startswith("hang"):
       time.sleep(1e6)
@@ -35,7 +35,7 @@ def attacked(path, windows, **settings):
       while True: pass
     if path.name.startswith("large"):
       bytearray(500 * 2**20)
-    if index == 12 and path.name.startswith("poisoned") and len(served) > 1:
+    if index == 14 and path.name.startswith("poisoned") and len(served) > 1:
       os.kill(os.getpid(), signal.SIGBUS)
     yield frame
 
@@ -44,7 +44,8 @@ decode_worker.SECONDS, decode_worker.PACE = 1.0, 0.0
 decode_worker.main()
 """
 ATTACK = (sys.executable, "-c", ATTACKED)
-WINDOWS = [Window(0, 9, 32, 48), Window(9, 5, 32, 48), Window(3, 1, 64, 64)]
+# Larger than the buffer of a process, so that pieces arrive before its last frame.
+WINDOWS = [Window(0, 9, 64, 96), Window(9, 5, 64, 96), Window(3, 1, 64, 64)]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def decode(paths, workers=2, **settings) -> list[list]:
 
 def check_sound(pieces: list, path: Path) -> None:
   assert [piece.number for piece in pieces] == [2, 0, 1]  # As their last frames come.
-  whole = video.read(path, fps=8.0, num_frames=14, height=32, width=48)
+  whole = video.read(path, fps=8.0, num_frames=14, height=64, width=96)
   np.testing.assert_array_equal(pieces[1].frames, whole[:9])
   np.testing.assert_array_equal(pieces[2].frames, whole[9:])
   large = video.read(path, fps=8.0, num_frames=4, height=64, width=64)
