@@ -114,6 +114,18 @@ def test_a_file_does_not_answer_for_those_before_it(sound, tmp_path):
     check_sound(pieces, sound)
 
 
+def test_a_process_may_wait_for_its_next_file_as_long_as_it_must(sound):
+  """Longer than a file may take: one second here."""
+  with Decoders(1, command=ATTACK) as decoders:
+    processes = []
+    for _ in range(2):
+      for pieces in decoders.decode([File(sound, 8.0, lambda info: WINDOWS)]):
+        check_sound(list(pieces), sound)
+      time.sleep(1.5)
+      processes.append(decoders._workers[0]._running.process)
+  assert processes[0] is processes[1]
+
+
 def test_decoding_that_is_left_leaves_no_process(sound):
   with pytest.raises(KeyboardInterrupt), Decoders(2) as decoders:
     files = [File(sound, 8.0, lambda info: WINDOWS)] * 9

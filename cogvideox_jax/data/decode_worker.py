@@ -38,6 +38,8 @@ def serve(questions: BinaryIO, answers: BinaryIO) -> None:
       if isinstance(error.__cause__, MemoryError):
         raise error.__cause__ from None
       _say(answers, {"fault": str(error)})
+    finally:
+      _allow(0)
 
 
 def _decode(question: dict[str, Any], questions: BinaryIO, answers: BinaryIO) -> None:
