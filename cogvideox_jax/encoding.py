@@ -1,214 +1,305 @@
-"""Clips to Examples: the frozen VAE and text encoder over the data, once.
+"""Files to Examples: the frozen VAE and text encoder over the data, once.
 
-The manifest's items are cut into shards of a fixed number, in order; a shard is written whole or
-not at all. So a killed run loses at most one shard's work, and goes on where it was.
+The manifest's items are cut into shards, in order; a shard is written whole or not at all, by one
+host. So hosts never wait for one another, and a killed run loses at most the shard it was at.
+
+Three things go on at once: processes decode the next files, the devices encode a batch of clips of
+one bucket, and a thread writes the batch before.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from functools import partial
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cogvideox_jax import config as configs
-from cogvideox_jax.conversion.folder import ModelFolder, open_model
-from cogvideox_jax.conversion.tensors import Params
-from cogvideox_jax.data import buckets, video
+from cogvideox_jax import hosts
+from cogvideox_jax.conversion.folder import open_model
+from cogvideox_jax.data import buckets
 from cogvideox_jax.data.buckets import Bucket
+from cogvideox_jax.data.decoding import Decoders, File, Piece
 from cogvideox_jax.data.files import disk_errors, write_atomically
-from cogvideox_jax.data.manifest import Item, read_manifest
-from cogvideox_jax.data.records import Counts, ShardWriter, identity, storage_fault
-from cogvideox_jax.data.tokenizer import Tokenizer
-from cogvideox_jax.models import vae
-from cogvideox_jax.models.graphs import compute_dtype, graph_of
-from cogvideox_jax.models.t5 import T5Encoder, encode_text
-from cogvideox_jax.models.vae import VAE
-from cogvideox_jax.types import Clip, Example
+from cogvideox_jax.data.manifest import Item, Refusal, read_manifest
+from cogvideox_jax.data.records import (
+  Counts,
+  OpenShard,
+  ShardWriter,
+  clip_name,
+  identity,
+  storage_fault,
+)
+from cogvideox_jax.data.video import VideoError, VideoInfo, Window
+from cogvideox_jax.encoders import Encoders, fill
+from cogvideox_jax.types import Caption, Example
 
 SHARD_ITEMS = 128  # What a killed run does again, at most; of 49x480x720, a shard is 0.8 GB.
-BATCH_CLIPS = 16  # At most this many clips of one bucket go through the VAE together,
-BATCH_PIXELS = 2**22  # and about this many pixels; but always one clip.
+SHARD_BYTES = 2**28  # Of files: long videos, which give many clips each, fill a shard sooner.
+WRITES_BEHIND = 2  # Batches that wait to be written; each holds memory of the devices.
+Frames = UInt8[np.ndarray, "F H W 3"]
+States = Float[np.ndarray, "l t"]
+Moments = tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]
+
+WORKERS = min(os.cpu_count() or 1, 16)  # Decode more than the devices of a host encode.
 
 
 def encode(
-  config: ConfigDict, source: epath.PathLike, output: epath.PathLike, model: str
+  config: ConfigDict,
+  source: epath.PathLike,
+  output: epath.PathLike,
+  model: str,
+  *,
+  workers: int = WORKERS,
 ) -> Counts:
   """Encodes the clips of a manifest or folder into OUTPUT/STAGE, for each stage of the config.
 
-  A clip that cannot be used gets its line in OUTPUT/quarantine.jsonl. Called again, it finishes
-  what is missing.
+  A file is decoded once for all stages, and what cannot be used of it gets its line in
+  OUTPUT/quarantine.jsonl. Called again, it finishes what is missing. Every host of a job calls it
+  (see hosts.py): each writes a share of the shards, and all return when everything is written.
 
   Args:
     model: a shipped name or a model folder, whose VAE, text encoder and tokenizer are used.
+    workers: processes that decode; the result does not depend on them.
 
   Returns:
-    How many clips were encoded, and how many refused, over all stages.
+    How many clips were encoded, over all stages, and how many lines the quarantine has.
 
   Raises:
     UserError: the config, the source, the model or the output cannot be used; before any work.
   """
   configs.check(config, model)
   items, refusals = read_manifest(source)
-  encoders = Encoders(open_model(model), config)
-  output = epath.Path(output)
-  stages = [_Stage(encoders, items, output / name, config, name) for name in config.stages]
-  lines = [refusal._asdict() for refusal in refusals]
-  counts = []
-  for stage in stages:
-    counts.append(stage.run())
-    lines += stage.writer.refusals()
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  with disk_errors(output):
-    write_atomically(output / "quarantine.jsonl", text.encode())
-  return Counts(sum(count.clips for count in counts), len(lines))
+  encoders, output = Encoders(open_model(model), config), epath.Path(output)
+  runs = _runs(items)
+  stages = [_Stage(config, name, output, runs, encoders.digest) for name in config.stages]
+  lacking = hosts.agree([any(stage.lacks(run) for stage in stages) for run in range(len(runs))])
+  missing = [run for run, lacks in enumerate(lacking) if lacks]
+  mine = missing[jax.process_index() :: jax.process_count()]
+  shards = [_Shard(run, runs[run], [stage for stage in stages if stage.lacks(run)]) for run in mine]
+  done = len(items) - sum(len(runs[run]) for run in missing)
+  total = done + sum(len(shard.items) for shard in shards)
+  with tqdm(total=total, initial=done, desc="Encoding", unit="file") as bar:
+    _encode_shards(shards, encoders, config.data.fps, workers, bar)
+  return _finish(stages, refusals, output)
 
 
-class Encoders:
-  """The frozen networks of a model folder, as functions of host arrays."""
-
-  def __init__(self, folder: ModelFolder, config: ConfigDict):
-    vae_config, vae_params = folder.vae()
-    text_config, text_params = folder.text_encoder()
-    # The VAE computes in float32, as in sampling: latents are what training must reproduce.
-    floats = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), vae_params)
-    self._vae = nnx.merge(graph_of(VAE, vae_config), floats)
-    self._text_params = jax.device_put(text_params)
-    self._text_graph = graph_of(T5Encoder, text_config, dtype=compute_dtype(config.dtype))
-    self._tokenizer: Tokenizer = folder.tokenizer()
-    self._text_length: int = config.model.text_length
-    self.digest = _digest({"vae": vae_params, "text": text_params})
-
-  def text(self, captions: Sequence[str]) -> Float[np.ndarray, "b l t"]:
-    """T5's states. Always of one batch size, so that there is one program."""
-    ids = self._tokenizer.encode(list(captions), self._text_length)
-    states = encode_text(self._text_params, _fill(ids, BATCH_CLIPS), graphdef=self._text_graph)
-    return np.asarray(states)[: len(captions)]
-
-  def moments(
-    self, clips: Sequence[Clip], batch: int
-  ) -> tuple[Float[np.ndarray, "b f h w c"], Float[np.ndarray, "b f h w c"]]:
-    """Mean and log-variance of clips of one bucket; computed `batch` at a time."""
-    frames = _fill(np.stack([clip.frames for clip in clips]), batch)
-    mean, logvar = vae.encode(self._vae, jnp.float32(frames) / 127.5 - 1)
-    return np.asarray(mean)[: len(clips)], np.asarray(logvar)[: len(clips)]
+def _runs(items: Sequence[Item]) -> list[list[Item]]:
+  """The items of each shard."""
+  runs: list[list[Item]] = [[]]
+  size = 0
+  for item in items:
+    length = item.file.stat().length
+    if runs[-1] and (len(runs[-1]) == SHARD_ITEMS or size + length > SHARD_BYTES):
+      runs.append([])
+      size = 0
+    runs[-1].append(item)
+    size += length
+  return runs
 
 
-class Planned(NamedTuple):
-  """An item whose file could be opened, and the bucket that it is brought to."""
+class Clip(NamedTuple):
+  """A window of a file, brought to a stage's bucket and frame rate: all of it but the frames."""
 
-  item: Item
+  stage: str
   bucket: Bucket
+  fps: float
+  item: Item
+  source: str  # As the example's.
 
 
 class _Stage:
-  """One dataset in the making."""
+  """A dataset in the making."""
 
   def __init__(
-    self, encoders: Encoders, items: list[Item], folder: epath.Path, config: ConfigDict, name: str
+    self, config: ConfigDict, name: str, output: epath.Path, runs: list[list[Item]], model: str
   ):
-    self._encoders, self._items, self._name = encoders, items, name
-    self._fps, self._sizes = config.data.fps, config.stages[name].sizes
-    self._durations = config.stages[name].durations
+    self.name, self._fps = name, config.data.fps
+    self._sizes, self._durations = config.stages[name].sizes, config.stages[name].durations
     made_from = identity(
       {
-        "items": [[item.id, str(item.file.name), *item.captions] for item in items],
-        "model": encoders.digest,
+        "items": [
+          [[item.id, item.name, item.score, *item.captions] for item in run] for run in runs
+        ],
+        "model": model,
         "text_length": config.model.text_length,
-        "buckets": [self._sizes, self._durations, self._fps],
+        "buckets": [self._sizes, self._durations, self._fps, buckets.MAX_ENLARGEMENT],
       }
     )
-    self.writer = ShardWriter(folder, max(1, -(-len(items) // SHARD_ITEMS)), made_from)
+    self.writer = ShardWriter(output / name, len(runs), made_from)
+    self._pending = set(self.writer.pending())
 
-  def run(self) -> Counts:
-    """Writes the shards that are missing."""
-    pending = self.writer.pending()
-    shards = [self._items[shard * SHARD_ITEMS :][:SHARD_ITEMS] for shard in pending]
-    done = len(self._items) - sum(map(len, shards))
-    bar = tqdm(total=len(self._items), initial=done, desc=f"Encoding {self._name}", unit="clip")
-    with bar:
-      for shard, items in zip(pending, shards, strict=True):
-        refusals: list[dict[str, Any]] = []
-        self.writer.write_shard(shard, self._examples(items, refusals, bar), refusals)
-    return self.writer.finalize()
+  def lacks(self, shard: int) -> bool:
+    """Whether it had to be written when this process began."""
+    return shard in self._pending
 
-  def _examples(
-    self, items: list[Item], refusals: list[dict[str, Any]], bar: tqdm
-  ) -> Iterator[Example]:
-    """Examples of a shard, bucket by bucket; adds to the refusals as it meets them."""
+  def cut(self, item: Item, info: VideoInfo) -> list[tuple[Clip, Window]]:
+    """The clips of a file, and where they are; VideoError if there are none for this stage."""
+    windows = buckets.cut(info, self._sizes, self._durations, self._fps)
+    names = [clip_name(item.id, number) for number in range(len(windows))]
+    return [
+      (Clip(self.name, Bucket(*window[1:]), self._fps, item, source), window)
+      for window, source in zip(windows, names if len(names) > 1 else [item.id], strict=True)
+    ]
 
-    def refuse(item: Item, reason: str) -> None:
-      refusals.append({"file": str(item.file.name), "line": item.line, "reason": reason})
+
+class _Shard:
+  """A run of items, on its way into the stages that lack it."""
+
+  def __init__(self, number: int, items: list[Item], stages: list[_Stage]):
+    self.items = items
+    self._number, self._stages = number, stages
+    self._planned: dict[str, list[Clip]] = {}  # By the item's id.
+    self._refusals: dict[str, set[Refusal]] = {stage.name: set() for stage in stages}
+
+  @cached_property
+  def _outputs(self) -> dict[str, OpenShard]:
+    return {stage.name: stage.writer.open_shard(self._number) for stage in self._stages}
+
+  def files(self, fps: float) -> Iterator[File]:
+    return (File(item.file, fps, partial(self._plan, item)) for item in self.items)
+
+  def clips(self, decoded: Iterator[Iterator[Piece]], bar: tqdm) -> Iterator[tuple[Clip, Frames]]:
+    """What the decoders make of the shard's files."""
+    for item, pieces in zip(self.items, decoded, strict=False):
+      given = 0
+      try:
+        for number, frames in pieces:
+          yield self._planned[item.id][number], frames
+          given += 1
+      except VideoError as error:
+        kept = f", after {given} clips that are kept" if given else ""
+        self._refuse(item, f"{error}{kept}", self._refusals)
       bar.update()
 
-    by_bucket: dict[Bucket, list[Planned]] = {}
-    for item in items:
-      planned = self._plan(item, refuse)
-      if planned:
-        by_bucket.setdefault(planned.bucket, []).append(planned)
-    for bucket, members in sorted(by_bucket.items()):
-      pixels = bucket.num_frames * bucket.height * bucket.width
-      batch = min(max(BATCH_PIXELS // pixels, 1), BATCH_CLIPS)
-      for start in range(0, len(members), batch):
-        group = members[start : start + batch]
-        pairs = [(one.item, clip) for one in group if (clip := self._read(one, refuse))]
-        for item, example in self._encode(pairs, batch):
-          if fault := storage_fault(example):
-            refuse(item, fault)
-            continue
-          bar.update()
-          yield example
-
-  def _plan(self, item: Item, refuse) -> Planned | None:
-    try:
-      info = video.probe(item.file)
-    except video.VideoError as error:
-      return refuse(item, str(error))
-    bucket = buckets.assign(info, self._sizes, self._durations, self._fps)
-    if bucket is None:
-      shortest = f"{min(self._durations)} frames at {self._fps:g} frames a second"
-      return refuse(item, f"{info.seconds:.2f} s is shorter than {shortest}")
-    return Planned(item, bucket)
-
-  def _read(self, planned: Planned, refuse) -> Clip | None:
-    item, bucket = planned
-    try:
-      frames = video.read(item.file, fps=self._fps, **bucket._asdict())
-    except video.VideoError as error:
-      return refuse(item, str(error))
-    return Clip(frames, item.captions[0], item.id, self._fps)
-
-  def _encode(self, pairs: list[tuple[Item, Clip]], batch: int) -> Iterator[tuple[Item, Example]]:
-    if not pairs:
-      return
-    clips = [clip for _, clip in pairs]
-    moments = self._encoders.moments(clips, batch)
-    texts = self._encoders.text([clip.caption for clip in clips])
-    for (item, clip), mean, logvar, text in zip(pairs, *moments, texts, strict=True):
-      num_frames, height, width = clip.frames.shape[:3]
-      yield (
-        item,
-        Example(mean, logvar, text, clip.caption, clip.source, num_frames, height, width, clip.fps),
+  def write(self, clips: Sequence[Clip], moments: Moments, texts: dict[str, States]) -> None:
+    """Writes a batch, once the devices have made it."""
+    for clip, mean, logvar in zip(clips, *map(np.asarray, moments), strict=False):
+      first, *others = (Caption(caption, texts[caption]) for caption in clip.item.captions)
+      example = Example(
+        mean=mean,
+        logvar=logvar,
+        **first._asdict(),
+        source=clip.source,
+        **clip.bucket._asdict(),
+        fps=clip.fps,
+        score=clip.item.score,
+        others=tuple(others),
       )
+      if fault := storage_fault(example):
+        self._refuse(clip.item, f"stage {clip.stage}, clip {clip.source}: {fault}", [clip.stage])
+      else:
+        self._outputs[clip.stage].write(example)
+
+  def close(self) -> None:
+    for name, output in self._outputs.items():
+      output.close(refusal._asdict() for refusal in sorted(self._refusals[name], key=_by_line))
+
+  def _plan(self, item: Item, info: VideoInfo) -> list[Window]:
+    """What the stages want of a file. Runs in a decoder's thread, before the file's clips come."""
+    wanted: list[tuple[Clip, Window]] = []
+    for stage in self._stages:
+      try:
+        wanted += stage.cut(item, info)
+      except VideoError as error:
+        self._refuse(item, f"stage {stage.name}: {error}", [stage.name])
+    self._planned[item.id] = [clip for clip, _ in wanted]
+    return [window for _, window in wanted]
+
+  def _refuse(self, item: Item, reason: str, stages: Iterable[str]) -> None:
+    for name in stages:
+      self._refusals[name].add(Refusal(item.name, item.line, reason))
 
 
-def _fill(array: np.ndarray, count: int) -> np.ndarray:
-  """Repeats the last entry until there are `count`: every batch has one shape."""
-  return np.concatenate([array, np.repeat(array[-1:], count - len(array), axis=0)])
+class _Background:
+  """Does one thing after another in another thread, and lets it fall behind by a few only."""
+
+  def __init__(self):
+    self._thread = ThreadPoolExecutor(1, "write")
+    self._waiting: deque[Future] = deque()
+
+  def __enter__(self) -> "_Background":
+    return self
+
+  def __exit__(self, fault: type[BaseException] | None, *_: object) -> None:
+    try:
+      if not fault:
+        self._wait(0)
+    finally:
+      self._thread.shutdown(cancel_futures=True)
+
+  def do(self, function: Callable[..., None], *args: Any) -> None:
+    """Raises what an earlier call raised."""
+    self._waiting.append(self._thread.submit(function, *args))
+    self._wait(WRITES_BEHIND)
+
+  def _wait(self, behind: int) -> None:
+    while len(self._waiting) > behind:
+      self._waiting.popleft().result()
 
 
-def _digest(params: Params) -> str:
-  """sha256 of all arrays, in path order."""
-  total = hashlib.sha256()
-  for path, leaf in jax.tree.leaves_with_path(params):
-    total.update(jax.tree_util.keystr(path).encode())
-    total.update(np.asarray(leaf).tobytes())
-  return total.hexdigest()
+def _encode_shards(
+  shards: Sequence[_Shard], encoders: Encoders, fps: float, workers: int, bar: tqdm
+) -> None:
+  files = (file for shard in shards for file in shard.files(fps))
+  with Decoders(workers) as decoders, _Background() as background:
+    decoded = decoders.decode(files)
+    for shard in shards:
+      texts = _texts(shard.items, encoders)
+      for batch in _batches(shard.clips(decoded, bar), encoders):
+        clips, frames = zip(*batch, strict=True)
+        size = encoders.batch_size(clips[0].bucket)
+        moments = encoders.moments(fill(np.stack(frames), size))
+        background.do(shard.write, clips, moments, texts)
+      background.do(shard.close)
+
+
+def _texts(items: Sequence[Item], encoders: Encoders) -> dict[str, States]:
+  """The states of every caption of the items."""
+  captions = list(dict.fromkeys(caption for item in items for caption in item.captions))
+  return dict(zip(captions, encoders.text(captions), strict=True)) if captions else {}
+
+
+def _batches(
+  clips: Iterator[tuple[Clip, Frames]], encoders: Encoders
+) -> Iterator[list[tuple[Clip, Frames]]]:
+  """Clips of one stage and bucket together, as many as the encoders take; fewer at the end."""
+  waiting: dict[tuple[str, Bucket], list[tuple[Clip, Frames]]] = {}
+  for clip, frames in clips:
+    key = clip.stage, clip.bucket
+    waiting.setdefault(key, []).append((clip, frames))
+    if len(waiting[key]) == encoders.batch_size(clip.bucket):
+      yield waiting.pop(key)
+  for key in sorted(waiting):
+    yield waiting[key]
+
+
+def _finish(stages: Sequence[_Stage], refusals: list[Refusal], output: epath.Path) -> Counts:
+  """Waits until the other hosts have written their shards; the first one then adds the index."""
+  for stage in stages:
+    lacking = stage.writer.pending()
+    while lacking:
+      time.sleep(1)
+      lacking = stage.writer.pending(lacking)
+  lines = {*refusals, *(Refusal(**line) for stage in stages for line in stage.writer.refusals())}
+  if jax.process_index() == 0:
+    for stage in stages:
+      stage.writer.finalize()
+    text = "".join(json.dumps(line._asdict()) + "\n" for line in sorted(lines, key=_by_line))
+    with disk_errors(output):
+      write_atomically(output / "quarantine.jsonl", text.encode())
+  hosts.wait("encoded")
+  return Counts(sum(stage.writer.counts().clips for stage in stages), len(lines))
+
+
+def _by_line(refusal: Refusal) -> tuple[int, str, str]:
+  return refusal.line, refusal.file, refusal.reason

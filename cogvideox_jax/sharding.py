@@ -78,6 +78,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def local_mesh() -> Mesh:
+  """This host's devices alone, to share out the rows of a batch, for work that hosts do apart."""
+  return make_mesh({axis: -1 if axis == "data" else 1 for axis in MESH_AXES}, jax.local_devices())
+
+
 def rules_named(name: str) -> Rules:
   """The row of RULES that `config.sharding` names; else a UserError lists the names there are."""
   if name not in RULES:

@@ -15,18 +15,16 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
 VISION, TEXT = 0, 1  # The two experts, in the order their weights are stored.
 
 
-class Clip(NamedTuple):
-  """A piece of video brought to a bucket's frame rate, duration and size, with its caption."""
+class Caption(NamedTuple):
+  """A text that describes a clip, before and after the text encoder."""
 
-  frames: UInt8[np.ndarray, "F H W 3"]  # RGB.
   caption: str
-  source: str  # Names the clip within its dataset: unique, stable over runs.
-  fps: float
+  text: Float[np.ndarray, "l t"]  # T5's states, padding included: content to this model.
 
 
 class Example(NamedTuple):
@@ -34,13 +32,21 @@ class Example(NamedTuple):
 
   mean: Float[np.ndarray, "f h w c"]  # Of the VAE's posterior; not scaled.
   logvar: Float[np.ndarray, "f h w c"]
-  text: Float[np.ndarray, "l t"]  # T5's states, padding included: content to this model.
+  text: Float[np.ndarray, "l t"]  # Of the caption in use, as `Caption.text`.
   caption: str
-  source: str
+  source: str  # Names the clip within its dataset: unique, stable over runs.
   num_frames: int  # In pixels, as are height and width.
   height: int
   width: int
   fps: float
+  score: float | None = None  # The user's own measure of the clip; None: not measured.
+  others: tuple[Caption, ...] = ()  # Its captions that are not in use.
+
+  def with_caption(self, number: int) -> "Example":
+    """The example with one of its captions in use, alone: 0 is its own, 1 the first other."""
+    if not number:
+      return self._replace(others=())
+    return self._replace(**self.others[number - 1]._asdict(), others=())
 
 
 class Batch(NamedTuple):

@@ -1,12 +1,15 @@
 """Buckets: the models can take each, and a clip gets the one that crops and shortens it least."""
 
+import contextlib
 import itertools
 
 import pytest
 
-from cogvideox_jax.data.buckets import Bucket, assign, check
-from cogvideox_jax.data.video import VideoInfo
+from cogvideox_jax import config as config_module
+from cogvideox_jax.data.buckets import Bucket, assign, check, cut
+from cogvideox_jax.data.video import VideoError, VideoInfo
 from cogvideox_jax.errors import UserError
+from configs import stages
 
 SIZES = ((64, 64), (48, 80), (80, 48))
 DURATIONS = (1, 9, 17)
@@ -55,7 +58,7 @@ def test_good_buckets_pass():
     (480, 600, (64, 64)),  # 1.25: nearer to 1 than to 1.67, by ratio.
     (480, 640, (48, 80)),  # 1.33 is past their geometric mean, 1.29.
     (640, 480, (80, 48)),
-    (2, 8000, (48, 80)),
+    (48, 8000, (48, 80)),
   ],
 )
 def test_a_clip_goes_to_the_nearest_shape(height, width, size):
@@ -66,7 +69,7 @@ def test_a_clip_goes_to_the_nearest_shape(height, width, size):
 def test_of_equal_shapes_the_nearest_in_size_is_taken():
   sizes = ((256, 384), (512, 768), (1024, 1536))
   assert assign(image(480, 720), sizes, (1,), 8.0) == Bucket(1, 512, 768)
-  assert assign(image(20, 30), sizes, (1,), 8.0) == Bucket(1, 256, 384)
+  assert assign(image(200, 300), sizes, (1,), 8.0) == Bucket(1, 256, 384)
   assert assign(image(4000, 6000), sizes, (1,), 8.0) == Bucket(1, 1024, 1536)
 
 
@@ -82,6 +85,53 @@ def test_a_clip_keeps_the_longest_duration_it_has(num_frames, fps, taken):
 
 
 def test_what_is_shorter_than_every_duration_has_no_bucket():
-  assert assign(image(64, 64), SIZES, (9, 17), 8.0) is None
-  assert assign(clip(8, 64, 64), SIZES, (9, 17), 8.0) is None
+  for info in (image(64, 64), clip(8, 64, 64)):
+    with pytest.raises(VideoError, match="s is shorter than 9 frames at 8 frames a second"):
+      assign(info, SIZES, (9, 17), 8.0)
   assert assign(clip(9, 64, 64), SIZES, (9, 17), 8.0) == Bucket(9, 64, 64)
+
+
+def test_a_video_is_enlarged_by_half_at_most():
+  stages = {256: ((256, 384), (256, 256)), 512: ((512, 768), (512, 512)), 768: ((768, 1152),)}
+  taken = {}
+  for short_side, sizes in stages.items():
+    with contextlib.suppress(VideoError):
+      taken[short_side] = assign(clip(17, 480, 720), sizes, DURATIONS, 8.0)
+  assert taken == {256: (17, 256, 384), 512: (17, 512, 768)}
+  with pytest.raises(VideoError, match=r"480x720 .* enlarged 1\.6 times to 768x1152; 1\.5 is"):
+    assign(clip(17, 480, 720), stages[768], DURATIONS, 8.0)
+
+
+def test_a_shape_farther_off_is_taken_before_a_size_that_is_too_large():
+  sizes = ((256, 384), (1024, 1024))
+  assert assign(image(300, 300), sizes, (1,), 8.0) == Bucket(1, 256, 384)
+
+
+@pytest.mark.parametrize(
+  ("num_frames", "durations", "lengths"),
+  [
+    (60, (1, 9, 17, 49), [49, 9]),
+    (110, (1, 9, 17, 49), [49, 49, 9]),
+    (97, (1, 33, 49), [49, 33]),
+    (34, (17, 1), [17, 17]),
+    (8, (1, 9), [1]),  # Less than a clip is worth a still, but
+    (16, (1, 9), [9]),  # more than a clip is worth no stills.
+    (1, (1, 9), [1]),
+  ],
+)
+def test_a_long_video_is_cut_into_clips_that_share_no_frame(num_frames, durations, lengths):
+  windows = cut(clip(num_frames, 64, 64), SIZES, durations, 8.0)
+  assert [window.num_frames for window in windows] == lengths
+  assert [window.start for window in windows] == [0, *itertools.accumulate(lengths)][:-1]
+  assert {window[2:] for window in windows} == {(64, 64)}
+
+
+def test_the_published_stages_keep_every_common_aspect():
+  config = stages.get_config()
+  config_module.check(config, "")
+  for stage, short_side in zip(config.stages.values(), (256, 512, 768), strict=True):
+    check(stage.sizes, stage.durations, multiple_of=16)
+    for height, width in ((1080, 1920), (1920, 1080), (960, 1280), (1000, 1500), (900, 900)):
+      bucket = assign(clip(49, height, width), stage.sizes, stage.durations, 8.0)
+      assert min(bucket.height, bucket.width) == short_side
+      assert (bucket.width / bucket.height) / (width / height) == pytest.approx(1, abs=0.03)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,15 +15,20 @@ import numpy as np
 import pytest
 from drawn import T5_CONFIG, VAE_CONFIG, draw
 from etils import epath
+from flax import nnx
 
 from cogvideox_jax import encoding
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import video
+from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.encoders import Encoders, fill
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.t5 import T5Encoder
+from cogvideox_jax.models import vae
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.t5 import T5Encoder, encode_text
 from cogvideox_jax.models.vae import VAE
 from configs import tiny
 
@@ -30,13 +36,17 @@ TOKENIZER = epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenize
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("model")
+def make_encoders(folder: Path) -> str:
+  """A model folder without a transformer."""
   diffusers.save_vae(folder / "vae", *draw(VAE, VAE_CONFIG))
   diffusers.save_text_encoder(folder / "text_encoder", *draw(T5Encoder, T5_CONFIG))
   diffusers.save_tokenizer(folder / "tokenizer", Tokenizer(TOKENIZER))
   return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return make_encoders(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -78,15 +88,15 @@ def test_an_example_holds_the_moments_of_its_clip_and_the_states_of_its_caption(
   frames = video.read(clips / "001.mp4", fps=8.0, num_frames=9, height=16, width=16)
 
   vae_config, params = open_model(model).vae()
-  network = encoding.nnx.merge(encoding.graph_of(VAE, vae_config), params)
-  mean, logvar = encoding.vae.encode(network, jnp.float32(frames[None]) / 127.5 - 1)
+  network = nnx.merge(graph_of(VAE, vae_config), params)
+  mean, logvar = vae.encode(network, jnp.float32(frames[None]) / 127.5 - 1)
   np.testing.assert_allclose(example.mean, mean[0], atol=2e-2)  # Stored as float16.
   np.testing.assert_allclose(example.logvar, logvar[0], atol=2e-2)
   assert (example.num_frames, example.height, example.width, example.fps) == (9, 16, 16, 8.0)
 
-  graph = encoding.graph_of(T5Encoder, T5_CONFIG)
+  graph = graph_of(T5Encoder, T5_CONFIG)
   ids = Tokenizer(TOKENIZER).encode(["number 1"], 6)
-  states = encoding.encode_text(draw(T5Encoder, T5_CONFIG)[1], ids, graphdef=graph)
+  states = encode_text(draw(T5Encoder, T5_CONFIG)[1], ids, graphdef=graph)
   np.testing.assert_allclose(np.float32(example.text), states[0], atol=2e-2)
 
 
@@ -138,6 +148,126 @@ def test_another_manifest_into_the_same_place_is_refused(tmp_path, model, config
     encoding.encode(config, other, tmp_path / "out", model)
 
 
+def two_stages(config):
+  with config.unlocked():
+    config.stages = {"a": config.stages.tiny.copy_and_resolve_references(), "b": config.stages.tiny}
+  config.stages.b.sizes = ((32, 32),)
+  return config
+
+
+def test_a_long_video_becomes_clips_that_share_its_caption_and_follow_one_another(
+  tmp_path, model, config
+):
+  clips, output = write_clips(tmp_path / "clips", 1), tmp_path / "out"
+  frames = np.random.default_rng(1).integers(0, 255, (30, 16, 16, 3), np.uint8)
+  video.write_mp4(clips / "000.mp4", frames, 8.0)
+  assert encoding.encode(config, clips, output, model) == (3, 0)
+  dataset = Dataset(output / "tiny")
+  assert sources(output) == ["000.mp4#0", "000.mp4#1", "000.mp4#2"]
+  assert len(set(dataset.index.source_hash)) == 1
+  shown = video.read(clips / "000.mp4", fps=8.0, num_frames=27, height=16, width=16)
+  encoders = Encoders(open_model(model), config)
+  cut = shown.reshape(3, 9, 16, 16, 3)
+  mean, _ = encoders.moments(fill(cut, encoders.batch_size(Bucket(9, 16, 16))))
+  for clip in range(3):
+    assert dataset[clip].caption == "number 0"
+    np.testing.assert_allclose(dataset[clip].mean, mean[clip], atol=2e-2)
+
+
+def test_a_file_goes_to_each_stage_at_its_size_unless_it_would_blur(tmp_path, model, config):
+  clips, output = write_clips(tmp_path / "clips", 3), tmp_path / "out"
+  large = np.random.default_rng(1).integers(0, 255, (9, 32, 32, 3), np.uint8)
+  video.write_mp4(clips / "001.mp4", large, 8.0)
+  (clips / "002.mp4").write_bytes(b"x")
+  assert encoding.encode(two_stages(config), clips, output, model) == (3, 2)
+  a, b = Dataset(output / "a"), Dataset(output / "b")
+  assert sorted(a.source(clip) for clip in range(len(a))) == ["000.mp4", "001.mp4"]
+  assert [b.source(clip) for clip in range(len(b))] == ["001.mp4"]
+  assert (set(a.index.height), set(b.index.height)) == ({16}, {32})
+  small, torn = map(json.loads, (output / "quarantine.jsonl").read_text().splitlines())
+  assert (small["file"], torn["file"]) == ("000.mp4", "002.mp4")
+  assert small["reason"].startswith("stage b: 16x16 (height x width) pixels would be enlarged 2.0")
+  assert "stage" not in torn["reason"]  # Once, for both.
+
+
+def test_a_stage_that_is_there_is_not_written_again(tmp_path, model, config):
+  clips, output = write_clips(tmp_path / "clips", 2), tmp_path / "out"
+  config.stages.tiny.sizes = ((16, 16), (16, 32))
+  encoding.encode(two_stages(config), clips, output, model)
+  shards = {stage: next(output.glob(f"{stage}/*.array_record*")) for stage in "ab"}
+  expected = shards["b"].read_bytes()
+  shards["b"].unlink()
+  before = shards["a"].stat().st_mtime_ns
+  encoding.encode(config, clips, output, model)
+  assert shards["b"].read_bytes() == expected
+  assert shards["a"].stat().st_mtime_ns == before
+
+
+def test_a_clip_keeps_all_its_captions_and_its_score(tmp_path, model, config):
+  clips, output = write_clips(tmp_path / "clips", 2), tmp_path / "out"
+  line = {"file": "000.mp4", "caption": "first", "captions": ["second", "number 1"], "score": 0.5}
+  manifest = clips / "manifest.jsonl"
+  manifest.write_text(f"{json.dumps(line)}\n{manifest.read_text().splitlines()[1]}\n")
+  encoding.encode(config, clips, output, model)
+  dataset = Dataset(output / "tiny")
+  several, one = np.argsort(-dataset.index.captions).tolist()
+  np.testing.assert_array_equal(dataset.index.captions[[several, one]], [3, 1])
+  np.testing.assert_array_equal(dataset.index.score[[several, one]], [0.5, np.nan])
+  used = [dataset[several].with_caption(number) for number in range(3)]
+  assert [example.caption for example in used] == ["first", "second", "number 1"]
+  np.testing.assert_array_equal(used[2].text, dataset[one].text)
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, model, config, monkeypatch):
+  monkeypatch.setattr(encoding, "SHARD_ITEMS", 5)
+  clips = write_clips(tmp_path / "clips", 12)
+  (clips / "007.mp4").write_bytes(b"x")
+  written = []
+  for workers in (1, 3):
+    output = tmp_path / str(workers)
+    encoding.encode(config, clips, output, model, workers=workers)
+    files = [path for path in output.rglob("*") if path.is_file()]
+    written.append({path.relative_to(output): path.read_bytes() for path in files})
+  assert written[0] == written[1]
+
+
+def test_a_full_disk_is_one_clear_message(tmp_path, model, config):
+  clips, output = write_clips(tmp_path / "clips", 12), tmp_path / "out"
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+  try:
+    with pytest.raises(UserError, match=r"cannot write .*\nFree some space"):
+      encoding.encode(config, clips, output, model)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert encoding.encode(config, clips, output, model) == (12, 0)
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, model):
+  clips = write_clips(tmp_path / "clips", 1)
+  lines = [{"file": "000.mp4", "caption": "x", "id": f"{index}"} for index in range(20_000)]
+  (clips / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  command = [sys.executable, "-m", "cogvideox_jax.encode", "--config=configs/tiny.py"]
+  flags = [f"--input={clips}", f"--output={tmp_path / 'out'}", f"--model={model}"]
+  changes = ["--config.stages.tiny.sizes=((16,16),)", "--config.model.text_length=6"]
+  with subprocess.Popen(
+    [*command, *flags, *changes],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    while "Encoding" not in process.stderr.readline():
+      assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+  assert process.returncode == 130
+  assert (
+    output == f"Whole shards are kept in {tmp_path / 'out'}: the same command goes on from there.\n"
+  )
+  assert errors.rstrip().endswith("Interrupted.")
+
+
 RUN = """
 import sys
 from pathlib import Path
@@ -170,11 +300,11 @@ def test_a_killed_run_started_again_holds_each_clip_once(tmp_path, model):
 
 
 def test_the_text_encoder_runs_as_one_program_whatever_the_number_of_captions(model, config):
-  encoders = encoding.Encoders(open_model(model), config)
-  before = encoding.encode_text._cache_size()
+  encoders = Encoders(open_model(model), config)
+  before = encode_text._cache_size()
   one = encoders.text(["a clip"])
   three = encoders.text(["another", "a clip", "one more"])
-  assert encoding.encode_text._cache_size() - before <= 1
+  assert encode_text._cache_size() - before <= 1
   np.testing.assert_array_equal(one[0], three[1])
 
 

@@ -38,12 +38,23 @@ print(peak() - before)
 """
 
 
+X264 = {"preset": "ultrafast", "threads": "1"}
+
+
 def use(path: os.PathLike) -> None:
   video.probe(path)
   video.read(path, fps=8.0, num_frames=1, height=32, width=32)
 
 
-def encode(path: Path, codec: str, size: tuple[int, int], num_frames: int, **options) -> Path:
+def encode(
+  path: Path,
+  codec: str,
+  size: tuple[int, int],
+  num_frames: int,
+  *,
+  stream_options=X264,
+  **options,
+) -> Path:
   """Writes black frames of (height, width)."""
   height, width = size
   with av.open(str(path), "w", options=options) as container:
@@ -51,7 +62,7 @@ def encode(path: Path, codec: str, size: tuple[int, int], num_frames: int, **opt
     stream.height, stream.width = size
     stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     if codec == "libx264":
-      stream.options = {"preset": "ultrafast", "threads": "1"}
+      stream.options = stream_options
     black = av.VideoFrame.from_ndarray(np.zeros((height, width, 3), np.uint8), format="rgb24")
     picture = black.reformat(format=stream.pix_fmt)
     for index in range(num_frames):

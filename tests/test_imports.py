@@ -13,10 +13,11 @@ PACKAGE = "cogvideox_jax"
 # From the bottom up. What stands on one line may not import one another, except within a folder.
 LAYERS = (
   ("errors", "types"),
-  ("sharding",),
+  ("sharding", "hosts"),
   ("data", "models", "diffusion"),
   ("conversion",),
   ("config",),
+  ("encoders",),
   ("encoding", "inference", "evaluation"),
   ("training",),
   ("aot",),

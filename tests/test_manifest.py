@@ -49,9 +49,9 @@ def test_lines_become_items_in_their_order(folder):
     items, refusals = read_manifest(path)
     assert not refusals
     assert [tuple(item) for item in items] == [
-      ("b.webm", folder / "b.webm", ("a wave",), None, 1),
-      ("c", folder / "sub/c.jpg", ("one", "two", "drei"), 3.0, 3),
-      ("a.mp4", folder / "a.mp4", ("été",), None, 4),
+      ("b.webm", folder / "b.webm", ("a wave",), None, 1, "b.webm"),
+      ("c", folder / "sub/c.jpg", ("one", "two", "drei"), 3.0, 3, "sub/c.jpg"),
+      ("a.mp4", folder / "a.mp4", ("été",), None, 4, "a.mp4"),
     ]
 
 
@@ -77,6 +77,7 @@ def test_lines_become_items_in_their_order(folder):
     ({"file": "a.mp4", "caption": "x", "score": "high"}, "a.mp4", "score is not a number"),
     ('{"file": "a.mp4", "caption": "x", "score": NaN}', "a.mp4", "score is not a number"),
     ({"file": "a.mp4", "caption": "x", "id": ""}, "a.mp4", "no id"),
+    ({"file": "a.mp4", "caption": "x", "id": "a#12"}, "a.mp4", "'a#12' ends as the names of clips"),
     ({"file": "a.mp4", "caption": "x", "id": "b.webm"}, "a.mp4", "'b.webm' is that of line 1"),
     ({"file": "b.webm", "caption": "x"}, "b.webm", "'b.webm' is that of line 1"),
     ({"file": "d.mp4", "caption": "x"}, "d.mp4", "absent"),
@@ -146,8 +147,8 @@ def test_a_folder_pairs_files_with_texts_by_name(folder):
   (folder / "notes.md").write_text("not a clip")
   items, refusals = read_manifest(folder)
   assert [tuple(item) for item in items] == [
-    ("a.mp4", folder / "a.mp4", ("a wave",), None, 0),
-    ("c.v2.PNG", folder / "c.v2.PNG", ("a lion",), None, 0),
+    ("a.mp4", folder / "a.mp4", ("a wave",), None, 0, "a.mp4"),
+    ("c.v2.PNG", folder / "c.v2.PNG", ("a lion",), None, 0, "c.v2.PNG"),
   ]
   assert refusals == [
     Refusal("b.webm", 0, "no caption: there is no b.txt"),

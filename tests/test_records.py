@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from cogvideox_jax.data import records
 from cogvideox_jax.data.records import Dataset, ShardWriter
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.types import Example
+from cogvideox_jax.types import Caption, Example
 
 
 def draw_example(number: int, *, frames: int = 3) -> Example:
@@ -76,8 +76,55 @@ def test_the_index_describes_every_clip(tmp_path):
   assert len(set(index.source_hash)) == 7
 
 
+def draw_captioned(number: int, captions: int, score: float | None) -> Example:
+  rng = np.random.default_rng(number)
+  others = (Caption(f"another, {k}", rng.normal(size=(5, 8))) for k in range(captions - 1))
+  return draw_example(number)._replace(score=score, others=tuple(others))
+
+
+def test_all_captions_of_a_clip_and_its_score_are_stored(tmp_path):
+  examples = [draw_captioned(0, 1, None), draw_captioned(1, 3, 0.25), draw_captioned(2, 2, -1e3)]
+  dataset = write_dataset(tmp_path, examples)
+  np.testing.assert_array_equal(dataset.index.captions, [1, 3, 2])
+  np.testing.assert_array_equal(dataset.index.score, np.float32([np.nan, 0.25, -1e3]))
+  for number, example in enumerate(examples):
+    assert dataset[number].score == example.score
+    for caption in range(1 + len(example.others)):
+      assert_stored(dataset[number].with_caption(caption), example.with_caption(caption))
+  used = dataset[1].with_caption(2)
+  assert (used.caption, used.others) == ("another, 1", ())
+  assert not np.array_equal(used.text, dataset[1].text)
+
+
+def test_one_caption_costs_no_more_than_its_own_states():
+  one, two = (len(records.serialize(draw_captioned(0, count, 0.5))) for count in (1, 2))
+  states = 2 * 5 * 8
+  assert states < two - one < states + 40  # The other caption's words and a few bytes.
+
+
+def test_every_process_stores_the_same_bytes():
+  """Three of them: with TFDS's own order of the fields, they differ nearly always."""
+  program = (
+    "import hashlib; from cogvideox_jax.data import records; from tests.test_records import *; "
+    "print(hashlib.sha256(records.serialize(draw_captioned(1, 3, 0.5))).hexdigest())"
+  )
+  root = pathlib.Path(__file__).parents[1]
+  command = [sys.executable, "-c", program]
+  runs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE) for _ in range(3)]
+  assert len({run.communicate(timeout=60)[0] for run in runs}) == 1
+  assert not any(run.returncode for run in runs)
+
+
+def test_clips_that_are_cut_from_a_file_share_its_hash(tmp_path):
+  """So that none of them validates what another trains."""
+  names = ["a.mp4", "b.mp4", records.clip_name("a.mp4", 0), records.clip_name("a.mp4", 12)]
+  examples = [draw_example(n)._replace(source=name) for n, name in enumerate(names)]
+  whole, other, *cut = write_dataset(tmp_path, examples).index.source_hash
+  assert cut == [whole, whole] and other != whole
+
+
 def test_tfds_opens_a_dataset_and_nothing_imports_tensorflow(tmp_path):
-  examples = [draw_example(n) for n in range(4)]
+  examples = [draw_captioned(n, 1 + n % 2, 0.5) for n in range(4)]
   writer = ShardWriter(tmp_path, 3, "x")
   writer.write_shard(0, examples[:3])
   writer.write_shard(1, [], [{"file": "bad.mp4", "line": 4, "reason": "zero length"}])
@@ -89,20 +136,23 @@ import tensorflow_datasets as tfds
 from cogvideox_jax.data import loader
 source = tfds.builder_from_directory({str(tmp_path)!r}).as_data_source()["train"]
 print(len(source), [source[n]["source"].decode() for n in range(4)], source[3]["mean"].dtype)
+print(*(caption.decode() for caption in source[3]["captions"]), source[3]["text"].shape, sep="; ")
 assert "tensorflow" not in sys.modules
 """
   done = subprocess.run(
     [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
   )
-  assert done.stdout == f"4 {[x.source for x in examples]} float16\n"
-  assert_stored(Dataset(tmp_path)[3], examples[3])
+  assert done.stdout == (
+    f"4 {[x.source for x in examples]} float16\n{examples[3].caption}; another, 0; (2, 5, 8)\n"
+  )
+  assert_stored(Dataset(tmp_path)[2], examples[2])
 
 
 def test_features_file_lets_tfds_decode_text_states(tmp_path):
   write_dataset(tmp_path, [draw_example(0)])
   (found,) = tfds.builder_from_directory(tmp_path).as_data_source(split="train")
   expected = draw_example(0).text.astype(ml_dtypes.bfloat16)
-  np.testing.assert_array_equal(found["text"].view(ml_dtypes.bfloat16), expected)
+  np.testing.assert_array_equal(found["text"].view(ml_dtypes.bfloat16), expected[None])
 
 
 WRITER = """
@@ -161,6 +211,20 @@ def test_a_kill_between_a_note_and_its_shard_leaves_the_shard_pending(tmp_path):
   assert writer.refusals() == []
 
 
+def test_every_changed_byte_of_a_dataset_is_found(tmp_path):
+  write_dataset(tmp_path, [draw_example(n) for n in range(6)])
+  subprocess.run(["sha256sum", "--check", "--quiet", "sha256sums.txt"], cwd=tmp_path, check=True)
+  assert records.damaged_files(tmp_path) == []
+  shard, index = tmp_path / records.shard_name(1, 2), tmp_path / "index.npz"
+  for path in (shard, index):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+  assert records.damaged_files(tmp_path) == [shard.name, "index.npz"]
+  shard.unlink()
+  assert records.damaged_files(tmp_path) == [shard.name, "index.npz"]
+
+
 def test_the_same_records_have_the_same_digest_and_others_another(tmp_path):
   one = write_dataset(tmp_path / "one", [draw_example(n) for n in range(4)])
   same = write_dataset(tmp_path / "same", [draw_example(n) for n in range(4)])
@@ -175,9 +239,20 @@ def test_a_folder_made_from_other_files_is_refused(tmp_path):
     ShardWriter(tmp_path, 2, records.identity({"files": ["a"], "fps": 16}))
 
 
+def test_a_dataset_of_an_earlier_version_says_what_to_do(tmp_path):
+  write_dataset(tmp_path, [draw_example(0)])
+  with np.load(tmp_path / "index.npz") as arrays:
+    older = {name: array for name, array in arrays.items() if name not in ("captions", "score")}
+  np.savez(tmp_path / "index.npz", **older)
+  with pytest.raises(UserError, match=r"earlier version.*lacks captions, score\.\nEncode"):
+    Dataset(tmp_path)
+
+
 def test_what_is_no_dataset_says_what_to_do(tmp_path):
   with pytest.raises(UserError, match="not an encoded dataset"):
     Dataset(tmp_path)
+  with pytest.raises(UserError, match=r"no sha256sums\.txt"):
+    records.damaged_files(tmp_path)
   with pytest.raises(UserError, match="no clips were found"):
     ShardWriter(tmp_path, 0, "x")
   writer = ShardWriter(tmp_path, 1, "x")

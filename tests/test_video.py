@@ -29,7 +29,8 @@ def indices(frames: np.ndarray) -> list[int]:
 def write_timed(path: Path, frames: np.ndarray, times: list[Fraction], **stream_settings) -> None:
   """Writes frames that are shown from given seconds on, by another encoder's settings."""
   with av.open(str(path), "w") as container:
-    stream = container.add_stream("libx264", rate=24, options={"crf": "4", "bf": "2"})
+    options = stream_settings.pop("options", {"crf": "4", "bf": "2"})
+    stream = container.add_stream("libx264", rate=24, options=options)
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuv420p"
     stream.codec_context.time_base = Fraction(1, 1000)
@@ -129,6 +130,20 @@ def test_a_variable_rate_goes_by_the_timestamps(tmp_path):
   write_timed(tmp_path / "a.mkv", grey_steps(6), times)
   frames = video.read(tmp_path / "a.mkv", fps=4.0, num_frames=8, height=32, width=48)
   assert indices(frames) == [0, 2, 2, 2, 3, 4, 4, 4]
+
+
+def test_interlaced_frames_show_one_instant(tmp_path):
+  """Their even and odd lines are two: a bar that moves would be two bars, each half as bright."""
+  frames = np.zeros((9, 64, 96, 3), np.uint8)
+  frames[:, ::2, 16:32] = frames[:, 1::2, 64:80] = 255
+  options = {"flags": "+ilme+ildct", "crf": "4"}
+  write_timed(tmp_path / "a.mkv", frames, [Fraction(i, 8) for i in range(9)], options=options)
+  for size in ((64, 96), (32, 48)):
+    height, width = size
+    shown = video.read(tmp_path / "a.mkv", fps=8.0, num_frames=9, height=height, width=width)
+    columns = shown[..., 0].reshape(-1, width).astype(int)
+    assert columns[:, width // 4 - 1].min() > 240  # Inside the bar of the even lines,
+    assert columns[:, 3 * width // 4].max() < 15  # and of the odd ones.
 
 
 def test_a_late_start_is_no_gap(tmp_path):
@@ -236,6 +251,13 @@ def test_an_image_of_any_mode_is_rgb(tmp_path, mode):
   (image.quantize(8) if mode == "P" else image.convert(mode)).save(path)
   frame = video.read(path, fps=8.0, num_frames=1, height=32, width=32)[0]
   assert np.abs(frame.astype(int) - 90).max() <= 2
+
+
+def test_an_image_of_sixteen_bits_keeps_its_greys(tmp_path):
+  levels = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+  Image.fromarray(levels).save(tmp_path / "a.png")
+  frame = video.read(tmp_path / "a.png", fps=8.0, num_frames=1, height=32, width=32)[0]
+  np.testing.assert_allclose(frame[..., 0], levels / 257, atol=1)
 
 
 def test_a_contact_sheet_shows_each_video_from_first_to_last(tmp_path):

@@ -1,11 +1,15 @@
-"""Which (frames, height, width) a clip is brought to at a stage of training."""
+"""Which (frames, height, width) a video is brought to at a stage of training, and how it is cut."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cogvideox_jax.data.video import VideoInfo
+from cogvideox_jax.data.media import VideoError
+from cogvideox_jax.data.video import VideoInfo, Window
 from cogvideox_jax.errors import UserError
+
+# Above it a video would teach the model blur that the stage's size is meant to be free of. Ours.
+MAX_ENLARGEMENT = 1.5
 
 
 class Bucket(NamedTuple):
@@ -40,20 +44,53 @@ def check(sizes: Sequence[tuple[int, int]], durations: Sequence[int], *, multipl
 
 def assign(
   info: VideoInfo, sizes: Sequence[tuple[int, int]], durations: Sequence[int], fps: float
-) -> Bucket | None:
+) -> Bucket:
   """The bucket of nearest shape, and of the longest duration that the video has at fps.
 
-  Nearest by the ratio of the two aspects, so that least is cropped; of equal shapes, the one
-  nearest in size. None if the video is shorter than every duration.
+  A size counts only if the video is enlarged MAX_ENLARGEMENT times at most to cover it. Nearest is
+  by the ratio of the two aspects, so that least is cropped; of equal shapes, the nearest in size.
+  Raises VideoError if the video is shorter than every duration, or too small for every size.
   """
   available = info.frames_at(fps)
   fitting = [num_frames for num_frames in durations if num_frames <= available]
   if not fitting:
-    return None
+    shortest = f"{min(durations)} frames at {fps:g} frames a second"
+    raise VideoError(f"{info.seconds:.2f} s is shorter than {shortest}")
+  return Bucket(max(fitting), *_nearest_size(info, sizes))
+
+
+def cut(
+  info: VideoInfo, sizes: Sequence[tuple[int, int]], durations: Sequence[int], fps: float
+) -> list[Window]:
+  """What to read of a video: clips one after the other, none of a frame that another has.
+
+  Each is as long as the rest of the video allows, so that the longest come first. The last frames,
+  too few for a duration above 1, are left out: a still of a video that is there already teaches
+  nothing. Raises VideoError as `assign`.
+  """
+  num_frames, *size = assign(info, sizes, durations, fps)
+  windows = [Window(0, num_frames, *size)]
+  end, available = num_frames, info.frames_at(fps)
+  while fitting := [frames for frames in durations if 1 < frames <= available - end]:
+    windows.append(Window(end, max(fitting), *size))
+    end += max(fitting)
+  return windows
+
+
+def _nearest_size(info: VideoInfo, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+  def enlargement(size: tuple[int, int]) -> float:
+    return max(size[0] / info.height, size[1] / info.width)
 
   def distance(size: tuple[int, int]) -> tuple[float, float]:
     height, width = size
     shape = abs(math.log(width * info.height / (height * info.width)))
     return round(shape, 6), abs(math.log(width * height / (info.width * info.height)))
 
-  return Bucket(max(fitting), *min(sizes, key=distance))
+  sharp = [size for size in sizes if enlargement(size) <= MAX_ENLARGEMENT]
+  if not sharp:
+    height, width = nearest = min(sizes, key=enlargement)
+    raise VideoError(
+      f"{info.height}x{info.width} (height x width) pixels would be enlarged "
+      f"{enlargement(nearest):.1f} times to {height}x{width}; {MAX_ENLARGEMENT:g} is the most"
+    )
+  return min(sharp, key=distance)

@@ -33,8 +33,12 @@ def settle(path: epath.Path) -> dict[str, Any]:
   """Waits until a file is on the disk, so that a power cut cannot empty it; describes it."""
   with open(path, "rb") as file:
     os.fsync(file.fileno())
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-  return {"bytes": path.stat().length, "sha256": digest}
+  return {"bytes": path.stat().length, "sha256": sha256(path)}
+
+
+def sha256(path: epath.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ What cannot be used is refused by itself, with its place and the reason, and nev
 import json
 import math
 import os
+import re
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -25,6 +26,7 @@ class Item(NamedTuple):
   captions: tuple[str, ...]  # At least one.
   score: float | None  # The user's own measure of the clip.
   line: int  # Of the manifest, from 1; 0 in a folder without one.
+  name: str  # Of the file, as the manifest or the folder has it.
 
 
 class Refusal(NamedTuple):
@@ -98,7 +100,7 @@ def _read_folder(folder: epath.Path) -> tuple[list[Item], list[Refusal]]:
   for name in names:
     try:
       caption = _read_text(os.path.splitext(name)[0] + ".txt", folder)
-      items.append(Item(_text(name, "file"), _inside(name, folder), (caption,), None, 0))
+      items.append(Item(_text(name, "file"), _inside(name, folder), (caption,), None, 0, name))
     except _RefusedError as refused:
       refusals.append(Refusal(name, 0, str(refused)))
   return items, refusals
@@ -134,15 +136,19 @@ def _item(fields: dict[str, Any], folder: epath.Path, line: int) -> Item:
     captions = [fields["caption"], *captions]
   if not captions:
     raise _RefusedError("no caption")
+  id_ = _text(fields.get("id", name), "id")
+  if re.search(r"#\d+$", id_):
+    raise _RefusedError(f"the id {id_!r} ends as the names of clips that are cut from one file do")
   score = fields.get("score")
   if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
     raise _RefusedError("score is not a number")
   return Item(
-    id=_text(fields.get("id", name), "id"),
+    id=id_,
     file=_inside(name, folder),
     captions=tuple(_text(caption, "caption") for caption in captions),
     score=None if score is None else float(score),
     line=line,
+    name=name,
   )
 
 

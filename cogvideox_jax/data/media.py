@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.stream import VideoStream
@@ -99,7 +100,10 @@ def load_image(path: str | os.PathLike[str], limits: Limits) -> Image.Image:
   """Decodes an image: upright, RGB. Of an animation, the first frame."""
   with _opened(path, limits) as file, Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
     check_size(image.width, image.height, limits)
-    return ImageOps.exif_transpose(image).convert("RGB")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # PIL would take every value above 255 for white.
+      upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 @contextmanager

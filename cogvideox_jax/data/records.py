@@ -2,9 +2,13 @@
 
 A folder holds `clips-train.array_record-J-of-N` (the shards), `shards.json` (what they are made
 from), `shards/J.json` (what shard J holds and refused), and once all shards are there
-`index.npz` (the clips' metadata in columns) and TFDS's own two JSON files. A shard is written
+`index.npz` (the clips' metadata in columns), TFDS's own two JSON files and `sha256sums.txt` (the
+digests of all shards and of the index, as sha256sum writes and checks them). A shard is written
 under another name and then renamed, so that a killed run leaves whole shards only. Nothing here
 imports TensorFlow.
+
+A record holds a clip with all its captions: `captions` is a list of k texts, and `text` holds
+their states as one array [k l t], so that k = 1 costs nothing. `score` is NaN where there is none.
 
 Latents are stored as float16: they are a few units wide (and log-variances lie in [-30, 20]), so
 its 11 bits of precision are worth more than bfloat16's range. Text states are stored as
@@ -15,8 +19,9 @@ transformer compute in; TFDS sees its bits as uint16.
 import hashlib
 import json
 import os
+import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -27,10 +32,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Float, Int, UInt64
 
-from cogvideox_jax.data.files import disk_errors, settle, write_arrays, write_atomically
+from cogvideox_jax.data.files import disk_errors, settle, sha256, write_arrays, write_atomically
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.types import Example
+from cogvideox_jax.types import Caption, Example
 
+FORMAT = 2  # Of the records and the index; 1 held one caption a clip, and no score.
+INDEX, DIGESTS = "index.npz", "sha256sums.txt"
 DATASET, SPLIT = "clips", "train"  # As TFDS calls them. Validation clips are chosen by the loader.
 
 FEATURES: Any = tfds.features.FeaturesDict(
@@ -38,9 +45,13 @@ FEATURES: Any = tfds.features.FeaturesDict(
     "mean": tfds.features.Tensor(shape=(None,) * 4, dtype=np.float16, encoding="bytes"),
     "logvar": tfds.features.Tensor(shape=(None,) * 4, dtype=np.float16, encoding="bytes"),
     "text": tfds.features.Tensor(
-      shape=(None, None), dtype=np.uint16, encoding="bytes", doc="The bits of bfloat16 numbers."
+      shape=(None,) * 3,
+      dtype=np.uint16,
+      encoding="bytes",
+      doc="Of each caption, tokens, width; the bits of bfloat16 numbers.",
     ),
-    "caption": tfds.features.Text(),
+    "captions": tfds.features.Sequence(tfds.features.Text()),
+    "score": tfds.features.Scalar(dtype=np.float32, doc="NaN: none."),
     "source": tfds.features.Text(),
     "num_frames": tfds.features.Scalar(dtype=np.int64),
     "height": tfds.features.Scalar(dtype=np.int64),
@@ -48,6 +59,10 @@ FEATURES: Any = tfds.features.FeaturesDict(
     "fps": tfds.features.Scalar(dtype=np.float32),
   }
 )
+
+
+_SERIALIZER = tfds.core.ExampleSerializer(FEATURES.get_serialized_info())
+_AS_THEY_ARE = ("source", "num_frames", "height", "width", "fps")  # Fields stored unchanged.
 
 
 class Index(NamedTuple):
@@ -59,7 +74,9 @@ class Index(NamedTuple):
   fps: Float[np.ndarray, " clips"]
   latent_shape: Int[np.ndarray, "clips 4"]  # (f, h, w, c).
   text_shape: Int[np.ndarray, "clips 2"]  # (l, t).
-  source_hash: UInt64[np.ndarray, " clips"]  # Uniform; the same wherever the source appears.
+  source_hash: UInt64[np.ndarray, " clips"]  # Uniform; the same for all clips of a file.
+  captions: Int[np.ndarray, " clips"]  # How many the clip has, at least 1.
+  score: Float[np.ndarray, " clips"]  # NaN where there is none.
 
 
 class Counts(NamedTuple):
@@ -72,15 +89,25 @@ def identity(parts: Any) -> str:
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def clip_name(file: str, number: int) -> str:
+  """The source of the number-th clip that is cut from one file; all stand in one split."""
+  return f"{file}#{number}"
+
+
 def storage_fault(example: Example) -> str | None:
   """Why the example cannot be stored, as a line for the quarantine; None if it can."""
-  for name in ("caption", "source"):
+  captions, texts = _captions_of(example)
+  for name, words in (("caption", "".join(captions)), ("source", example.source)):
     try:
-      getattr(example, name).encode()
+      words.encode()
     except UnicodeEncodeError:
       return f"its {name} is not valid Unicode"
-  for name, dtype in (("mean", np.float16), ("logvar", np.float16), ("text", ml_dtypes.bfloat16)):
-    if not np.isfinite(_cast(getattr(example, name), dtype)).all():
+  for name, array, dtype in (
+    ("mean", example.mean, np.float16),
+    ("logvar", example.logvar, np.float16),
+    ("text", texts, ml_dtypes.bfloat16),
+  ):
+    if not np.isfinite(_cast(array, dtype)).all():
       return f"its {name} is not finite in {np.dtype(dtype).name}"
   return None
 
@@ -89,24 +116,40 @@ def serialize(example: Example) -> bytes:
   """An `Example` as the bytes of a tf.train.Example; ValueError if it cannot be stored."""
   if fault := storage_fault(example):
     raise ValueError(f"{example.source!r} cannot be stored: {fault}")
-  fields = example._asdict()
-  fields.update(
-    mean=_cast(example.mean, np.float16),
-    logvar=_cast(example.logvar, np.float16),
-    text=_cast(example.text, ml_dtypes.bfloat16).view(np.uint16),
-  )
-  return FEATURES.serialize_example(fields)
+  captions, texts = _captions_of(example)
+  fields = {
+    "mean": _cast(example.mean, np.float16),
+    "logvar": _cast(example.logvar, np.float16),
+    "text": _cast(texts, ml_dtypes.bfloat16).view(np.uint16),
+    "captions": captions,
+    "score": np.nan if example.score is None else example.score,
+    **{name: getattr(example, name) for name in _AS_THEY_ARE},
+  }
+  message = _SERIALIZER.get_tf_example(FEATURES.encode_example(fields))
+  # TFDS itself leaves the order of the fields to the address space of the process.
+  return message.SerializeToString(deterministic=True)
 
 
 def parse(record: bytes) -> Example:
   """The inverse of `serialize`: latents in float16, text in bfloat16."""
   fields = FEATURES.deserialize_example_np(record)
-  fields.update(
-    text=fields["text"].view(ml_dtypes.bfloat16),
-    caption=fields["caption"].decode(),
-    source=fields["source"].decode(),
+  texts, score = fields["text"].view(ml_dtypes.bfloat16), float(fields["score"])
+  captions = [caption.decode() for caption in fields["captions"]]
+  first, *others = map(Caption, captions, texts)
+  return Example(
+    mean=fields["mean"],
+    logvar=fields["logvar"],
+    **first._asdict(),
+    **{name: fields[name] for name in _AS_THEY_ARE} | {"source": fields["source"].decode()},
+    score=None if np.isnan(score) else score,
+    others=tuple(others),
   )
-  return Example(**fields)
+
+
+def _captions_of(example: Example) -> tuple[list[str], Float[np.ndarray, "_ l t"]]:
+  """All captions of an example, and their states."""
+  captions = [Caption(example.caption, example.text), *example.others]
+  return [one.caption for one in captions], np.stack([one.text for one in captions])
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
@@ -127,7 +170,7 @@ class ShardWriter:
       raise UserError(f"there is nothing to encode into {directory}: no clips were found")
     self.directory = epath.Path(directory)
     self.num_shards = num_shards
-    plan = {"made_from": made_from, "num_shards": num_shards}
+    plan = {"format": FORMAT, "made_from": made_from, "num_shards": num_shards}
     path = self.directory / "shards.json"
     with disk_errors(self.directory):
       (self.directory / "shards").mkdir(parents=True, exist_ok=True)
@@ -140,57 +183,65 @@ class ShardWriter:
         "Choose another --output, or delete that folder to encode again."
       )
 
-  def pending(self) -> list[int]:
-    """The shards that are still to be written, in order."""
-    return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
+  def pending(self, among: Iterable[int] | None = None) -> list[int]:
+    """The shards, of all or of some, that are still to be written, in order."""
+    shards = range(self.num_shards) if among is None else among
+    return [shard for shard in shards if not self._is_whole(shard)]
 
   def write_shard(
     self,
     shard: int,
     examples: Iterable[Example],
-    refusals: Sequence[dict[str, Any]] = (),
+    refusals: Iterable[dict[str, Any]] = (),
   ) -> None:
     """Writes one shard, or nothing.
 
     refusals: objects of quarantine.jsonl for the items that became no example. Read after the
     last example was taken, so that a generator of examples may add to it as it goes.
     """
-    path = self._path(shard)
-    partial = path.with_name(f"{path.name}.partial")
-    with disk_errors(partial):
-      # One record a group, for random access. Latents are noise to a compressor.
-      writer = ArrayRecordWriter(os.fspath(partial), "group_size:1,uncompressed")
-    clips = []
+    opened = self.open_shard(shard)
     for example in examples:
-      record = serialize(example)
-      with disk_errors(partial):
-        writer.write(record)
-      clips.append(_metadata(example))
-    with disk_errors(partial):
-      writer.close()
-      note = {"clips": clips, "refusals": list(refusals), **settle(partial)}
-      write_atomically(self._note_path(shard), json.dumps(note).encode())
-      partial.replace(path)  # Last: a shard counts as written once it has its name.
+      opened.write(example)
+    opened.close(refusals)
+
+  def open_shard(self, shard: int) -> "OpenShard":
+    return OpenShard(self._path(shard), self._note_path(shard))
 
   def refusals(self) -> list[dict[str, Any]]:
     """Of all shards written so far, in order."""
     return [refusal for note in self._notes() for refusal in note["refusals"]]
 
+  def counts(self) -> Counts:
+    """Of all shards written so far."""
+    notes = list(self._notes())
+    return Counts(
+      sum(len(note["clips"]) for note in notes), sum(len(note["refusals"]) for note in notes)
+    )
+
   def finalize(self) -> Counts:
-    """Writes the index and TFDS's metadata; all shards must be there. May be called again."""
+    """Writes the index, TFDS's metadata and the digests; all shards must be there.
+
+    May be called again.
+    """
     if missing := self.pending():
       raise ValueError(f"{self.directory} lacks {len(missing)} of {self.num_shards} shards")
     notes = list(self._notes())
     lengths = [len(note["clips"]) for note in notes]
     clips = [clip for note in notes for clip in note["clips"]]
-    refused = sum(len(note["refusals"]) for note in notes)
     with disk_errors(self.directory):
       if clips:
         self._write_tfds_metadata(lengths, sum(note["bytes"] for note in notes))
-      write_arrays(self.directory / "index.npz", _columns(notes, lengths, clips))
+      write_arrays(self.directory / INDEX, _columns(notes, lengths, clips))
+      self._write_digests(notes)
       for left_over in (*self.directory.glob("*.partial"), *self.directory.glob("*/*.partial")):
         left_over.unlink(missing_ok=True)
-    return Counts(len(clips), refused)
+    return self.counts()
+
+  def _write_digests(self, notes: list[dict[str, Any]]) -> None:
+    digests = {self._path(shard).name: note["sha256"] for shard, note in enumerate(notes)}
+    digests[INDEX] = sha256(self.directory / INDEX)
+    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    write_atomically(self.directory / DIGESTS, lines.encode())
 
   def _path(self, shard: int) -> epath.Path:
     return self.directory / shard_name(shard, self.num_shards)
@@ -220,6 +271,32 @@ class ShardWriter:
     )
 
 
+class OpenShard:
+  """A shard that is being written. Until it is closed there is none."""
+
+  def __init__(self, path: epath.Path, note_path: epath.Path):
+    self._path, self._note_path = path, note_path
+    self._partial = path.with_name(f"{path.name}.partial")
+    self._clips: list[dict[str, Any]] = []
+    with disk_errors(self._partial):
+      # One record a group, for random access. Latents are noise to a compressor.
+      self._writer = ArrayRecordWriter(os.fspath(self._partial), "group_size:1,uncompressed")
+
+  def write(self, example: Example) -> None:
+    record = serialize(example)
+    with disk_errors(self._partial):
+      self._writer.write(record)
+    self._clips.append(_metadata(example))
+
+  def close(self, refusals: Iterable[dict[str, Any]]) -> None:
+    """Finishes the shard. refusals: objects of quarantine.jsonl for items without an example."""
+    with disk_errors(self._partial):
+      self._writer.close()
+      note = {"clips": self._clips, "refusals": list(refusals), **settle(self._partial)}
+      write_atomically(self._note_path, json.dumps(note).encode())
+      self._partial.replace(self._path)  # Last: a shard counts as written once it has its name.
+
+
 class Dataset:
   """A finished encoded dataset: its index, and random access to its examples by any thread."""
 
@@ -227,6 +304,11 @@ class Dataset:
     """Reads the index only. UserError if the dataset is absent, unfinished, empty or damaged."""
     self.directory = epath.Path(directory)
     arrays = self._read_index()
+    if missing := set(Index._fields) - arrays.keys():
+      raise UserError(
+        f"{self.directory} was encoded by an earlier version: its index lacks "
+        f"{', '.join(sorted(missing))}.\nEncode the clips again, into another folder."
+      )
     self.index = Index(*(arrays[name] for name in Index._fields))
     self.digest = str(arrays["digest"])  # Of all records: the same data, the same digest.
     self._names, self._name_ends = arrays["names"], arrays["name_ends"]
@@ -247,7 +329,7 @@ class Dataset:
     return self._names[start : self._name_ends[clip]].tobytes().decode()
 
   def _read_index(self) -> dict[str, np.ndarray]:
-    path = self.directory / "index.npz"
+    path = self.directory / INDEX
     try:
       with path.open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
@@ -271,6 +353,27 @@ class Dataset:
     return shards
 
 
+def damaged_files(directory: epath.PathLike) -> list[str]:
+  """Names the shards, and the index, that are not as they were written; reads all of them.
+
+  `sha256sum --check sha256sums.txt` in the folder does the same. UserError if nothing says what
+  they should be.
+  """
+  directory = epath.Path(directory)
+  try:
+    lines = (directory / DIGESTS).read_text().splitlines()
+  except FileNotFoundError as error:
+    raise UserError(
+      f"{directory} has no {DIGESTS}: it is not an encoded dataset, or was not finished.\n"
+      "Make it with `python -m cogvideox_jax.encode`; the same command finishes it."
+    ) from error
+  expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+  paths = {name: directory / name for name in expected}
+  return [
+    name for name, path in paths.items() if not path.exists() or sha256(path) != expected[name]
+  ]
+
+
 def shard_name(shard: int, num_shards: int) -> str:
   return f"{DATASET}-{SPLIT}.array_record-{shard:05d}-of-{num_shards:05d}"
 
@@ -284,6 +387,8 @@ def _metadata(example: Example) -> dict[str, Any]:
     "fps": float(example.fps),
     "latent_shape": example.mean.shape,
     "text_shape": example.text.shape,
+    "captions": 1 + len(example.others),
+    "score": example.score,
   }
 
 
@@ -292,7 +397,9 @@ def _columns(
 ) -> dict[str, Any]:
   """The arrays of index.npz."""
   names = [clip["source"].encode() for clip in clips]
-  hashes = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
+  files = [re.sub(rb"#\d+$", b"", name) for name in names]  # See `clip_name`.
+  hashes = b"".join(hashlib.blake2b(file, digest_size=8).digest() for file in files)
+  scores = [np.nan if clip["score"] is None else clip["score"] for clip in clips]
 
   def column(name: str) -> np.ndarray:
     return np.array([clip[name] for clip in clips], np.int32)
@@ -305,6 +412,8 @@ def _columns(
     "text_shape": column("text_shape").reshape(-1, 2),
     "fps": np.array([clip["fps"] for clip in clips], np.float32),
     "source_hash": np.frombuffer(hashes, "<u8"),
+    "captions": column("captions"),
+    "score": np.array(scores, np.float32),
     "names": np.frombuffer(b"".join(names), np.uint8),
     "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
     "shard_lengths": np.array(lengths),

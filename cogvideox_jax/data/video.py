@@ -1,7 +1,7 @@
 """Video files to frames and back.
 
 Decode workers import this file and media.py alone, so they need numpy, PyAV and PIL only. Frames
-are decoded one at a time and only those asked for are kept.
+are decoded one at a time, and only those asked for are kept.
 """
 
 import io
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -63,6 +63,15 @@ class VideoInfo(NamedTuple):
     return max(shown, nearest)
 
 
+class Window(NamedTuple):
+  """A run of frames to read, counted at the frame rate that is asked for, and their size."""
+
+  start: int  # The first one.
+  num_frames: int
+  height: int
+  width: int
+
+
 def probe(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
   """Measures a file: reads its packets, since headers lie, and decodes its first frame.
 
@@ -84,25 +93,41 @@ def read(
   width: int,
   limits: Limits = DEFAULT_LIMITS,
 ) -> UInt8[np.ndarray, "F H W 3"]:
-  """Returns the first num_frames frames at fps, as RGB, brought to a size without stretching.
-
-  Frame i is the one that the file shows at i/fps seconds. It is scaled to cover the size, with
-  a filter against aliasing, and cropped at its centre; a frame of this size already is untouched.
-  Raises VideoError if the file cannot be used, or is too short.
-  """
+  """Returns the first num_frames frames at fps, as RGB, brought to a size: one `Window`."""
   frames = np.empty((num_frames, height, width, 3), np.uint8)
-  count = 0
-  if is_image(path):
-    image = load_image(path, limits)
-    frames[0], count = _fit(image, image.size, height, width), 1
-  else:
-    with open_video(path, limits) as (container, stream):
-      for frame in _resample(container, stream, fps, num_frames, limits):
-        frames[count] = _fit(*_upright(frame, stream), height, width)
-        count += 1
-  if count < num_frames:
-    raise VideoError(f"too short: {count} of {num_frames} frames at {fps:g} fps")
+  window = Window(0, num_frames, height, width)
+  for index, (_, frame) in enumerate(read_windows(path, [window], fps=fps, limits=limits)):
+    frames[index] = frame
   return frames
+
+
+def read_windows(
+  path: str | os.PathLike[str],
+  windows: Sequence[Window],
+  *,
+  fps: float,
+  limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"]]]:
+  """Yields the frames of any number of windows, in the order of time, from one decoding.
+
+  Frame i at fps is the one that the file shows at i/fps seconds. It is scaled to cover a window's
+  size, with a filter against aliasing, and cropped at its centre, never stretched; a frame of this
+  size already is untouched. Each comes with its window's place in the list.
+  Raises VideoError if the file cannot be used, or once it turns out to be too short.
+  """
+  end = max(window.start + window.num_frames for window in windows)
+  count = 0
+  for image, shown in _frames(path, fps, end, limits):
+    fitted: dict[tuple[int, int], np.ndarray] = {}
+    for number, window in enumerate(windows):
+      if window.start <= count < window.start + window.num_frames:
+        size = window.height, window.width
+        if size not in fitted:
+          fitted[size] = _fit(image, shown, *size)
+        yield number, fitted[size]
+    count += 1
+  if count < end:
+    raise VideoError(f"too short: {count} of {end} frames at {fps:g} fps")
 
 
 def write_mp4(
@@ -240,6 +265,19 @@ def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> 
   return VideoInfo(shown, height, width, shown / seconds if seconds else 0.0, seconds)
 
 
+def _frames(
+  path: str | os.PathLike[str], fps: float, num_frames: int, limits: Limits
+) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+  """The first frames of a file at fps, upright, each with its (width, height) as shown."""
+  if is_image(path):
+    image = load_image(path, limits)
+    yield image, image.size
+    return
+  with open_video(path, limits) as (container, stream):
+    for frame in _resample(container, stream, fps, num_frames, limits):
+      yield _upright(frame, stream)
+
+
 def _resample(
   container: InputContainer, stream: VideoStream, fps: float, num_frames: int, limits: Limits
 ) -> Iterator[av.VideoFrame]:
@@ -283,6 +321,8 @@ def _upright(frame: av.VideoFrame, stream: VideoStream) -> tuple[Image.Image, tu
     interpolation=_EXACT | Interpolation.FULL_CHR_H_INT,
     threads=1,
   )
+  if frame.interlaced_frame and frame.height > 1:
+    rgb = rgb[::2]  # One field: the other shows another instant.
   width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
   quarters = round(frame.rotation / 90) % 4
   size = (frame.height, width) if quarters % 2 else (width, frame.height)

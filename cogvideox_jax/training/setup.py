@@ -19,6 +19,7 @@ from cogvideox_jax.data import shapes
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.encoders import Encoders
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT, DiTConfig
@@ -167,7 +168,7 @@ def _scaling_factor(config: ConfigDict) -> float:
 
 
 def _empty_prompt(config: ConfigDict) -> Float[np.ndarray, "l t"]:
-  return encoding.Encoders(open_model(config.components), config).text([""])[0]
+  return Encoders(open_model(config.components), config).text([""])[0]
 
 
 def _check_clips(dataset: Dataset, model: DiTConfig) -> None:

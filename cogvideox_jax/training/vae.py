@@ -102,8 +102,6 @@ def read_clips(path: str, config: ConfigDict) -> Clips:
     try:
       info = video.probe(item.file)
       bucket = buckets.assign(info, config.sizes, config.durations, config.fps)
-      if bucket is None:
-        continue
       frames = video.read(item.file, fps=config.fps, **bucket._asdict())
     except video.VideoError as error:
       tqdm.write(f"{item.file}: {error}")

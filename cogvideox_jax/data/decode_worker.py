@@ -1,0 +1,87 @@
+"""The process that decodes files, which may be hostile; decoding.py starts it and asks it.
+
+It imports data/video.py alone. Both sides write lines of JSON, on stdin and stdout; behind a line
+that announces a frame come the frame's bytes:
+
+  asked {"path": ..., "fps": ...}    answers {"info": VideoInfo}
+  asked {"windows": [Window, ...]}   answers {"frame": number of its window}, ..., {"end": true}
+
+A file that cannot be used is {"fault": reason} in place of an answer. Too much time or memory ends
+the process: by the kernel's alarm, or with the exit code MEMORY_FAULT.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any, BinaryIO
+
+import numpy as np
+from etils import epath
+
+from cogvideox_jax.data import video
+
+MEMORY = 448 * 2**20  # Bytes of its own; with the libraries' pages it stays below 512 MB.
+MEMORY_FAULT = 12  # The number of ENOMEM.
+SECONDS = 60.0  # For a file, and
+PACE = 3.0  # more for each second that the video lasts. Neither counts while the parent is busy.
+
+
+def serve(questions: BinaryIO, answers: BinaryIO) -> None:
+  """Answers until the questions end, which they do when the parent ends, in whatever way."""
+  _say(answers, {"ready": True})
+  for line in questions:
+    try:
+      _decode(json.loads(line), questions, answers)
+    except video.VideoError as error:
+      if isinstance(error.__cause__, MemoryError):
+        raise error.__cause__ from None
+      _say(answers, {"fault": str(error)})
+    finally:
+      _allow(0)
+
+
+def _decode(question: dict[str, Any], questions: BinaryIO, answers: BinaryIO) -> None:
+  _allow(SECONDS)
+  path = epath.Path(question["path"])
+  info = video.probe(path)
+  _say(answers, {"info": info})
+  windows = [video.Window(*window) for window in json.loads(questions.readline())["windows"]]
+  _allow(SECONDS + PACE * info.seconds)
+  if windows:
+    for number, frame in video.read_windows(path, windows, fps=question["fps"]):
+      _say(answers, {"frame": number}, frame)
+  _say(answers, {"end": True})
+
+
+def _allow(seconds: float) -> float:
+  """Sets the alarm, whose signal ends the process, and returns what was left of the last one."""
+  return signal.setitimer(signal.ITIMER_REAL, seconds)[0]
+
+
+def _say(answers: BinaryIO, answer: dict[str, Any], frame: np.ndarray | None = None) -> None:
+  left = _allow(0)  # The parent may take its time to read.
+  answers.write(json.dumps(answer).encode() + b"\n")
+  if frame is not None:
+    answers.write(np.ascontiguousarray(frame).data)
+  else:
+    answers.flush()
+  _allow(left)
+
+
+def main() -> None:
+  resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
+  answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=2**16)
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # What a library prints is no answer.
+  try:
+    serve(sys.stdin.buffer, answers)
+  except MemoryError:
+    os._exit(MEMORY_FAULT)
+  except BrokenPipeError:
+    os._exit(0)  # The parent is gone.
+
+
+if __name__ == "__main__":
+  main()
