@@ -90,3 +90,25 @@ def test_sizes_are_not_checked_where_no_preview_is_made():
   config = changed("preview.num_frames", 16)
   config.preview.every = 0
   check(config)
+
+
+@pytest.mark.parametrize(
+  ("path", "sources", "wanted"),
+  [
+    ("", {"a": ("x", 1), "b": ("y", 0)}, ""),
+    ("z", {"a": ("x", 1)}, "config.data.path and config.data.mixture are both given"),
+    ("", {"a": ("x", 0), "b": ("y", 0)}, "no dataset has a weight above 0"),
+    ("", {"a": ("", 1)}, "config.data.mixture.a must have a path and a weight"),
+    ("", {"a": ("x", -1)}, "config.data.mixture.a.weight is -1.0; it must be at least 0"),
+  ],
+)
+def test_a_mixture_names_datasets_and_weights(path, sources, wanted):
+  config = changed("data.path", path)
+  with config.unlocked():
+    for name, source in sources.items():
+      config.data.mixture[name] = base.source(*source)
+  if not wanted:
+    return check(config)
+  with pytest.raises(UserError) as caught:
+    check(config)
+  assert wanted in str(caught.value)
