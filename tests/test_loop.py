@@ -217,7 +217,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
 
   def place_and_spoil(self, batch):
     spoils = next(placed) == 4
-    return place(self, batch._replace(mean=batch.mean * np.float32(np.nan)) if spoils else batch)
+    nothing = np.full_like(batch.mean, np.nan)
+    return place(self, batch._replace(mean=nothing) if spoils else batch)
 
   monkeypatch.setattr(loop.Run, "_place", place_and_spoil)
   workdir = epath.Path(tmp_path)

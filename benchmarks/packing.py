@@ -1,0 +1,127 @@
+"""How full rows are, and how long a million clips take to plan.
+
+python benchmarks/packing.py --json
+
+Writes the index of an encoded dataset, without records, and opens it as training does: the index
+is read, every row of every epoch laid out, and the first epoch drawn. Row lengths are those of the
+paper's Table 5 for 25k, 75k and 700k tokens; the top-level figures are for 75k.
+"""
+
+import logging
+import tempfile
+import time
+from typing import Any
+
+import measure
+import numpy as np
+from etils import epath
+
+from cogvideox_jax.data.files import write_arrays
+from cogvideox_jax.data.records import Dataset, Index, shard_name
+from cogvideox_jax.data.rows import Rows
+
+FRAMES = np.array([1, 9, 17, 33, 49])  # Half of the clips are images.
+FRAME_RATES = np.array([4, 1, 1, 1, 1]) / 8
+SHORT_SIDES = np.array([256, 480, 768])  # The paper's three resolutions, equally often.
+ASPECTS = np.array([1, 4 / 3, 3 / 4, 16 / 9, 9 / 16])  # Width over height, equally often.
+TEXT_SHAPE = (226, 4096)
+# Tokens -> the most clips. Every place for a caption is 1.85 MB of text states, used or not.
+ROWS = {25_600: 16, 75_776: 24, 716_800: 160}
+TOP = 75_776
+
+
+def draw_mix(clips: int, seed: int = 0) -> np.ndarray:
+  """(frames, height, width) in pixels of clips of a realistic mix; sides are multiples of 16."""
+  rng = np.random.default_rng(seed)
+  frames = rng.choice(FRAMES, clips, p=FRAME_RATES)
+  short, aspect = rng.choice(SHORT_SIDES, clips), rng.choice(ASPECTS, clips)
+  long = np.int64(np.round(short * np.maximum(aspect, 1 / aspect) / 16)) * 16
+  height, width = np.where(aspect > 1, short, long), np.where(aspect > 1, long, short)
+  return np.column_stack([frames, height, width])
+
+
+def latent_shapes(sizes: np.ndarray) -> np.ndarray:
+  """(f, h, w, c) of clips of (frames, height, width) pixels."""
+  return np.column_stack(
+    [(sizes[:, 0] + 3) // 4, sizes[:, 1:] // 8, np.full(len(sizes), 16)]
+  ).astype(np.int32)
+
+
+def write_index(folder: epath.Path, sizes: np.ndarray) -> None:
+  """An encoded dataset of clips of these sizes, as far as planning looks at it."""
+  clips, shard = len(sizes), folder / shard_name(0, 1)
+  folder.mkdir(parents=True, exist_ok=True)
+  shard.write_bytes(b"")
+  index = Index(
+    *sizes.astype(np.int32).T,
+    fps=np.full(clips, 8, np.float32),
+    latent_shape=latent_shapes(sizes),
+    text_shape=np.tile(np.array(TEXT_SHAPE, np.int32), (clips, 1)),
+    source_hash=np.random.default_rng(1).integers(2**64, size=clips, dtype=np.uint64),
+  )
+  names = {
+    "names": np.frombuffer(b"".join(b"%09d.mp4" % clip for clip in range(clips)), np.uint8),
+    "name_ends": 13 * np.arange(1, clips + 1),
+  }
+  shards = {"shard_lengths": np.array([clips]), "shard_bytes": np.array([0])}
+  write_arrays(folder / "index.npz", {**index._asdict(), **names, **shards, "digest": "none"})
+
+
+def open_rows(folder: epath.Path, row_tokens: int) -> Rows:
+  return Rows(
+    Dataset(folder),
+    row_tokens=row_tokens,
+    max_clips=ROWS[row_tokens],
+    patch=(1, 2, 2),
+    seed=0,
+    drop="zeros",
+    drop_rate=0.1,
+    validation_fraction=0.0,
+  )
+
+
+def plan(folder: epath.Path, row_tokens: int) -> dict[str, Any]:
+  """Plans the rows from nothing, and once more from the cached layout."""
+  start = time.perf_counter()
+  rows = open_rows(folder, row_tokens)
+  rows[0]
+  planned = time.perf_counter()
+  open_rows(folder, row_tokens)[1_000_000 * 16]
+  resumed = time.perf_counter()
+  packed = np.concatenate([rows[number].clips for number in range(rows.per_epoch)])
+  everything = np.concatenate([packed, rows.unpackable])
+  if not np.array_equal(np.sort(everything), np.arange(len(rows.dataset))):
+    raise SystemExit("a clip was lost or repeated")
+  tokens = int(rows.lengths[packed].sum())
+  return {
+    "row_tokens": row_tokens,
+    "max_clips": rows.max_clips,
+    "clips": len(packed),
+    "unpackable": len(rows.unpackable),
+    "rows": rows.per_epoch,
+    "tokens": tokens,
+    "padding_fraction": 1 - tokens / (rows.per_epoch * row_tokens),
+    "plan_seconds": planned - start,
+    "plan_again_seconds": resumed - planned,  # At step 1,000,000, from the cached layout.
+  }
+
+
+def main() -> None:
+  parser = measure.arguments(__doc__)
+  parser.add_argument("--clips", type=int, default=1_000_000)
+  args = parser.parse_args()
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Clips too long for a row are counted here.
+  with tempfile.TemporaryDirectory() as folder:
+    write_index(epath.Path(folder), draw_mix(args.clips))
+    plans = {row_tokens: plan(epath.Path(folder), row_tokens) for row_tokens in ROWS}
+  result = {
+    **measure.device("numpy"),
+    **plans[TOP],
+    "peak_bytes": measure.peak_bytes(),
+    "all": list(plans.values()),
+  }
+  measure.report(result, args.json)
+
+
+if __name__ == "__main__":
+  main()
