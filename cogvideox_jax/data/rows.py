@@ -49,8 +49,9 @@ class Rows:
     self._shuffled = split == "train"
     self._seed, self._drop_rate = (seed, drop_rate) if self._shuffled else (0, 0.0)
     self.lengths = self._clip_lengths()  # Tokens of every clip of the dataset.
-    self._clips, self.unpackable = self._select(split, validation_fraction)
-    lengths = self.lengths[self._clips]
+    # Their numbers: of the split's clips that fit a row, and of those that do not.
+    self.clips, self.unpackable = self._select(split, validation_fraction)
+    lengths = self.lengths[self.clips]
     folder = dataset.directory / "plans"
     self._layout = packing.cached_layout(lengths, row_tokens, max_clips, folder)
     self._lock = threading.Lock()
@@ -65,7 +66,7 @@ class Rows:
     number, place = divmod(index, self.per_epoch)
     epoch, _ = self._epoch_plan(number)
     clips = epoch.clips[epoch.starts[place] : epoch.starts[place + 1]]
-    return Row(number, self._clips[clips])
+    return Row(number, self.clips[clips])
 
   def read(self, index: int) -> Batch:
     """Row `index` as a batch of one row."""
@@ -134,7 +135,7 @@ class Rows:
       return self._plan(number if self._shuffled else 0)
 
   def _plan_epoch(self, number: int) -> tuple[packing.Epoch, Bool[np.ndarray, " clips"]]:
-    lengths = self.lengths[self._clips]
+    lengths = self.lengths[self.clips]
     epoch = packing.plan_epoch(self._layout, lengths, self._seed, number)
     return epoch, packing.dropped(self._drop_rate, len(self.dataset), self._seed, number)
 
