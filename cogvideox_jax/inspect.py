@@ -70,7 +70,8 @@ def show(stage: Stage) -> dict:
   contents, packed = summary.contents(dataset), summary.packed(rows) if rows else None
   print(summary.as_text(name, contents, packed))
   if rows and packed:
-    title = f"{name}: rows of {rows.row_tokens:,} tokens, {packed.padding_fraction:.2%} padding"
+    padding = f"{packed.padding_fraction:.2%} padding; the more frames, the darker"
+    title = f"{name}: rows of {rows.row_tokens:,} tokens, {padding}"
     pictures.packing_picture(rows, inspection.DRAWN_ROWS, title, folder / "packing.png")
     print(f"  wrote {folder / 'packing.png'}")
   else:

@@ -17,7 +17,7 @@ FONT = ImageFont.load_default(size=13)
 LINE, GAP = 18, 6  # Pixels, of text and between things.
 BAR_WIDTH, BAR_HEIGHT = 1200, 14
 TEXT_COLOUR, PADDING_COLOUR = (60, 60, 60), (225, 225, 225)
-CELL, COLUMNS = 200, 6  # Of the contact sheet.
+CELL, COLUMNS, LABEL_LINES = 200, 6, 3  # Of the contact sheet.
 
 
 Image8 = UInt8[np.ndarray, "_ _ 3"]
@@ -28,7 +28,7 @@ class Tile(NamedTuple):
   """A clip on the contact sheet."""
 
   image: Image8
-  label: str
+  label: list[str]  # Up to LABEL_LINES.
 
 
 def packing_picture(rows: Rows, count: int, title: str, path: epath.Path) -> None:
@@ -73,7 +73,7 @@ def packing_picture(rows: Rows, count: int, title: str, path: epath.Path) -> Non
 def clip_sheet(tiles: Sequence[Tile], title: str, path: epath.Path) -> None:
   """Lays out pictures of clips on a page, each with its label below."""
   lines = -(-len(tiles) // COLUMNS)
-  height = CELL + 2 * LINE + GAP
+  height = CELL + LABEL_LINES * LINE + GAP
   sheet = Image.new("RGB", (COLUMNS * (CELL + GAP) + GAP, lines * height + LINE + GAP), "white")
   draw = ImageDraw.Draw(sheet)
   draw.text((GAP, GAP // 2), title, fill="black", font=FONT)
@@ -82,7 +82,7 @@ def clip_sheet(tiles: Sequence[Tile], title: str, path: epath.Path) -> None:
     top = LINE + GAP + place // COLUMNS * height
     image = _fit(tile.image)
     sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
-    for line, text in enumerate(tile.label.split("\n")[:2]):
+    for line, text in enumerate(tile.label[:LABEL_LINES]):
       draw.text((left, top + CELL + line * LINE), _cut(text), fill="black", font=FONT)
   _save(sheet, path)
 
@@ -99,8 +99,9 @@ def false_colours(latents: Sequence[Float[np.ndarray, "_ _ c"]]) -> list[Image8]
   axes = vectors[:, ::-1][:, :3]  # The largest first.
   projected = [(part - centre) @ axes for part in pixels]
   low, high = np.percentile(np.concatenate(projected), [1, 99], axis=0)
+  spread = np.maximum(high - low, 1e-6)  # All clips may be alike.
   return [
-    np.uint8(255 * np.clip((part - low) / (high - low), 0, 1)).reshape(*image.shape[:2], 3)
+    np.uint8(255 * np.clip((part - low) / spread, 0, 1)).reshape(*image.shape[:2], 3)
     for part, image in zip(projected, latents, strict=True)
   ]
 

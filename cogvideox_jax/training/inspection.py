@@ -117,7 +117,7 @@ def write_clip_sheet(dataset: Dataset, model: str, title: str, path: epath.Path)
   shown = _decode(latents, model) if model else pictures.false_colours(latents)
   how = f"first frames, decoded by {model}" if model else "latents in FALSE COLOURS: no --model"
   tiles = [
-    Tile(image, f"{one.num_frames} x {one.height}x{one.width}, {one.source}\n{one.caption}")
+    Tile(image, [f"{one.num_frames} x {one.height}x{one.width}", one.source, one.caption])
     for image, one in zip(shown, examples, strict=True)
   ]
   pictures.clip_sheet(tiles, f"{title}: {how}", path)
