@@ -23,14 +23,20 @@ import jax
 import measure
 import numpy as np
 from etils import epath
-from packing import ROWS, TEXT_SHAPE, TOP, draw_mix, latent_shapes
+from packing import (
+  ROWS,
+  TEXT_SHAPE,
+  TOP,
+  draw_mix,
+  latent_shapes,
+  repeat_index,
+  write_dataset,
+)
 
 from cogvideox_jax.data import mixture
-from cogvideox_jax.data.files import write_arrays
 from cogvideox_jax.data.loader import Loader
-from cogvideox_jax.data.records import Dataset, ShardWriter, shard_name
+from cogvideox_jax.data.records import Dataset, shard_name
 from cogvideox_jax.data.rows import Rows
-from cogvideox_jax.types import Example
 
 PEAK, MFU = 459e12, 0.45  # A v5p chip's bf16 FLOP/s, and how well training uses it.
 CLIP_TOKENS, CLIP_FLOPS = 17_776, 997e12  # 5B training on one clip of 49x480x720.
@@ -52,41 +58,17 @@ def needed() -> dict[str, float]:
   }
 
 
-def draw_example(name: str, latents: tuple[int, ...], text: tuple[int, int]) -> Example:
-  """Every number of a clip is drawn anew, so that nothing can be saved by their being alike."""
-  rng = np.random.default_rng(latents[0])
-  mean, logvar = rng.standard_normal((2, *latents), np.float32)
-  frames, height, width = 4 * latents[0] - 3, 8 * latents[1], 8 * latents[2]
-  states = rng.standard_normal(text, np.float32)
-  return Example(mean, logvar, states, "a caption", name, frames, height, width, 8.0)
-
-
-def write_dataset(folder: epath.Path, latents: np.ndarray, text: tuple[int, int]) -> Dataset:
-  writer = ShardWriter(folder, 1, "benchmark")
-  shapes = enumerate(latents.tolist())
-  writer.write_shard(0, (draw_example(f"{n}.mp4", tuple(shape), text) for n, shape in shapes))
-  writer.finalize()
-  return Dataset(folder)
-
-
-def write_large(folder: epath.Path, clips: int) -> Dataset:
+def write_large(folder: epath.Path, clips: int) -> None:
   """A dataset of small clips whose shards are all links to one."""
-  latents = np.column_stack([np.arange(clips) % 13 + 1, np.full((clips, 2), 4), np.full(clips, 4)])
-  write_dataset(folder, latents, (8, 4))
-  arrays = dict(np.load(folder / "index.npz"))
-  names = [b"%09d.mp4" % clip for clip in range(clips * COPIES)]
-  sizes = [len(name) for name in names]
-  large = {
-    **{name: np.concatenate([array] * COPIES) for name, array in arrays.items() if array.ndim},
-    "source_hash": np.random.default_rng(0).integers(2**64, size=len(names), dtype=np.uint64),
-    "names": np.frombuffer(b"".join(names), np.uint8),
-    "name_ends": np.cumsum(sizes),
-    "digest": "large",
-  }
-  write_arrays(folder / "index.npz", large)
+  write_small(folder, clips)
   for copy in range(COPIES):
     os.link(folder / shard_name(0, 1), folder / shard_name(copy, COPIES))
-  return Dataset(folder)
+  repeat_index(folder, COPIES)
+
+
+def write_small(folder: epath.Path, clips: int) -> Dataset:
+  shapes = np.column_stack([np.arange(clips) % 13 + 1, np.full((clips, 2), 4), np.full(clips, 4)])
+  return write_dataset(folder, shapes, (8, 4))
 
 
 def make_loader(dataset: Dataset, *, row_tokens: int, max_clips: int, **options) -> Loader:
@@ -151,9 +133,7 @@ def measure_resume(folder: epath.Path, clips: int) -> dict[str, float]:
 
 def measure_growth(folder: epath.Path, batches: int) -> dict[str, int]:
   """How many bytes the process has grown by between a tenth of the batches and their end."""
-  latents = np.column_stack([np.arange(500) % 13 + 1, np.full((500, 2), 4), np.full(500, 4)])
-  dataset = write_dataset(folder, latents, (8, 4))
-  loader = make_loader(dataset, row_tokens=256, max_clips=16)
+  loader = make_loader(write_small(folder, 500), row_tokens=256, max_clips=16)
   before = 0
   for k, _ in enumerate(itertools.islice(loader.iterate(), batches)):
     if k == batches // 10:

@@ -10,6 +10,7 @@ paper's Table 5 for 25k, 75k and 700k tokens; the top-level figures are for 75k.
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import measure
@@ -17,8 +18,9 @@ import numpy as np
 from etils import epath
 
 from cogvideox_jax.data.files import write_arrays
-from cogvideox_jax.data.records import Dataset, Index, shard_name
+from cogvideox_jax.data.records import Dataset, ShardWriter
 from cogvideox_jax.data.rows import Rows
+from cogvideox_jax.types import Example
 
 FRAMES = np.array([1, 9, 17, 33, 49])  # Half of the clips are images.
 FRAME_RATES = np.array([4, 1, 1, 1, 1]) / 8
@@ -47,24 +49,56 @@ def latent_shapes(sizes: np.ndarray) -> np.ndarray:
   ).astype(np.int32)
 
 
+def draw_example(name: str, latents: Sequence[int], text: tuple[int, int]) -> Example:
+  """A clip of random latents and text states."""
+  rng = np.random.default_rng(latents[0])
+  mean, logvar = rng.standard_normal((2, *latents), np.float32)
+  frames, height, width = 4 * latents[0] - 3, 8 * latents[1], 8 * latents[2]
+  states = rng.standard_normal(text, np.float32)
+  return Example(mean, logvar, states, "a caption", name, frames, height, width, 8.0)
+
+
+def write_dataset(folder: epath.Path, latents: np.ndarray, text: tuple[int, int]) -> Dataset:
+  """Clips of these (f, h, w, c), in one shard."""
+  writer = ShardWriter(folder, 1, "benchmark")
+  shapes = enumerate(latents.tolist())
+  writer.write_shard(0, (draw_example(f"{n}.mp4", shape, text) for n, shape in shapes))
+  writer.finalize()
+  return Dataset(folder)
+
+
+def repeat_index(folder: epath.Path, copies: int, **changes: np.ndarray) -> None:
+  """Makes a dataset's index say that its clips are there so many times, under other names."""
+  arrays = dict(np.load(folder / "index.npz"))
+  clips = copies * len(arrays["source_hash"])
+  columns = {
+    name: np.tile(array, (copies, *[1] * (array.ndim - 1)))
+    for name, array in arrays.items()
+    if array.ndim
+  }
+  names = {
+    "source_hash": np.random.default_rng(1).integers(2**64, size=clips, dtype=np.uint64),
+    "names": np.frombuffer(b"".join(b"%09d.mp4" % clip for clip in range(clips)), np.uint8),
+    "name_ends": len("000000000.mp4") * np.arange(1, clips + 1),
+  }
+  write_arrays(folder / "index.npz", {**arrays, **columns, **names, **changes})
+
+
 def write_index(folder: epath.Path, sizes: np.ndarray) -> None:
   """An encoded dataset of clips of these sizes, as far as planning looks at it."""
-  clips, shard = len(sizes), folder / shard_name(0, 1)
-  folder.mkdir(parents=True, exist_ok=True)
-  shard.write_bytes(b"")
-  index = Index(
-    *sizes.astype(np.int32).T,
-    fps=np.full(clips, 8, np.float32),
+  write_dataset(folder, np.array([[1, 2, 2, 16]]), (1, 1))
+  num_frames, height, width = sizes.astype(np.int32).T
+  repeat_index(
+    folder,
+    len(sizes),
+    num_frames=num_frames,
+    height=height,
+    width=width,
     latent_shape=latent_shapes(sizes),
-    text_shape=np.tile(np.array(TEXT_SHAPE, np.int32), (clips, 1)),
-    source_hash=np.random.default_rng(1).integers(2**64, size=clips, dtype=np.uint64),
+    text_shape=np.tile(np.array(TEXT_SHAPE, np.int32), (len(sizes), 1)),
+    shard_lengths=np.array([len(sizes)]),
+    shard_bytes=np.load(folder / "index.npz")["shard_bytes"],
   )
-  names = {
-    "names": np.frombuffer(b"".join(b"%09d.mp4" % clip for clip in range(clips)), np.uint8),
-    "name_ends": 13 * np.arange(1, clips + 1),
-  }
-  shards = {"shard_lengths": np.array([clips]), "shard_bytes": np.array([0])}
-  write_arrays(folder / "index.npz", {**index._asdict(), **names, **shards, "digest": "none"})
 
 
 def open_rows(folder: epath.Path, row_tokens: int) -> Rows:

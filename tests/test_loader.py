@@ -1,7 +1,9 @@
 """Batch k is a function of (seed, datasets, weights, k): not of threads, starts or hosts."""
 
 import itertools
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Batch
 
 ROWS = 8  # Of the global batch.
+STATM = Path("/proc/self/statm")
 IMAGES, VIDEOS, EXTRA = range(90), range(300, 360), range(600, 621)  # Numbers of clips.
 
 
@@ -136,6 +139,20 @@ def test_an_iterator_that_is_closed_leaves_no_thread(datasets):
   for thread in set(threading.enumerate()) - before:
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATM.exists(), reason="only Linux says how much memory a process holds")
+def test_memory_is_flat_over_ten_thousand_batches(datasets):
+  def held() -> int:
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+  batches = make_loader(datasets).iterate()
+  next(itertools.islice(batches, 1000, None))
+  before = held()
+  next(itertools.islice(batches, 9000, None))
+  assert held() - before < 2**24  # A leak of one row's tokens a batch would be 70 MB.
+  batches.close()
 
 
 def test_hosts_that_cannot_share_a_batch_are_a_clear_message(datasets):
