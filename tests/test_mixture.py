@@ -32,9 +32,9 @@ def test_every_window_holds_the_datasets_in_proportion(weights, start):
 
 
 def test_decimal_weights_are_exact():
-  history = mixture.begin({"a": 0.3, "b": 0.7})
+  history = mixture.begin({"a": 0.7, "b": 0.3})
   for row in (10, 10**6, 10**15):
-    assert mixture.given(history, row) == {"a": row * 3 // 10, "b": row * 7 // 10}
+    assert mixture.given(history, row) == {"a": row * 7 // 10, "b": row * 3 // 10}
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
