@@ -7,8 +7,11 @@ stage, and writes two pictures beside it: packing.png, rows as bars of clips, an
 first frames of some clips, decoded by the VAE of --model. Without a model, clips.png shows the
 latents in false colours.
 
---rows=START:STOP --hosts=N --json prints instead which clips stand in those rows of a training, by
-the code that reads them, as one JSON object: {"rows": [{"row", "epoch", "host", "clips"}]}.
+Without --config, the config is the one that `encode` kept, or that of the workdir it is in.
+
+--rows=START:STOP --hosts=N --json prints instead which clips stand in those rows of a training on
+this dataset alone, by the code that reads them, as one JSON object:
+{"rows": [{"row": number, "epoch": number, "host": number, "clips": [their ids in order]}]}.
 """
 
 import json

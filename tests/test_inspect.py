@@ -87,6 +87,7 @@ def test_a_dataset_is_shown_with_the_config_kept_beside_it_or_with_none(inputs, 
   assert bare["stages"]["tiny"]["packing"] is None
   assert (tmp_path / "data" / "tiny" / "clips.png").exists()
 
+  (tmp_path / "data" / "tiny" / "config.json").write_text('{"of": "another program"}')
   kept = make_config(inputs, components="")
   (tmp_path / "data" / "config.json").write_text(kept.to_json())
   told = last_object(run_command(tmp_path, "inspect", str(tmp_path / "data"), "--json"))

@@ -51,11 +51,14 @@ def kept_config(path: epath.Path) -> ConfigDict | None:
   """The config that was kept beside a dataset by `encode`, or in the workdir of a training."""
   for folder in (path, *list(path.parents)[:PARENTS]):
     kept = folder / resume.NAME
-    if kept.exists():
-      try:
-        return ConfigDict(json.loads(kept.read_text()))
-      except ValueError as error:
-        raise UserError(f"{kept} is damaged ({error}).\nGive the config by --config=.") from error
+    if not kept.exists():
+      continue
+    try:
+      fields = json.loads(kept.read_text())
+    except ValueError as error:
+      raise UserError(f"{kept} is damaged ({error}).\nGive the config by --config=.") from error
+    if "stages" in fields:  # Else it is of something else, such as a model.
+      return ConfigDict(fields)
   return None
 
 
