@@ -3,16 +3,22 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import run_command
+from drawn import VAE_CONFIG, draw
 from etils import epath
-from model_folder import make_model
+from flax import nnx
 from PIL import Image
 from small_run import config_flags_of, make_config, make_inputs, settings
 
+from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.data import mixture
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.models import vae
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.training import inspection, setup
 
 CLIPS = 48
@@ -62,8 +68,7 @@ def test_hosts_share_the_same_rows(inputs, hosts):
 
 
 def test_a_table_and_two_pictures_of_a_dataset(inputs, tmp_path):
-  model = make_model(tmp_path / "model")
-  args = [f"--model={model}", f"--output={tmp_path}/pictures", "--json"]
+  args = ["--model=", f"--output={tmp_path}/pictures", "--json"]
   result = run_command(tmp_path, "inspect", str(inputs / "data" / "tiny"), *flags_of(inputs), *args)
   found = last_object(result)["stages"]["tiny"]
   assert (found["clips"], found["images"]) == (CLIPS, CLIPS // 4)
@@ -78,6 +83,21 @@ def test_a_table_and_two_pictures_of_a_dataset(inputs, tmp_path):
   for name in ("clips", "packing"):
     picture = np.asarray(Image.open(tmp_path / "pictures" / "tiny" / f"{name}.png"))
     assert picture.std() > 10
+
+
+def test_clips_are_shown_decoded_by_the_vae_they_were_encoded_with(inputs, tmp_path):
+  (dataset,) = inspection.open_stages(epath.Path(inputs) / "data").values()
+  alike = np.flatnonzero((dataset.index.latent_shape == (3, 4, 4, 4)).all(axis=1))[:2]
+  frames = [dataset[clip].mean[0] for clip in alike.tolist()]
+  config, params = draw(VAE, VAE_CONFIG)
+  diffusers.save_vae(tmp_path / "vae", config, params)
+  shown = inspection.decode_first_frames(frames, str(tmp_path))
+  network = nnx.merge(graph_of(VAE, config), params)
+  for image, latents in zip(shown, frames, strict=True):
+    decoded = vae.decode(network, jnp.float32(latents)[None, None])[0, 0]
+    np.testing.assert_allclose(image, np.clip(127.5 * decoded + 127.5, 0, 255), atol=0.51)
+  with pytest.raises(UserError, match="has 4 latent channels, the clips have 3"):
+    inspection.decode_first_frames([frame[..., :3] for frame in frames], str(tmp_path))
 
 
 def test_a_dataset_is_shown_with_the_config_kept_beside_it_or_with_none(inputs, tmp_path):

@@ -117,7 +117,7 @@ def write_clip_sheet(dataset: Dataset, model: str, title: str, path: epath.Path)
   clips = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
   examples = [dataset[clip] for clip in clips]
   latents = [example.mean[0] for example in examples]
-  shown = _decode(latents, model) if model else pictures.false_colours(latents)
+  shown = decode_first_frames(latents, model) if model else pictures.false_colours(latents)
   how = f"first frames, decoded by {model}" if model else "latents in FALSE COLOURS: no --model"
   tiles = [
     Tile(image, [f"{one.num_frames} x {one.height}x{one.width}", one.source, one.caption])
@@ -126,8 +126,8 @@ def write_clip_sheet(dataset: Dataset, model: str, title: str, path: epath.Path)
   pictures.clip_sheet(tiles, f"{title}: {how}", path)
 
 
-def _decode(latents: Sequence[Float[np.ndarray, "_ _ c"]], model: str) -> list[Image8]:
-  """The frame of each first latent."""
+def decode_first_frames(latents: Sequence[Float[np.ndarray, "_ _ c"]], model: str) -> list[Image8]:
+  """The frame that each clip's first latents hold; a UserError if the model's are others."""
   config, params = open_model(model).vae()
   if config.latent_channels != latents[0].shape[-1]:
     raise UserError(
