@@ -91,13 +91,14 @@ def measure_speed(dataset: Dataset, max_clips: int, workers: int, batches: int) 
   loader = make_loader(dataset, row_tokens=TOP, max_clips=max_clips, num_threads=workers)
   clips = [len(loader.row(index).row.clips) for index in range(batches * LOCAL_ROWS)]
   tokens = sum(TOP * LOCAL_ROWS * (1 - loader.padding_fraction(k)) for k in range(batches))
-  seconds, size = [], 0
+  seconds, cpu_seconds, size = [], [], 0
   for _ in range(REPEATS):
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     for batch in itertools.islice(loader.iterate(), batches):
       jax.block_until_ready(jax.device_put(batch))
       size = sum(array.nbytes for array in batch)
     seconds.append(time.perf_counter() - start)
+    cpu_seconds.append(time.process_time() - start_cpu)
   median = statistics.median(seconds)
   return {
     "workers": workers,
@@ -105,6 +106,8 @@ def measure_speed(dataset: Dataset, max_clips: int, workers: int, batches: int) 
     "tokens_per_second": tokens / median,
     "rows_per_second": batches * LOCAL_ROWS / median,
     "bytes_per_second": _record_bytes(dataset, loader, batches) / median,
+    # What a core gives that does nothing else, however busy the machine was.
+    "tokens_per_cpu_second": tokens / statistics.median(cpu_seconds),
     "batch_bytes": size,
     "fastest_over_median": min(seconds) / median,
   }

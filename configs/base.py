@@ -105,7 +105,8 @@ def source(path: str, weight: float) -> ConfigDict:
 
   path: as config.data.path, or the folder of one stage, of whatever name. weight: this dataset's
   share of the rows, and so of the tokens, times any number; 0 is none. Weights may change when a
-  run is started again, and datasets be added and left out: each goes on where it was left.
+  run is started again, and datasets be added and left out: each goes on where it was left. A row
+  holds clips of one dataset, so one of small images alone fills rows only if max_clips allows it.
   """
   return ConfigDict({"path": path, "weight": float(weight)})
 
