@@ -90,7 +90,7 @@ def encode(
   total = done + sum(len(shard.items) for shard in shards)
   with tqdm(total=total, initial=done, desc="Encoding", unit="file") as bar:
     _encode_shards(shards, encoders, config.data.fps, workers, bar)
-  return _finish(stages, refusals, output)
+  return _finish(stages, refusals, output, config)
 
 
 def _runs(items: Sequence[Item]) -> list[list[Item]]:
@@ -283,8 +283,13 @@ def _batches(
     yield waiting[key]
 
 
-def _finish(stages: Sequence[_Stage], refusals: list[Refusal], output: epath.Path) -> Counts:
-  """Waits until the other hosts have written their shards; the first one then adds the index."""
+def _finish(
+  stages: Sequence[_Stage], refusals: list[Refusal], output: epath.Path, config: ConfigDict
+) -> Counts:
+  """Waits until the other hosts have written their shards; the first one then adds the index.
+
+  And the config, for `inspect`, which need not be told what the dataset is for.
+  """
   for stage in stages:
     lacking = stage.writer.pending()
     while lacking:
@@ -297,6 +302,7 @@ def _finish(stages: Sequence[_Stage], refusals: list[Refusal], output: epath.Pat
     text = "".join(json.dumps(line._asdict()) + "\n" for line in sorted(lines, key=_by_line))
     with disk_errors(output):
       write_atomically(output / "quarantine.jsonl", text.encode())
+      write_atomically(output / "config.json", config.to_json().encode())
   hosts.wait("encoded")
   return Counts(sum(stage.writer.counts().clips for stage in stages), len(lines))
 
