@@ -32,25 +32,34 @@ _MACHINE_FAULTS = {
 _FLAG_FAULTS = (flags.Error, AttributeError, ImportError, KeyError, SyntaxError)
 
 
-def run(main: Callable[[], int | None]) -> None:
-  """Parses the flags, calls main and exits with what it returns. Never returns itself."""
+def run(main: Callable[..., int | None], *operands: str) -> None:
+  """Parses the flags, calls main and exits with what it returns. Never returns itself.
+
+  operands: what must be given besides the flags; main gets them in this order.
+  """
 
   def guarded(argv: list[str]) -> int | None:
     with user_mistakes():
-      if argv[1:]:
-        raise UserError(f"Not a flag: {argv[1]}\nFlags are written --name=value; see --help.")
-      return main()
+      given = argv[1:]
+      if given[len(operands) :]:
+        raise UserError(
+          f"Not a flag: {given[len(operands)]}\nFlags are written --name=value; see --help."
+        )
+      if missing := operands[len(given) :]:
+        raise UserError(f"Missing: {' '.join(missing)}\nSee --help.")
+      return main(*given)
 
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def config_flag() -> flags.FlagHolder[ConfigDict]:
-  """Defines `--config=FILE`, which must be given, with `--config.KEY=VALUE` to override a key."""
+def config_flag(*, required: bool = True) -> flags.FlagHolder[ConfigDict]:
+  """Defines `--config=FILE`, with `--config.KEY=VALUE` to override a key."""
   holder = config_flags.DEFINE_config_file(
     "config", help_string="Config file; --config.KEY=VALUE changes one of its keys."
   )
   flags.declare_key_flag("config")
-  flags.mark_flag_as_required("config")
+  if required:
+    flags.mark_flag_as_required("config")
   return holder
 
 
@@ -80,6 +89,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     config = _config_file(argv)
     if config:
       _check_readable(config)
+    flags.FLAGS.set_gnu_getopt()  # Flags may follow what is no flag.
     try:
       return flags.FLAGS(argv)
     except _FLAG_FAULTS as error:

@@ -42,6 +42,7 @@ FRACTIONS = {
   "optimizer.final_fraction",
   "text.drop_rate",
 }
+MIXTURE = "data.mixture"
 MESH = "mesh."  # Along one axis, -1 stands for all devices that are left.
 
 
@@ -62,6 +63,7 @@ def check(config: ConfigDict, model: str) -> None:
   multiple = lcm(*config.model.patch[1:]) * (_spatial_compression(model) if model else 1)
   if not config.stages:
     raise UserError("config.stages is empty: nothing says what to train on.")
+  _check_mixture(config)
   for name, stage in config.stages.items():
     _check_stage(f"config.stages.{name}", stage, multiple)
   if config.preview.every:
@@ -101,12 +103,25 @@ def _check_value(key: str, value: Any) -> None:
     fits, wanted = value == -1 or value >= 1, "at least 1, or -1 for all devices that are left"
   elif key in FRACTIONS:
     fits, wanted = 0 <= value <= 1, "from 0 to 1"
-  elif key in MAY_BE_ZERO:
+  elif key in MAY_BE_ZERO or key.startswith(MIXTURE):
     fits, wanted = 0 <= value < float("inf"), "at least 0"
   else:
     fits, wanted = 0 < value < float("inf"), "above 0"
   if not fits:
     raise UserError(f"config.{key} is {value}; it must be {wanted}.")
+
+
+def _check_mixture(config: ConfigDict) -> None:
+  sources = config.data.mixture.items()
+  for name, source in sources:
+    if set(source) != {"path", "weight"} or not source.path:
+      raise UserError(
+        f"config.{MIXTURE}.{name} must have a path and a weight: write base.source(path, weight)."
+      )
+  if sources and config.data.path:
+    raise UserError(f"config.data.path and config.{MIXTURE} are both given; leave one out.")
+  if sources and not any(source.weight for _, source in sources):
+    raise UserError(f"config.{MIXTURE}: no dataset has a weight above 0.")
 
 
 def _check_stage(name: str, stage: ConfigDict, multiple: int) -> None:

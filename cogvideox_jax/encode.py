@@ -7,8 +7,10 @@ knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --pr
 """
 
 from absl import flags
+from etils import epath
 
 from cogvideox_jax import command, encoding, hosts
+from cogvideox_jax.data.files import write_atomically
 
 CONFIG = command.config_flag()
 INPUT = flags.DEFINE_string("input", None, "Manifest (JSON lines) or folder.", required=True)
@@ -35,6 +37,8 @@ def main() -> None:
   except KeyboardInterrupt:
     print(f"Whole shards are kept in {OUTPUT.value}: the same command goes on from there.")
     raise
+  # For `inspect`, which then needs not be told what the dataset is for.
+  write_atomically(epath.Path(OUTPUT.value) / "config.json", CONFIG.value.to_json().encode())
   print(f"{counts.clips} clips encoded into {OUTPUT.value}; {counts.refused} refused")
   if counts.refused:
     print(f"Why: {OUTPUT.value}/quarantine.jsonl")

@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
 
   config.data = ConfigDict()
   config.data.path = ""  # An encoded dataset; "": the embedded clips, made in WORKDIR/data.
+  config.data.mixture = ConfigDict()  # Instead of a path: name -> `source` of several datasets.
   config.data.clips = 0  # How many embedded clips to render when there is no path.
   config.data.fps = 8.0
   config.data.validation_fraction = 0.01  # Of the clips, chosen by their names; ours.
@@ -97,6 +98,17 @@ def get_config() -> ConfigDict:
   config.preview.guidance_scale = 6.0
   config.preview.solver = "ddim"
   return config.lock()
+
+
+def source(path: str, weight: float) -> ConfigDict:
+  """One dataset of config.data.mixture.
+
+  path: as config.data.path, or the folder of one stage, of whatever name. weight: this dataset's
+  share of the rows, and so of the tokens, times any number; 0 is none. Weights may change when a
+  run is started again, and datasets be added and left out: each goes on where it was left. A row
+  holds clips of one dataset, so one of small images alone fills rows only if max_clips allows it.
+  """
+  return ConfigDict({"path": path, "weight": float(weight)})
 
 
 def stage(*, sizes, durations, rows, row_tokens, max_clips) -> ConfigDict:

@@ -1,47 +1,19 @@
 """Mistakes of a user, made with the real commands: told in a few lines, before any compile."""
 
-import multiprocessing
-import os
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from commands import Result, run_command
 from model_folder import make_model
 from small_run import config_flags_of, make_config, make_inputs, settings
 
-# Commands start from a process that has loaded the libraries, and nothing else, once for all.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["cogvideox_jax.encoding", "cogvideox_jax.training.loop"])
 TINY = "--config=configs/tiny.py"
-
-
-class Result(NamedTuple):
-  code: int | None
-  output: str
-  errors: str
-
-
-def start(verb: str, args: list[str], folder: Path) -> None:
-  """What a command's process does."""
-  for stream, name in ((1, "output"), (2, "errors")):
-    os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), stream)
-  os.environ["JAX_LOG_COMPILES"] = "1"
-  sys.argv = [verb, *args]
-  runpy.run_module(f"cogvideox_jax.{verb}", run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture
 def run(tmp_path):
-  def call(verb: str, *args: str) -> Result:
-    process = FORKS.Process(target=start, args=(verb, list(args), tmp_path))
-    process.start()
-    process.join(timeout=120)
-    texts = [(tmp_path / name).read_text() for name in ("output", "errors")]
-    return Result(process.exitcode, *texts)
-
-  return call
+  return partial(run_command, tmp_path)
 
 
 @pytest.fixture(scope="module")

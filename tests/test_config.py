@@ -90,3 +90,30 @@ def test_sizes_are_not_checked_where_no_preview_is_made():
   config = changed("preview.num_frames", 16)
   config.preview.every = 0
   check(config)
+
+
+def mixed(path, sources) -> ConfigDict:
+  config = changed("data.path", path)
+  with config.unlocked():
+    for name, source in sources.items():
+      config.data.mixture[name] = base.source(*source)
+  return config
+
+
+def test_a_mixture_may_leave_a_dataset_out_for_a_while():
+  check(mixed("", {"a": ("x", 1), "b": ("y", 0)}))
+
+
+@pytest.mark.parametrize(
+  ("path", "sources", "wanted"),
+  [
+    ("z", {"a": ("x", 1)}, "config.data.path and config.data.mixture are both given"),
+    ("", {"a": ("x", 0), "b": ("y", 0)}, "no dataset has a weight above 0"),
+    ("", {"a": ("", 1)}, "config.data.mixture.a must have a path and a weight"),
+    ("", {"a": ("x", -1)}, "config.data.mixture.a.weight is -1.0; it must be at least 0"),
+  ],
+)
+def test_a_mixture_that_names_nothing_to_train_on_is_refused(path, sources, wanted):
+  with pytest.raises(UserError) as caught:
+    check(mixed(path, sources))
+  assert wanted in str(caught.value)

@@ -12,9 +12,10 @@ import pytest
 from etils import epath
 from small_run import make_config, make_inputs
 
+from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import checkpoint, loop, metrics, setup
-from configs import tiny
+from configs import base, tiny
 
 LOGGED = {
   "step",
@@ -82,19 +83,25 @@ def test_a_run_can_begin_with_the_average_of_another(inputs, finished):
     setup.load_initial(str(finished), deeper)
 
 
-def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
-  inputs, finished, tmp_path, monkeypatch, capsys
-):
-  workdir, add = epath.Path(tmp_path), metrics.Recorder.add
+def train_and_stop(config, workdir, at):
+  """Trains until a signal comes after a step."""
+  add = metrics.Recorder.add
 
   def add_and_signal(self, step, values, measure):
     add(self, step, values, measure)
-    if step == 3:
+    if step == at:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  with monkeypatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch:
     patch.setattr(metrics.Recorder, "add", add_and_signal)
-    assert loop.train(make_config(inputs), workdir) == 83
+    assert loop.train(config, workdir) == 83
+
+
+def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
+  inputs, finished, tmp_path, capsys
+):
+  workdir = epath.Path(tmp_path)
+  train_and_stop(make_config(inputs), workdir, at=3)
   assert "Stopped at step 3, which is saved." in capsys.readouterr().out
   assert checkpoint.good_steps(workdir / "checkpoints") == [2, 3]
   # What is looked at may change, what is trained may not.
@@ -131,8 +138,52 @@ def test_data_may_move_but_not_change(inputs, finished, tmp_path):
   shutil.copytree(inputs / "data", tmp_path / "moved")
   assert loop.train(make_config(inputs, data__path=str(tmp_path / "moved")), finished) == 0
   other = make_inputs(epath.Path(tmp_path) / "other", seed=1)
-  with pytest.raises(UserError, match="stage 'tiny' are not the same"):
+  with pytest.raises(UserError, match="the records of 'tiny' are not the same"):
     loop.train(make_config(inputs, data__path=str(other / "data")), finished)
+
+
+def mix(inputs, weights):
+  """The config of a run on several datasets, weights by their folders."""
+  config = make_config(inputs, data__path="", train__steps=4)
+  with config.unlocked():
+    for folder, weight in weights.items():
+      path = str(inputs / "data" if folder == "first" else inputs / folder / "data" / "tiny")
+      config.data.mixture[folder] = base.source(path, weight)
+  return config
+
+
+def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
+  inputs, tmp_path, monkeypatch
+):
+  make_inputs(inputs / "second", seed=1)
+  workdir, placed, iterate = epath.Path(tmp_path), {}, Loader.iterate
+
+  def iterate_and_note(self, start=0):
+    for k, batch in enumerate(iterate(self, start), start):
+      placed.update((index, self.row(index)) for index in self.rows_of(k))
+      yield batch
+
+  monkeypatch.setattr(Loader, "iterate", iterate_and_note)
+  train_and_stop(mix(inputs, {"first": 1, "second": 1}), workdir, at=1)
+  config, kept = mix(inputs, {"first": 3, "second": 1}), workdir / "mixture.json"
+  before = kept.read_text()
+  kept.write_text("[{}]")
+  with pytest.raises(UserError, match=r"mixture\.json is damaged"):
+    loop.train(config, workdir)
+  kept.write_text(before)
+  assert loop.train(config, workdir) == 0
+
+  rows = [placed[index] for index in range(4 * 8)]
+  assert [dataset for dataset, _ in rows].count("first") == 4 + 18
+  datasets = setup.make_rows(config, setup.open_data(config, workdir), "train", "zeros")
+  for name, planned in datasets.items():
+    mine = [row.clips.tolist() for dataset, row in rows if dataset == name]
+    assert mine == [planned[number].clips.tolist() for number in range(len(mine))]
+  history = json.loads(kept.read_text())
+  assert history == [
+    {"start": 0, "weights": {"first": 1, "second": 1}, "offsets": {}},
+    {"start": 8, "weights": {"first": 3, "second": 1}, "offsets": {"first": 4, "second": 4}},
+  ]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +217,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
 
   def place_and_spoil(self, batch):
     spoils = next(placed) == 4
-    return place(self, batch._replace(mean=batch.mean * np.float32(np.nan)) if spoils else batch)
+    nothing = np.full_like(batch.mean, np.nan)
+    return place(self, batch._replace(mean=nothing) if spoils else batch)
 
   monkeypatch.setattr(loop.Run, "_place", place_and_spoil)
   workdir = epath.Path(tmp_path)

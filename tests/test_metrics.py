@@ -33,8 +33,8 @@ class Rows(Loader):
   def padding_fraction(self, k):
     return 0.25
 
-  def epoch(self, k):
-    return k // 2
+  def epochs(self, k):
+    return {"images": k // 2, "videos": 0}
 
 
 def test_lines_can_be_read_as_soon_as_they_are_added(log, tmp_path):
@@ -72,6 +72,8 @@ def test_a_logged_step_stands_for_those_before_it(log, tmp_path, monkeypatch):
   assert [line["step_seconds"] for line in logged] == [2, 4.5, 6]
   assert [line["tokens_per_second"] for line in logged] == [75 / 2, 75 / 4.5, 75 / 6]
   assert [line["epoch"] for line in logged] == [1, 2, 2]
+  assert [line["epoch_images"] for line in logged] == [1, 2, 2]
+  assert [line["epoch_videos"] for line in logged] == [0, 0, 0]
   assert ["validation_loss" in line for line in logged] == [False, True, False]
 
 

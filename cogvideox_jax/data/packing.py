@@ -131,13 +131,26 @@ def plan_epoch(layout: Layout, lengths: Int[np.ndarray, " clips"], seed: int, ep
   clips[np.argsort(layout.lengths, kind="stable")] = drawn[
     np.argsort(lengths[drawn], kind="stable")
   ]
-  row_order = np.argsort(random_words(layout.num_rows, seed, epoch, _ROWS), kind="stable")
-  rank = np.empty_like(row_order)
-  rank[row_order] = np.arange(layout.num_rows)
   within = random_words(len(lengths), seed, epoch, _WITHIN)
-  places = np.lexsort((within, rank[layout.rows]))
-  counts = np.bincount(layout.rows)[row_order]
-  return Epoch(clips[places], np.concatenate([[0], np.cumsum(counts)]))
+  shuffled = clips[_shuffled_within(layout, within)]
+  order = np.argsort(random_words(layout.num_rows, seed, epoch, _ROWS), kind="stable")
+  counts = np.bincount(layout.rows)
+  ends = np.cumsum(counts[order])
+  moves = np.cumsum(counts)[order] - ends  # From where a row will stand to where it stands.
+  places = np.arange(len(lengths)) + np.repeat(moves, counts[order])
+  return Epoch(shuffled[places], np.concatenate([[0], ends]))
+
+
+def _shuffled_within(
+  layout: Layout, words: UInt64[np.ndarray, " places"]
+) -> Int[np.ndarray, " places"]:
+  """The places, row after row, of a row in the order of random words.
+
+  Row and word make one key, which is nearly sorted: ten times quicker to sort than two keys.
+  """
+  bits = np.uint64(layout.num_rows.bit_length())
+  keys = layout.rows.astype(np.uint64) << (np.uint64(64) - bits) | words >> bits
+  return np.argsort(keys, kind="stable")
 
 
 def pack(
@@ -145,7 +158,7 @@ def pack(
 ) -> Batch:
   """One row, a `Batch` with b = 1, of the examples in turn; they must fit.
 
-  Latents become float32, as the posterior is sampled in; text states keep their type.
+  Latents and text states keep the types they are stored in: half the bytes to hold and to send.
   """
   text_length = len(examples[0].text)
   row = _empty_row(examples[0], math.prod(patch), row_tokens, max_clips)
@@ -177,8 +190,8 @@ def patchify(
 def _empty_row(example: Example, patch_size: int, row_tokens: int, max_clips: int) -> Batch:
   patch_width = example.mean.shape[-1] * patch_size
   return Batch(
-    mean=np.zeros((1, row_tokens, patch_width), np.float32),
-    logvar=np.zeros((1, row_tokens, patch_width), np.float32),
+    mean=np.zeros((1, row_tokens, patch_width), example.mean.dtype),
+    logvar=np.zeros((1, row_tokens, patch_width), example.logvar.dtype),
     text=np.zeros((1, max_clips, *example.text.shape), example.text.dtype),
     segment_ids=np.zeros((1, row_tokens), np.int32),
     experts=np.full((1, row_tokens), VISION, np.int32),

@@ -374,6 +374,12 @@ def damaged_files(directory: epath.PathLike) -> list[str]:
   ]
 
 
+def stage_folder(path: epath.PathLike, stage: str) -> epath.Path:
+  """Where a stage's dataset is, given its folder or, as `encode` writes it, the one above."""
+  folder = epath.Path(path)
+  return folder if (folder / "index.npz").exists() else folder / stage
+
+
 def shard_name(shard: int, num_shards: int) -> str:
   return f"{DATASET}-{SPLIT}.array_record-{shard:05d}-of-{num_shards:05d}"
 

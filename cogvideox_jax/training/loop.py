@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cogvideox_jax import sharding
+from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.inference.progress import COMPILE, Progress
@@ -78,21 +79,28 @@ class Run:
 
   def __init__(self, config: ConfigDict, workdir: epath.Path):
     """Prepares all that needs no compiled program of the transformer."""
-    self._config, self._steps = config, config.train.steps
+    self._config, self._steps, self._workdir = config, config.train.steps, workdir
     self._mesh, rules = setup.make_mesh(config)
-    name, self._stage = setup.only_stage(config)
+    _, self._stage = setup.only_stage(config)
     self._rows = sharding.row_sharding(self._mesh, rules, self._stage.rows)
     self._functions = setup.make_functions(config, self._mesh, rules)
     self._previewer = None
     if config.preview.every and config.preview.prompts:
       self._previewer = Previewer(config, workdir / "previews")
-    dataset = setup.open_data(config, workdir)
-    self.data_digests = {name: dataset.digest}
+    datasets = setup.open_data(config, workdir)
+    self.data_digests = {name: dataset.digest for name, dataset in datasets.items()}
     resume.check_data(workdir, self.data_digests)
-    self._loader = setup.make_loader(config, dataset, "train")
+    drop = setup.dropped_caption(config)
+    self._datasets = setup.make_rows(config, datasets, "train", drop)
     self._held_out = None
     if config.validation.every:
-      self._held_out = setup.make_loader(config, dataset, "validation")
+      held_out = setup.make_rows(config, datasets, "validation", drop)
+      sizes = {name: rows.per_epoch for name, rows in held_out.items()}
+      # Every held-out clip equally often, whatever the weights of the mixture.
+      self._held_out = setup.make_loader(config, held_out, mixture.begin(sizes))
+      self._held_out_batches = min(
+        config.validation.batches, -(-sum(sizes.values()) // self._stage.rows)
+      )
     # On CPU, steps that are not waited for can deadlock where devices are many.
     self._waits = self._mesh.devices.flat[0].platform == "cpu"
     keys = jax.random.split(jax.random.key(config.seed), 3)
@@ -117,12 +125,14 @@ class Run:
     before, config = int(value.step), self._config
     if before >= self._steps:
       return before
-    with closing(self._loader.iterate(before)) as rows:
+    history = resume.go_on_mixing(self._workdir, setup.weights(config), before * self._stage.rows)
+    loader = setup.make_loader(config, self._datasets, history)
+    with closing(loader.iterate(before)) as rows:
       batches = self._read_ahead(rows)
       first = next(batches)
       programs = self._compile(value, first)
       with tqdm(desc="train", initial=before, total=self._steps, disable=not is_first()) as bar:
-        recorder = self._recorder(log, bar)
+        recorder = self._recorder(log, loader, bar)
         for step, batch in enumerate(itertools.chain([first], batches), start=before + 1):
           value, metrics = programs.train(value, batch, self._train_key)
           if self._waits:
@@ -160,13 +170,11 @@ class Run:
 
   def _validate(self, programs: Programs, held_out: Loader, params: Params) -> dict[str, float]:
     """The loss on the held-out clips, by timestep and over all: always the same clips and noise."""
-    rows = self._stage.rows
-    count = min(self._config.validation.batches, -(-held_out.rows_per_epoch // rows))
     noise = self._validation_noise()
     losses = np.mean(
       [
         jax.device_get(programs.validate(params, self._place(held_out.batch(k)), *noise))
-        for k in range(count)
+        for k in range(self._held_out_batches)
       ],
       axis=0,
     )
@@ -177,10 +185,10 @@ class Run:
     points = np.array(VALIDATION_POINTS) * self._config.noise.steps
     return self._validation_key, points.astype(np.int32)
 
-  def _recorder(self, log: RunLog, bar: tqdm) -> Recorder:
+  def _recorder(self, log: RunLog, loader: Loader, bar: tqdm) -> Recorder:
     return Recorder(
       log,
-      self._loader,
+      loader,
       bar,
       tokens=self._stage.rows * self._stage.row_tokens,
       every=self._config.log_every,

@@ -147,7 +147,13 @@ class Recorder:
       "step_seconds": seconds,
       "tokens_per_second": self._tokens * (1 - padding) / seconds,
       "padding_fraction": padding,
-      "epoch": self._loader.epoch(step - 1),
+      **_epochs(self._loader.epochs(step - 1)),
       **measured,
     }
     self._log.metrics(step, numbers)
+
+
+def _epochs(by_dataset: dict[str, int]) -> dict[str, int]:
+  """`epoch`, of the dataset that is repeated most; and of each, where there are several."""
+  each = {f"epoch_{name}": epoch for name, epoch in by_dataset.items()}
+  return {"epoch": max(by_dataset.values()), **(each if len(each) > 1 else {})}

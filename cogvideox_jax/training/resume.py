@@ -1,4 +1,4 @@
-"""Whether a workdir may be gone on with: its config against the one now given."""
+"""Whether a workdir may be gone on with: its config against the one now given; and its mixture."""
 
 import json
 from typing import Any
@@ -6,13 +6,23 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import write_atomically
 from cogvideox_jax.errors import UserError
 
-NAME = "config.json"
+NAME, MIXTURE = "config.json", "mixture.json"
 DIGESTS = "data_digests"  # In that file, beside the config's keys.
 # Keys that do not change what is trained, or whose change is compared by other means.
-FREE = ("log_every", "checkpoint", "preview", "mesh", "sharding", "cpu_devices", "data.path")
+FREE = (
+  "log_every",
+  "checkpoint",
+  "preview",
+  "mesh",
+  "sharding",
+  "cpu_devices",
+  "data.path",
+  "data.mixture",
+)
 MOST_LINES = 8  # Of changed keys in a message.
 
 
@@ -45,22 +55,48 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def check_data(workdir: epath.Path, digests: dict[str, str]) -> None:
-  """Raises a UserError if the workdir was begun on other data; `digests` are by stage."""
-  if not (workdir / NAME).exists():
-    return
-  before = json.loads((workdir / NAME).read_text()).get(DIGESTS, {})
-  for stage, digest in digests.items():
-    if before.get(stage, digest) != digest:
+  """Raises a UserError if a dataset is not the one that the workdir knows by its name."""
+  before = _digests(workdir)
+  for name, digest in digests.items():
+    if before.get(name, digest) != digest:
       raise UserError(
-        f"{workdir} was begun on another dataset: the records of stage {stage!r} are not the same "
-        f"as then.\nSet config.data.path to the former one, or{_way_out(workdir)[2:]}"
+        f"{workdir} was begun on another dataset: the records of {name!r} are not the same as "
+        "then.\nSet its path in config.data to the former one, or give a dataset of a mixture "
+        f"another name, or{_way_out(workdir)[2:]}"
       )
 
 
 def store(workdir: epath.Path, config: ConfigDict, digests: dict[str, str]) -> None:
   """Writes config.json: the config as JSON, and under `data_digests` what it was trained on."""
-  fields = {**json.loads(config.to_json()), DIGESTS: digests}
+  fields = {**json.loads(config.to_json()), DIGESTS: _digests(workdir) | digests}
   write_atomically(workdir / NAME, (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def go_on_mixing(workdir: epath.Path, weights: mixture.Weights, row: int) -> mixture.History:
+  """The mixture of a run that goes on at a row of its training; kept in mixture.json.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  path = workdir / MIXTURE
+  try:
+    known = json.loads(path.read_text()) if path.exists() else []
+    before = tuple(mixture.Stretch(**stretch) for stretch in known) or mixture.begin(weights)
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f"{path} is damaged ({error}).\nRestore it: it says which rows the run has had."
+    ) from error
+  history = mixture.go_on(before, weights, row)
+  text = json.dumps([stretch._asdict() for stretch in history])
+  write_atomically(path, (text + "\n").encode())
+  return history
+
+
+def _digests(workdir: epath.Path) -> dict[str, str]:
+  """By name, of all datasets that the workdir was ever trained on."""
+  if not (workdir / NAME).exists():
+    return {}
+  return json.loads((workdir / NAME).read_text()).get(DIGESTS, {})
 
 
 def _way_out(workdir: epath.Path) -> str:

@@ -1,6 +1,6 @@
 """From a config to everything that a training run needs, each part checked before any compile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,9 @@ from cogvideox_jax.conversion import configs, diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import shapes
 from cogvideox_jax.data.loader import Loader
-from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.mixture import History
+from cogvideox_jax.data.records import Dataset, stage_folder
+from cogvideox_jax.data.rows import DroppedCaption, Rows
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.encoders import Encoders
 from cogvideox_jax.errors import UserError
@@ -53,11 +55,18 @@ def only_stage(config: ConfigDict) -> tuple[str, ConfigDict]:
   return stages[0]
 
 
-def open_data(config: ConfigDict, workdir: epath.Path) -> Dataset:
-  """The encoded clips of the config's stage; the embedded clips are made first if it names none."""
+def open_data(config: ConfigDict, workdir: epath.Path) -> dict[str, Dataset]:
+  """The encoded clips of the config's stage, by the names of its mixture or that of the stage.
+
+  The embedded clips are made first if the config names none.
+  """
   name, stage = only_stage(config)
+  if config.data.mixture:
+    return {
+      part: Dataset(stage_folder(source.path, name)) for part, source in config.data.mixture.items()
+    }
   if config.data.path:
-    return Dataset(epath.Path(config.data.path) / name)
+    return {name: Dataset(epath.Path(config.data.path) / name)}
   manifest = shapes.render_dataset(
     workdir / "data" / "clips",
     config.data.clips,
@@ -68,7 +77,14 @@ def open_data(config: ConfigDict, workdir: epath.Path) -> Dataset:
   )
   encoded = workdir / "data" / "encoded"
   encoding.encode(config, manifest, encoded, config.components)
-  return Dataset(encoded / name)
+  return {name: Dataset(encoded / name)}
+
+
+def weights(config: ConfigDict) -> dict[str, int | float]:
+  """Of the datasets that `open_data` gives."""
+  if config.data.mixture:
+    return {name: source.weight for name, source in config.data.mixture.items()}
+  return {only_stage(config)[0]: 1}
 
 
 def model_config(config: ConfigDict) -> DiTConfig:
@@ -76,24 +92,40 @@ def model_config(config: ConfigDict) -> DiTConfig:
   return DiTConfig(**{**config.model, "patch": tuple(config.model.patch)})
 
 
-def make_loader(config: ConfigDict, dataset: Dataset, split: str) -> Loader:
-  """Batches of this host's rows; a UserError if the clips are not such as the model takes."""
+def make_rows(
+  config: ConfigDict, datasets: Mapping[str, Dataset], split: str, drop: DroppedCaption
+) -> dict[str, Rows]:
+  """The rows of each dataset; a UserError if the clips are not such as the model takes."""
   _, stage = only_stage(config)
-  _check_clips(dataset, model_config(config))
-  return Loader(
-    dataset,
-    rows=stage.rows,
+  for dataset in datasets.values():
+    _check_clips(dataset, model_config(config))
+  make = partial(
+    Rows,
     row_tokens=stage.row_tokens,
     max_clips=stage.max_clips,
     patch=tuple(config.model.patch),
     seed=config.seed,
-    drop="zeros" if config.text.drop == "zeros" else _empty_prompt(config),
+    drop=drop,
     drop_rate=config.text.drop_rate,
     validation_fraction=config.data.validation_fraction,
     split=split,
+  )
+  return {name: make(dataset) for name, dataset in datasets.items()}
+
+
+def make_loader(config: ConfigDict, datasets: Mapping[str, Rows], history: History) -> Loader:
+  """Batches of this host's rows."""
+  return Loader(
+    datasets,
+    history,
+    rows=only_stage(config)[1].rows,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+
+
+def dropped_caption(config: ConfigDict) -> DroppedCaption:
+  return "zeros" if config.text.drop == "zeros" else _empty_prompt(config)
 
 
 def make_functions(config: ConfigDict, mesh: Mesh, rules: sharding.Rules) -> Functions:

@@ -1,0 +1,146 @@
+"""The rows of one dataset, without end: what each holds, and the packed row itself.
+
+Rows are numbered from 0 over all epochs, and a row belongs to one epoch. Each is a function of
+(seed, dataset, number), planned from the index alone.
+"""
+
+import functools
+import threading
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from absl import logging
+from jaxtyping import Bool, Float, Int
+
+from cogvideox_jax.data import packing
+from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.types import Batch, Example
+
+DroppedCaption: TypeAlias = Literal["zeros"] | Float[np.ndarray, "l t"]  # Or these text states.
+
+
+class Row(NamedTuple):
+  """What a row is made of."""
+
+  epoch: int
+  clips: Int[np.ndarray, " clips"]  # Their numbers in the dataset, in the order of segments.
+
+
+class Rows:
+  """Packed rows of one split of an encoded dataset."""
+
+  def __init__(
+    self,
+    dataset: Dataset,
+    *,
+    row_tokens: int,
+    max_clips: int,  # The most a row holds.
+    patch: tuple[int, int, int],  # Latent frames, height, width.
+    seed: int,
+    drop: DroppedCaption,
+    drop_rate: float,
+    validation_fraction: float,  # Of the clips, in [0, 1]; chosen by a hash of their sources.
+    split: str = "train",  # Or validation: the same order in every epoch and run, nothing dropped.
+  ):
+    """UserError if the dataset does not fit these numbers."""
+    self.dataset, self.row_tokens, self.max_clips = dataset, row_tokens, max_clips
+    self._patch, self._drop = patch, None if isinstance(drop, str) else drop
+    self._shuffled = split == "train"
+    self._seed, self._drop_rate = (seed, drop_rate) if self._shuffled else (0, 0.0)
+    self.lengths = self._clip_lengths()  # Tokens of every clip of the dataset.
+    # Their numbers: of the split's clips that fit a row, and of those that do not.
+    self.clips, self.unpackable = self._select(split, validation_fraction)
+    lengths = self.lengths[self.clips]
+    folder = dataset.directory / "plans"
+    self._layout = packing.cached_layout(lengths, row_tokens, max_clips, folder)
+    self._lock = threading.Lock()
+    self._plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
+
+  @property
+  def per_epoch(self) -> int:
+    return self._layout.num_rows
+
+  def __getitem__(self, index: int) -> Row:
+    """The clips of row `index`, from the plan alone."""
+    number, place = divmod(index, self.per_epoch)
+    epoch, _ = self._epoch_plan(number)
+    clips = epoch.clips[epoch.starts[place] : epoch.starts[place + 1]]
+    return Row(number, self.clips[clips])
+
+  def read(self, index: int) -> Batch:
+    """Row `index` as a batch of one row."""
+    number, clips = self[index]
+    _, dropped = self._epoch_plan(number)
+    return packing.pack(
+      [self._example(int(clip), drop=bool(dropped[clip])) for clip in clips],
+      patch=self._patch,
+      row_tokens=self.row_tokens,
+      max_clips=self.max_clips,
+    )
+
+  def _clip_lengths(self) -> Int[np.ndarray, " clips"]:
+    index, directory = self.dataset.index, self.dataset.directory
+    if (index.text_shape != index.text_shape[0]).any():
+      raise UserError(f"the clips of {directory} have text states of different sizes")
+    text_shape = tuple(index.text_shape[0].tolist())
+    if self._drop is not None and self._drop.shape != text_shape:
+      raise UserError(
+        f"an empty prompt is {self._drop.shape} numbers, but the captions of {directory} are\n"
+        f"{text_shape}: encode the clips again with the text encoder of this config"
+      )
+    latents = index.latent_shape[:, :3]
+    if (odd := (latents % np.array(self._patch)).any(axis=1)).any():
+      clip = int(np.argmax(odd))
+      raise UserError(
+        f"{self.dataset.source(clip)!r} in {directory} has (f, h, w) latents\n"
+        f"{tuple(latents[clip].tolist())}, which patches of {self._patch} do not divide:\n"
+        "encode it at sizes and durations that they do"
+      )
+    return packing.clip_tokens(latents, patch=self._patch, text_length=text_shape[0])
+
+  def _select(
+    self, split: str, validation_fraction: float
+  ) -> tuple[Int[np.ndarray, " clips"], Int[np.ndarray, " too_long"]]:
+    """The split's clips that fit a row, and those that do not."""
+    held_out = self.dataset.index.source_hash < validation_fraction * 2.0**64
+    chosen = held_out if split == "validation" else ~held_out
+    fits = self.lengths <= self.row_tokens
+    clips, too_long = np.flatnonzero(chosen & fits), np.flatnonzero(chosen & ~fits)
+    directory = self.dataset.directory
+    if not chosen.any():
+      raise UserError(
+        f"none of the {len(chosen)} clips of {directory} is in the {split} split:\n"
+        f"change config.data.validation_fraction, which is {validation_fraction}"
+      )
+    if not len(clips):
+      raise UserError(
+        f"none of the {split} clips of {directory} fits a row of {self.row_tokens} tokens; the\n"
+        f"shortest has {self.lengths[chosen].min()}: raise row_tokens or encode smaller clips"
+      )
+    if len(too_long):
+      logging.warning(
+        "%d of %d %s clips are longer than a row of %d tokens and are left out, the first is %r",
+        len(too_long),
+        chosen.sum(),
+        split,
+        self.row_tokens,
+        self.dataset.source(int(too_long[0])),
+      )
+    return clips, too_long
+
+  def _epoch_plan(self, number: int) -> tuple[packing.Epoch, Bool[np.ndarray, " clips"]]:
+    """An epoch's rows, and which clips of the dataset lose their caption in it."""
+    with self._lock:  # So that threads which meet a new epoch do not each plan it.
+      return self._plan(number if self._shuffled else 0)
+
+  def _plan_epoch(self, number: int) -> tuple[packing.Epoch, Bool[np.ndarray, " clips"]]:
+    lengths = self.lengths[self.clips]
+    epoch = packing.plan_epoch(self._layout, lengths, self._seed, number)
+    return epoch, packing.dropped(self._drop_rate, len(self.dataset), self._seed, number)
+
+  def _example(self, clip: int, *, drop: bool) -> Example:
+    example = self.dataset[clip]
+    if not drop:
+      return example
+    return example._replace(text=np.zeros_like(example.text) if self._drop is None else self._drop)

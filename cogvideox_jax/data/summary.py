@@ -1,0 +1,99 @@
+"""What an encoded dataset holds, and how it packs, in numbers and as text."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.rows import Rows
+
+BAR = 30  # Characters of the longest bar of a histogram.
+
+
+class Contents(NamedTuple):
+  """Of a dataset, from its index alone."""
+
+  clips: int
+  images: int  # Clips of one frame.
+  hours: float  # Of the others.
+  resolutions: dict[str, int]  # HEIGHTxWIDTH in pixels -> clips, by area.
+  durations: dict[str, int]  # Frames -> clips.
+
+
+class Packed(NamedTuple):
+  """Of the training split, in rows. Tokens are text and vision together."""
+
+  row_tokens: int
+  max_clips: int
+  clips: int
+  unpackable: int  # Clips longer than a row.
+  tokens: int  # Of the clips.
+  rows: int  # Of an epoch.
+  clips_per_row: float
+  padding_fraction: float
+
+
+def contents(dataset: Dataset) -> Contents:
+  index = dataset.index
+  images = index.num_frames == 1
+  sizes, counts = np.unique(
+    np.column_stack([index.height, index.width]), axis=0, return_counts=True
+  )
+  by_area = np.argsort(sizes.prod(axis=1), kind="stable")
+  return Contents(
+    clips=len(dataset),
+    images=int(images.sum()),
+    hours=float((index.num_frames / index.fps)[~images].sum() / 3600),
+    resolutions={
+      f"{height}x{width}": int(count)
+      for (height, width), count in zip(sizes[by_area], counts[by_area], strict=True)
+    },
+    durations={str(frames): n for frames, n in sorted(Counter(index.num_frames.tolist()).items())},
+  )
+
+
+def packed(rows: Rows) -> Packed:
+  clips = len(rows.clips)
+  tokens = int(rows.lengths[rows.clips].sum())
+  return Packed(
+    row_tokens=rows.row_tokens,
+    max_clips=rows.max_clips,
+    clips=clips,
+    unpackable=len(rows.unpackable),
+    tokens=tokens,
+    rows=rows.per_epoch,
+    clips_per_row=clips / rows.per_epoch,
+    padding_fraction=1 - tokens / (rows.per_epoch * rows.row_tokens),
+  )
+
+
+def as_text(name: str, found: Contents, rows: Packed | None) -> str:
+  """A table to read; `rows` is None where no config says how long they are."""
+  lines = [
+    f"{name}: {found.clips:,} clips, {found.images:,} of them images; {found.hours:,.2f} hours",
+    *_histogram("height x width", found.resolutions),
+    *_histogram("frames", found.durations),
+  ]
+  if rows:
+    lines += [
+      f"  tokens              {rows.tokens:,} in {rows.clips:,} clips to train on",
+      f"  rows of an epoch    {rows.rows:,} of {rows.row_tokens:,} tokens",
+      f"  clips of a row      {rows.clips_per_row:.1f} on average, {rows.max_clips} at most",
+      f"  padding             {rows.padding_fraction:.2%}",
+      f"  too long for a row  {rows.unpackable:,} clips",
+    ]
+  return "\n".join(lines)
+
+
+def as_numbers(found: Contents, rows: Packed | None) -> dict[str, Any]:
+  return {**found._asdict(), "packing": rows._asdict() if rows else None}
+
+
+def _histogram(title: str, counts: Mapping[str, int]) -> list[str]:
+  most, total = max(counts.values()), sum(counts.values())
+  return [f"  {title}"] + [
+    f"    {value:>9}  {count:>12,}  {count / total:>4.0%}  {'#' * -(-BAR * count // most)}"
+    for value, count in counts.items()
+  ]

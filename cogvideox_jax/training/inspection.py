@@ -1,0 +1,140 @@
+"""An encoded dataset as training would read it: its rows, and pictures to look at."""
+
+import copy
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from cogvideox_jax.conversion.folder import open_model
+from cogvideox_jax.data import mixture, pictures
+from cogvideox_jax.data.loader import Loader
+from cogvideox_jax.data.pictures import Image8, Tile
+from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.rows import Rows
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models import vae
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.training import resume, setup
+
+SHEET_CLIPS, DRAWN_ROWS = 24, 32
+PARENTS = 3  # From WORKDIR/data/encoded/STAGE to WORKDIR/config.json.
+
+
+def open_stages(path: epath.Path) -> dict[str, Dataset]:
+  """The datasets by stage: of the folder that `encode` wrote, or of one stage.
+
+  Raises:
+    UserError: there is none, or it is unfinished.
+  """
+  if (path / "index.npz").exists() or not path.is_dir():
+    return {path.name: Dataset(path)}
+  stages = sorted(folder for folder in path.iterdir() if (folder / "index.npz").exists())
+  if not stages:
+    raise UserError(
+      f"{path} holds no encoded dataset: no finished one, nor a folder of stages.\n"
+      "Make one with `python -m cogvideox_jax.encode`; the same command finishes it."
+    )
+  return {folder.name: Dataset(folder) for folder in stages}
+
+
+def kept_config(path: epath.Path) -> ConfigDict | None:
+  """The config that was kept beside a dataset by `encode`, or in the workdir of a training."""
+  for folder in (path, *list(path.parents)[:PARENTS]):
+    kept = folder / resume.NAME
+    if not kept.exists():
+      continue
+    try:
+      fields = json.loads(kept.read_text())
+    except ValueError as error:
+      raise UserError(f"{kept} is damaged ({error}).\nGive the config by --config=.") from error
+    if "stages" in fields:  # Else it is of something else, such as a model.
+      return ConfigDict(fields)
+  return None
+
+
+def stage_config(config: ConfigDict, name: str, *, any_name: bool) -> ConfigDict | None:
+  """The config of a training on one stage alone; None if it has no such stage.
+
+  any_name: where the config has but one stage, take that.
+  """
+  if any_name and name not in config.stages and len(config.stages) == 1:
+    (name,) = config.stages
+  if name not in config.stages:
+    return None
+  alone = copy.deepcopy(config)
+  with alone.unlocked():
+    alone.stages = ConfigDict({name: config.stages[name]})
+  return alone
+
+
+def training_rows(config: ConfigDict, dataset: Dataset) -> Rows:
+  """What a training with this config reads; which captions it drops does not change the rows."""
+  (rows,) = setup.make_rows(config, {"": dataset}, "train", "zeros").values()
+  return rows
+
+
+def list_rows(config: ConfigDict, rows: Rows, wanted: range, hosts: int) -> list[dict[str, Any]]:
+  """Rows of a training in their global order, with the host that reads each.
+
+  Raises:
+    UserError: the hosts cannot share the global batch.
+  """
+  count = setup.only_stage(config)[1].rows
+  history = mixture.begin({"": 1})
+  found = []
+  for host in range(hosts):
+    loader = Loader({"": rows}, history, rows=count, process_index=host, process_count=hosts)
+    for k in range(wanted.start // count, -(-wanted.stop // count)):
+      for index in loader.rows_of(k):
+        if index in wanted:
+          _, row = loader.row(index)
+          clips = [rows.dataset.source(clip) for clip in row.clips.tolist()]
+          found.append({"row": index, "epoch": row.epoch, "host": host, "clips": clips})
+  return sorted(found, key=lambda row: row["row"])
+
+
+def write_clip_sheet(dataset: Dataset, model: str, title: str, path: epath.Path) -> None:
+  """Writes a page of clips' first frames, evenly from the dataset, with their captions.
+
+  The first latent frame holds the first frame of pixels and nothing else, so that it can be decoded
+  alone. Without a model there is nothing that decodes: then the page shows the latents themselves
+  in false colours, and says so.
+
+  Args:
+    model: a model folder or shipped name that has the VAE the clips were encoded with; "": none.
+  """
+  count = min(SHEET_CLIPS, len(dataset))
+  clips = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
+  examples = [dataset[clip] for clip in clips]
+  latents = [example.mean[0] for example in examples]
+  shown = decode_first_frames(latents, model) if model else pictures.false_colours(latents)
+  how = f"first frames, decoded by {model}" if model else "latents in FALSE COLOURS: no --model"
+  tiles = [
+    Tile(image, [f"{one.num_frames} x {one.height}x{one.width}", one.source, one.caption])
+    for image, one in zip(shown, examples, strict=True)
+  ]
+  pictures.clip_sheet(tiles, f"{title}: {how}", path)
+
+
+def decode_first_frames(latents: Sequence[Float[np.ndarray, "_ _ c"]], model: str) -> list[Image8]:
+  """The frame that each clip's first latents hold; a UserError if the model's are others."""
+  config, params = open_model(model).vae()
+  if config.latent_channels != latents[0].shape[-1]:
+    raise UserError(
+      f"The VAE of {model} has {config.latent_channels} latent channels, the clips have "
+      f"{latents[0].shape[-1]}.\nGive the model they were encoded with, or --model= for none."
+    )
+  floats = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), params)
+  network = nnx.merge(graph_of(VAE, config), floats)
+  frames = [vae.decode(network, jnp.asarray(one[None, None], jnp.float32))[0, 0] for one in latents]
+  return [np.asarray(jnp.uint8(jnp.clip(127.5 * (frame + 1), 0, 255).round())) for frame in frames]
