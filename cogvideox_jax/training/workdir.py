@@ -65,15 +65,17 @@ def with_transformer(
   kind: type[Pipeline] = Pipeline,
 ) -> Pipeline:
   """The pipeline of a training config's frozen networks and the transformer's `params`."""
+  model = model_config(config)
   settings = Settings(
     text_drop=config.text.drop,
     guidance_scale=config.preview.guidance_scale,
     num_inference_steps=config.preview.steps,
     solver=config.preview.solver,
     fps=config.data.fps,
+    **({"image_scale": config.image.scale} if model.takes_image else {}),
   )
   return kind(
-    (model_config(config), params),
+    (model, params),
     *frozen,
     NoiseConfig(**config.noise),
     settings,
