@@ -5,7 +5,7 @@ the devices, where those are known (data/loader.py, sharding.py).
 """
 
 from collections.abc import Iterator, Sequence
-from math import lcm
+from math import isfinite, lcm
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,9 +16,11 @@ from cogvideox_jax.data import buckets
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import graphs
+from cogvideox_jax.models.vae import IMAGE_SCALES
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "dtype": graphs.DTYPES,
+  "image.scale": IMAGE_SCALES,
   "model.positions": configs.POSITIONS,
   "text.drop": TEXT_DROPS,
   "preview.solver": tuple(SOLVERS),
@@ -27,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 MAY_BE_ZERO = {
   "seed",
   "data.clips",
+  "image.log_sigma_std",
   "model.ofs_width",
   "optimizer.warmup_steps",
   "optimizer.weight_decay",
@@ -36,12 +39,14 @@ MAY_BE_ZERO = {
 }
 FRACTIONS = {
   "data.validation_fraction",
+  "image.drop_rate",
   "optimizer.b1",
   "optimizer.b2",
   "optimizer.ema_decay",
   "optimizer.final_fraction",
   "text.drop_rate",
 }
+ANY_NUMBER = {"image.log_sigma_mean"}
 MIXTURE = "data.mixture"
 MESH = "mesh."  # Along one axis, -1 stands for all devices that are left.
 
@@ -60,7 +65,8 @@ def check(config: ConfigDict, model: str) -> None:
   check_values(config)
   if [axis for axis, size in config.mesh.items() if size == -1][1:]:
     raise UserError(f"config.mesh is {dict(config.mesh)}: only one axis may be -1.")
-  multiple = lcm(*config.model.patch[1:]) * (_spatial_compression(model) if model else 1)
+  compression = _spatial_compression(model) if model else 1
+  multiple = lcm(*config.model.patch[1:]) * compression
   if not config.stages:
     raise UserError("config.stages is empty: nothing says what to train on.")
   _check_mixture(config)
@@ -69,6 +75,9 @@ def check(config: ConfigDict, model: str) -> None:
   if config.preview.every:
     size, num_frames = (config.preview.height, config.preview.width), config.preview.num_frames
     _check_buckets("config.preview", [size], [num_frames], multiple)
+  _check_images(config)
+  if config.model.learned_positions and model:
+    _check_learned_positions(config, compression)
 
 
 def check_values(config: ConfigDict) -> None:
@@ -103,6 +112,8 @@ def _check_value(key: str, value: Any) -> None:
     fits, wanted = value == -1 or value >= 1, "at least 1, or -1 for all devices that are left"
   elif key in FRACTIONS:
     fits, wanted = 0 <= value <= 1, "from 0 to 1"
+  elif key in ANY_NUMBER:
+    fits, wanted = isfinite(value), "finite"
   elif key in MAY_BE_ZERO or key.startswith(MIXTURE):
     fits, wanted = 0 <= value < float("inf"), "at least 0"
   else:
@@ -146,6 +157,43 @@ def _check_buckets(name: str, sizes: Any, durations: Any, multiple: int) -> None
     buckets.check(sizes, durations, multiple_of=multiple)
   except UserError as error:
     raise UserError(f"{name}: {error}") from error
+
+
+def _check_images(config: ConfigDict) -> None:
+  channels, latents = config.model.in_channels, config.model.out_channels
+  if channels not in (latents, 2 * latents):
+    raise UserError(
+      f"config.model.in_channels is {channels}; it must be out_channels, {latents}, or for a model "
+      f"that sees an image twice that, {2 * latents}."
+    )
+  files, prompts = len(config.preview.images), len(config.preview.prompts)
+  wanted = prompts if channels > latents else 0
+  if config.preview.every and files != wanted:
+    raise UserError(
+      f"config.preview.images names {files} files; it must name {wanted}: one for each of "
+      "config.preview.prompts if the model sees an image (config.model.in_channels), else none."
+    )
+
+
+def _check_learned_positions(config: ConfigDict, compression: int) -> None:
+  """They are a table for clips of the sample size alone."""
+  model, preview = config.model, config.preview
+  if model.patch[0] > 1:
+    raise UserError("config.model.learned_positions needs a config.model.patch of 1 in time.")
+  frames = model.sample_frames
+  height, width = model.sample_height * compression, model.sample_width * compression
+  given = [
+    (f"config.stages.{name}", stage.durations, stage.sizes) for name, stage in config.stages.items()
+  ]
+  if preview.every and preview.prompts:
+    given.append(("config.preview", (preview.num_frames,), ((preview.height, preview.width),)))
+  for where, durations, sizes in given:
+    if set(durations) != {frames} or set(map(tuple, sizes)) != {(height, width)}:
+      raise UserError(
+        f"{where} has clips of {durations} frames and {sizes} (height, width) pixels, but the "
+        f"model has learned positions, which fix them to {frames} frames of {height}x{width}.\n"
+        "Give this duration and size alone, or set config.model.learned_positions=False."
+      )
 
 
 def _spatial_compression(model: str) -> int:

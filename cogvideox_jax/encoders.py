@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 from ml_collections import ConfigDict
 
 from cogvideox_jax import sharding
@@ -68,6 +68,13 @@ class Encoders:
   ) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
     """Mean and log-variance of `batch_size` clips of one bucket. Does not wait for the devices."""
     return vae.encode(self._vae, jnp.float32(self._shared(frames)) / 127.5 - 1)
+
+  def images(self, frames: Float32[np.ndarray, "b draws H W 3"]) -> Float[Array, "b draws 2 h w c"]:
+    """Mean and log-variance of noised first frames, each of which is a video to the VAE."""
+    moments = [
+      vae.encode(self._vae, self._shared(frames[:, draw, None])) for draw in range(frames.shape[1])
+    ]
+    return jnp.stack([jnp.concatenate(pair, axis=1) for pair in moments], axis=1)
 
   def _shared(self, batch: np.ndarray) -> Array:
     return jax.device_put(batch, sharding.row_sharding(self._mesh, RULES, len(batch)))

@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.decoding import Decoders, File, Piece
 from cogvideox_jax.data.files import disk_errors, write_atomically
 from cogvideox_jax.data.manifest import Item, Refusal, read_manifest
+from cogvideox_jax.data.noising import ImageNoise, noised_copies
 from cogvideox_jax.data.records import (
   Counts,
   OpenShard,
@@ -41,6 +43,7 @@ from cogvideox_jax.data.records import (
 )
 from cogvideox_jax.data.video import VideoError, VideoInfo, Window
 from cogvideox_jax.encoders import Encoders, fill
+from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.types import Caption, Example
 
 SHARD_ITEMS = 128  # What a killed run does again, at most; of 49x480x720, a shard is 0.8 GB.
@@ -49,6 +52,7 @@ WRITES_BEHIND = 2  # Batches that wait to be written; each holds memory of the d
 Frames = UInt8[np.ndarray, "F H W 3"]
 States = Float[np.ndarray, "l t"]
 Moments = tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]
+Images = Float[Array, "b draws 2 h w c"] | None
 
 WORKERS = min(os.cpu_count() or 1, 16)  # Decode more than the devices of a host encode.
 
@@ -89,7 +93,7 @@ def encode(
   done = len(items) - sum(len(runs[run]) for run in missing)
   total = done + sum(len(shard.items) for shard in shards)
   with tqdm(total=total, initial=done, desc="Encoding", unit="file") as bar:
-    _encode_shards(shards, encoders, config.data.fps, workers, bar)
+    _encode_shards(shards, encoders, config, workers, bar)
   return _finish(stages, refusals, output, config)
 
 
@@ -133,6 +137,7 @@ class _Stage:
         "model": model,
         "text_length": config.model.text_length,
         "buckets": [self._sizes, self._durations, self._fps, buckets.MAX_ENLARGEMENT],
+        "images": _image_noise(config),
       }
     )
     self.writer = ShardWriter(output / name, len(runs), made_from)
@@ -181,9 +186,12 @@ class _Shard:
         self._refuse(item, f"{error}{kept}", self._refusals)
       bar.update()
 
-  def write(self, clips: Sequence[Clip], moments: Moments, texts: dict[str, States]) -> None:
+  def write(
+    self, clips: Sequence[Clip], moments: Moments, images: Images, texts: dict[str, States]
+  ) -> None:
     """Writes a batch, once the devices have made it."""
-    for clip, mean, logvar in zip(clips, *map(np.asarray, moments), strict=False):
+    each = repeat(None) if images is None else np.asarray(images)
+    for clip, mean, logvar, image in zip(clips, *map(np.asarray, moments), each, strict=False):
       first, *others = (Caption(caption, texts[caption]) for caption in clip.item.captions)
       example = Example(
         mean=mean,
@@ -194,6 +202,7 @@ class _Shard:
         fps=clip.fps,
         score=clip.item.score,
         others=tuple(others),
+        image=image,
       )
       if fault := storage_fault(example):
         self._refuse(clip.item, f"stage {clip.stage}, clip {clip.source}: {fault}", [clip.stage])
@@ -248,9 +257,10 @@ class _Background:
 
 
 def _encode_shards(
-  shards: Sequence[_Shard], encoders: Encoders, fps: float, workers: int, bar: tqdm
+  shards: Sequence[_Shard], encoders: Encoders, config: ConfigDict, workers: int, bar: tqdm
 ) -> None:
-  files = (file for shard in shards for file in shard.files(fps))
+  files = (file for shard in shards for file in shard.files(config.data.fps))
+  noise = _image_noise(config)
   with Decoders(workers) as decoders, _Background() as background:
     decoded = decoders.decode(files)
     for shard in shards:
@@ -259,8 +269,25 @@ def _encode_shards(
         clips, frames = zip(*batch, strict=True)
         size = encoders.batch_size(clips[0].bucket)
         moments = encoders.moments(fill(np.stack(frames), size))
-        background.do(shard.write, clips, moments, texts)
+        images = encoders.images(fill(_copies(clips, frames, noise), size)) if noise else None
+        background.do(shard.write, clips, moments, images, texts)
       background.do(shard.close)
+
+
+def _image_noise(config: ConfigDict) -> ImageNoise | None:
+  """Of first frames; None if the config's model sees no image."""
+  if not DiTConfig(**config.model).takes_image:
+    return None
+  image = config.image
+  return ImageNoise(image.draws, image.log_sigma_mean, image.log_sigma_std, config.seed)
+
+
+def _copies(
+  clips: Sequence[Clip], frames: Sequence[Frames], noise: ImageNoise
+) -> Float32[np.ndarray, "b draws H W 3"]:
+  """Noised first frames of a batch of clips."""
+  named = zip(clips, frames, strict=True)
+  return np.stack([noised_copies(video[0], clip.source, noise) for clip, video in named])
 
 
 def _texts(items: Sequence[Item], encoders: Encoders) -> dict[str, States]:

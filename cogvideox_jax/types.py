@@ -8,6 +8,7 @@
 | `k`    | clips a row can hold, `s - 1`     | `l`     | text tokens of a clip        |
 | `p`    | numbers in a vision patch         | `t`     | width of the text states     |
 | `d`    | width of the transformer          | `e`     | width of the time embedding  |
+| `q`    | those of one of its frames        |         |                              |
 
 `F = 4 f - 3`: the first frame is compressed alone, the others four at a time.
 """
@@ -41,6 +42,8 @@ class Example(NamedTuple):
   fps: float
   score: float | None = None  # The user's own measure of the clip; None: not measured.
   others: tuple[Caption, ...] = ()  # Its captions that are not in use.
+  # To train image to video: mean and log-variance of noised copies of the first frame.
+  image: Float[np.ndarray, "draws 2 h w c"] | None = None
 
   def with_caption(self, number: int) -> "Example":
     """The example with one of its captions in use, alone: 0 is its own, 1 the first other."""
@@ -63,3 +66,7 @@ class Batch(NamedTuple):
   experts: Int[np.ndarray, "b n"]  # VISION or TEXT; VISION at padding.
   coordinates: Int[np.ndarray, "b n 3"]  # Vision: patch (t, h, w). Text: (index, 0, 0).
   grids: Int[np.ndarray, "b s 3"]  # Patches of each segment along (t, h, w); ones for padding.
+  # Where a patch spans several latent frames: how many in front repeat a segment's first one.
+  extra: Int[np.ndarray, "b s"] | None = None
+  # Where the model sees an image: its mean and log-variance, at tokens of the first patch in time.
+  image: Float[np.ndarray, "b n 2 q"] | None = None

@@ -1,6 +1,6 @@
 """CogVideoX1.5-5B-I2V: the 1.5 that sees an image, and is told a constant, `ofs`.
 
-Source of every value: the published transformer/config.json in diffusers' layout, and SAT's
+Source of the model's values: the published transformer/config.json in diffusers' layout, and SAT's
 configs/cogvideox1.5_5b_i2v.yaml, which agree.
 """
 
@@ -15,4 +15,16 @@ def get_config() -> ConfigDict:
     in_channels=32,  # Noised latents, then those of the image.
     ofs_width=512,  # ofs_embed_dim
   )
+  # Whichever scale it was trained with, users report that its latents serve best as they are.
+  config.image.scale = "raw"
+  # 81 frames of up to 45,106 tokens, two a row, about 256 clips a batch: P Table 5, stage 3.
+  config.stages.stage1.update(
+    sizes=((768, 1360), (768, 1024), (768, 768), (1024, 768), (1360, 768)),
+    durations=(81,),
+    rows=128,
+    row_tokens=90_240,
+    max_clips=4,
+  )
+  config.data.fps = 16.0
+  config.preview.update(num_frames=81, height=768, width=1360)
   return config.lock()

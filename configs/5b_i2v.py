@@ -1,6 +1,6 @@
 """CogVideoX-5B-I2V: the 5B that sees an image, with learned positions besides the rotary ones.
 
-Source of every value: the published transformer/config.json in diffusers' layout, and SAT's
+Source of the model's values: the published transformer/config.json in diffusers' layout, and SAT's
 configs/cogvideox_5b_i2v.yaml, which agree.
 """
 
@@ -15,4 +15,9 @@ def get_config() -> ConfigDict:
     in_channels=32,  # Noised latents, then those of the image.
     learned_positions=True,  # use_learned_positional_embeddings: fixes 49 frames of 720x480.
   )
+  # The only size that learned positions allow. Four clips a row, 1000 a batch: P Table 5, stage 2.
+  config.stages.stage1.update(
+    sizes=((480, 720),), durations=(49,), rows=256, row_tokens=71_104, max_clips=4
+  )
+  config.preview.update(num_frames=49, height=480, width=720)
   return config.lock()

@@ -46,6 +46,15 @@ def get_config() -> ConfigDict:
   config.text.drop = "zeros"  # What a dropped caption is: zeros (SAT) or empty (diffusers).
   config.text.drop_rate = 0.1  # SAT.
 
+  config.image = ConfigDict()  # Of models that see an image: in_channels is twice out_channels.
+  config.image.draws = 4  # Noised first frames that are encoded of a clip; epochs take turns. Ours.
+  config.image.log_sigma_mean = -3.0  # Of the noise on pixels of [-1, 1], as is the next; SAT.
+  config.image.log_sigma_std = 0.5
+  config.image.drop_rate = (
+    0.05  # SAT `noised_image_dropout`; its draw is of a batch, ours of a clip.
+  )
+  config.image.scale = "scaled"  # Of its latents: scaled (SAT's training), raw, diffusers.
+
   config.data = ConfigDict()
   config.data.path = ""  # An encoded dataset; "": the embedded clips, made in WORKDIR/data.
   config.data.mixture = ConfigDict()  # Instead of a path: name -> `source` of several datasets.
@@ -91,6 +100,7 @@ def get_config() -> ConfigDict:
   config.preview = ConfigDict()
   config.preview.every = 1000  # Steps; 0: never.
   config.preview.prompts = ()
+  config.preview.images = ()  # Files, one for each prompt, of models that see an image.
   config.preview.num_frames = 49
   config.preview.height = 256
   config.preview.width = 384

@@ -10,7 +10,7 @@ from cogvideox_jax.conversion import configs as model_configs
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.vae import VAEConfig
-from configs import base, tiny
+from configs import base, tiny, tiny_i2v
 
 
 def check(config: ConfigDict, model: str = "") -> None:
@@ -24,7 +24,7 @@ def changed(key: str, value) -> ConfigDict:
   return config
 
 
-@pytest.mark.parametrize("config", [base.get_config(), tiny.get_config()])
+@pytest.mark.parametrize("config", [base.get_config(), tiny.get_config(), tiny_i2v.get_config()])
 def test_our_own_configs_pass(config):
   check(config)
 
@@ -54,6 +54,13 @@ def test_our_own_configs_pass(config):
     ("stages.tiny.sizes", ((64, 63),), "63"),
     ("preview.num_frames", 16, "16"),
     ("preview.width", 63, "63"),
+    ("image.scale", "half", "scaled, raw, diffusers"),
+    ("image.drop_rate", 1.5, "from 0 to 1"),
+    ("image.draws", 0, "above 0"),
+    ("image.log_sigma_mean", math.nan, "finite"),
+    ("model.in_channels", 24, "16, or for a model that sees an image twice that, 32"),
+    ("preview.images", ("a.png",), "must name 0"),
+    ("model.in_channels", 32, "must name 2: one for each"),
     ("mesh.data", 0, "at least 1"),
     ("mesh.tensor", -1, "only one"),
   ],
@@ -84,6 +91,30 @@ def test_sizes_must_suit_the_vae_of_the_model(tmp_path):
   check(changed("stages.tiny.sizes", ((40, 56),)), str(tmp_path))
   with pytest.raises(UserError, match=r"config\.stages\.tiny.*44"):
     check(changed("stages.tiny.sizes", ((44, 56),)), str(tmp_path))
+
+
+def with_learned_positions() -> ConfigDict:
+  """The tiny config for clips of the sample size only: 17 frames, 8x8 latents."""
+  config = changed("model.learned_positions", True)
+  config.stages.tiny.update(sizes=((32, 32),), durations=(17,))
+  return config
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "wanted"),
+  [
+    ("stages.tiny.durations", (9, 17), "fix them to 17 frames of 32x32"),
+    ("stages.tiny.sizes", ((32, 40),), "fix them to 17 frames of 32x32"),
+    ("preview.num_frames", 9, "config.preview"),
+    ("model.patch", (2, 2, 2), "config.model.patch of 1 in time"),
+  ],
+)
+def test_learned_positions_allow_their_size_alone(key, value, wanted):
+  config = with_learned_positions()
+  check(config, "tiny")
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=wanted):
+    check(config, "tiny")
 
 
 def test_sizes_are_not_checked_where_no_preview_is_made():

@@ -364,7 +364,7 @@ def test_our_transformer_gives_the_same_v_in_diffusers(tmp_path):
     jnp.pad(patchify(jnp.asarray(latents), DIT.patch), ((DIT.text_length, 0), (0, 0)))[None],
     jnp.asarray(text)[None, None],
     jnp.broadcast_to(timestep_sinusoid(jnp.asarray(7), DIT.width), (1, 2, DIT.width)),
-    *map(jnp.asarray, layout[3:]),
+    *map(jnp.asarray, (layout.segment_ids, layout.experts, layout.coordinates, layout.grids)),
     attention=attention,
   )
   v = unpatchify(v[0, DIT.text_length :], DIT.patch, tuple(layout.grids[0, 1].tolist()))

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import VAE_CONFIG, make_pipeline
+from drawn import VAE_CONFIG, ZEROS, make_pipeline
 from PIL import Image
 
 from cogvideox_jax.errors import UserError
@@ -65,6 +65,11 @@ def test_the_scale_of_image_latents_can_be_chosen(inverts):
   )
   raw = image_call(unit, IMAGES[0])
   np.testing.assert_array_equal(image_call(pipe, IMAGES[0], image_scale="raw"), raw)
+  trained_raw = dataclasses.replace(ZEROS, image_scale="raw")
+  pipe_of_raw = make_pipeline(
+    kind=ImageToVideo, vae_config=config, settings=trained_raw, in_channels=8
+  )
+  np.testing.assert_array_equal(image_call(pipe_of_raw, IMAGES[0]), raw)
   default = image_call(pipe, IMAGES[0])
   scaled = image_call(pipe, IMAGES[0], image_scale="scaled")
   assert np.abs(scaled - raw).max() > 1e-3

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from drawn_dataset import assert_equal, make_dataset, make_rows, numbers_of
 
-from cogvideox_jax.data import mixture
+from cogvideox_jax.data import mixture, packing
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.rows import Rows
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.types import Batch
 
 ROWS = 8  # Of the global batch.
 STATM = Path("/proc/self/statm")
@@ -34,10 +33,6 @@ def make_loader(datasets, history=HISTORY, **changes) -> Loader:
   return Loader(datasets, history, **{"rows": ROWS, **changes})
 
 
-def join(parts: list[Batch]) -> Batch:
-  return Batch(*map(np.concatenate, zip(*parts, strict=True)))
-
-
 @pytest.mark.parametrize(("num_threads", "prefetch_batches"), [(1, 1), (8, 3), (0, 0), (16, 1)])
 def test_threads_and_prefetch_change_nothing(datasets, num_threads, prefetch_batches):
   loader = make_loader(datasets, num_threads=num_threads, prefetch_batches=prefetch_batches)
@@ -54,7 +49,7 @@ def test_any_number_of_hosts_reads_the_same_batches(datasets):
     loaders = [make_loader(datasets, process_index=h, process_count=hosts) for h in range(hosts)]
     streams = [loader.iterate(3) for loader in loaders]
     for k in range(3, 7):
-      assert_equal(join([next(stream) for stream in streams]), whole.batch(k))
+      assert_equal(packing.stack([next(stream) for stream in streams]), whole.batch(k))
     for stream in streams:
       stream.close()
     assert {loader.padding_fraction(3) for loader in loaders} == {whole.padding_fraction(3)}
@@ -82,7 +77,7 @@ def test_hosts_that_come_and_go_read_every_clip_once_an_epoch_in_one_order(datas
       for host in range(hosts)
     ]
     for _ in range(int(rng.integers(1, 6))):
-      read += numbers_of(join([next(stream) for stream in streams]))
+      read += numbers_of(packing.stack([next(stream) for stream in streams]))
       step += 1
     for stream in streams:
       stream.close()

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cogvideox_jax.diffusion.latents import LatentConfig, Latents
 from cogvideox_jax.diffusion.loss import diffusion_loss, v_loss, validation_loss
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule, x0_from_v
 from cogvideox_jax.types import TEXT, VISION, Batch
 
 SCHEDULE = noise_schedule(NoiseConfig(1000, 0.00085, 0.012, 3.0, zero_terminal_snr=True))
 P, L = 4, 2  # Numbers in a patch; text tokens of a clip.
+PLAIN = LatentConfig(patch=(1, 2, 2), scaling_factor=1.0, image_scale=1.0, image_drop_rate=0.0)
 
 
 def packed(*rows, n, slots=4):
@@ -42,14 +44,15 @@ def network(x, timesteps):
 
 
 def draws(batch):
-  """Latents, noise and timesteps [b s] for a batch."""
+  """Latents, and timesteps [b s], for a batch."""
   x0, noise = jax.random.normal(jax.random.key(0), (2, *batch.mean.shape))
-  return x0, noise, jax.random.randint(jax.random.key(1), batch.grids.shape[:2], 0, 1000)
+  timesteps = jax.random.randint(jax.random.key(1), batch.grids.shape[:2], 0, 1000)
+  return Latents(x0, noise, None), timesteps
 
 
 def test_equals_the_published_weighting_of_the_error_of_x0():
   batch = packed([3, 5], [6], n=14)
-  x0, noise, timesteps = draws(batch)
+  latents, timesteps = draws(batch)
   timesteps = jnp.minimum(timesteps, 998)  # At 999 the published weight is infinite.
   seen = []
 
@@ -57,37 +60,37 @@ def test_equals_the_published_weighting_of_the_error_of_x0():
     seen.append((x, v := network(x, timesteps)))
     return v
 
-  ours = v_loss(denoise, x0, noise, timesteps, batch, SCHEDULE)
+  ours = v_loss(denoise, latents, timesteps, batch, SCHEDULE)
   x, v = seen[0]
   alpha = SCHEDULE.alphas_cumprod[np.take_along_axis(np.asarray(timesteps), batch.segment_ids, 1)]
   alpha = alpha[..., None].astype(np.float32)
-  squares = np.square(x0_from_v(x, v, jnp.asarray(alpha)) - x0) / (1 - alpha)
+  squares = np.square(x0_from_v(x, v, jnp.asarray(alpha)) - latents.x0) / (1 - alpha)
   counts = (batch.segment_ids > 0) & (batch.experts == VISION)
   np.testing.assert_allclose(ours, squares[counts].mean(), rtol=1e-3)
 
 
 def test_the_true_velocity_has_no_loss_at_any_timestep():
   batch = packed([3, 5], [6], n=14)
-  x0, noise, timesteps = draws(batch)
+  latents, timesteps = draws(batch)
   timesteps = timesteps.at[:, 1].set(999)
   alpha = jnp.take_along_axis(SCHEDULE.alpha(timesteps), batch.segment_ids, axis=1)[..., None]
-  truth = jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
-  assert v_loss(lambda x, t: truth, x0, noise, timesteps, batch, SCHEDULE) < 1e-12
-  assert v_loss(lambda x, t: truth + 0.5, x0, noise, timesteps, batch, SCHEDULE) == pytest.approx(
+  truth = jnp.sqrt(alpha) * latents.noise - jnp.sqrt(1 - alpha) * latents.x0
+  assert v_loss(lambda x, t: truth, latents, timesteps, batch, SCHEDULE) < 1e-12
+  assert v_loss(lambda x, t: truth + 0.5, latents, timesteps, batch, SCHEDULE) == pytest.approx(
     0.25, rel=1e-4
   )
 
 
 def test_text_and_padding_count_nothing_even_when_not_a_number():
   batch = packed([3, 5], [6], n=14)
-  x0, noise, timesteps = draws(batch)
+  latents, timesteps = draws(batch)
   counts = jnp.asarray((batch.segment_ids > 0) & (batch.experts == VISION))[..., None]
 
   def loss(scale, elsewhere):
     def denoise(x, _):
       return jnp.where(counts, scale * jnp.sin(x), elsewhere)
 
-    return v_loss(denoise, x0, noise, timesteps, batch, SCHEDULE)
+    return v_loss(denoise, latents, timesteps, batch, SCHEDULE)
 
   expected = jax.value_and_grad(loss)(1.5, 0.0)
   np.testing.assert_array_equal(jax.value_and_grad(loss)(1.5, jnp.nan), expected)
@@ -96,18 +99,18 @@ def test_text_and_padding_count_nothing_even_when_not_a_number():
 
 def test_packed_clips_give_the_token_weighted_loss_of_the_clips_alone():
   batch = packed([3, 5], n=14)
-  x0, noise, timesteps = draws(batch)
-  together = v_loss(lambda x, _: jnp.sin(x), x0, noise, timesteps, batch, SCHEDULE)
+  latents, timesteps = draws(batch)
+  together = v_loss(lambda x, _: jnp.sin(x), latents, timesteps, batch, SCHEDULE)
   alone = []
   for segment, tokens in [(1, np.s_[0:5]), (2, np.s_[5:12])]:
     clip = packed([tokens.stop - tokens.start - L], n=tokens.stop - tokens.start, slots=1)
     steps = timesteps[:, jnp.array([0, segment])]
-    parts = (x0[:, tokens], noise[:, tokens], steps)
-    alone.append(v_loss(lambda x, _: jnp.sin(x), *parts, clip, SCHEDULE))
+    mine = Latents(latents.x0[:, tokens], latents.noise[:, tokens], None)
+    alone.append(v_loss(lambda x, _: jnp.sin(x), mine, steps, clip, SCHEDULE))
   np.testing.assert_allclose(together, (3 * alone[0] + 5 * alone[1]) / 8, rtol=1e-6)
 
 
-def shown(batch, timestep, scaling_factor):
+def shown(batch, timestep, latents):
   """What the network is shown [keys b n p] with each of many keys."""
 
   def noised(key):
@@ -118,7 +121,7 @@ def shown(batch, timestep, scaling_factor):
       SCHEDULE,
       key,
       timestep,
-      scaling_factor=scaling_factor,
+      latents=latents,
     )
     return seen[0]
 
@@ -130,7 +133,8 @@ def test_latents_are_drawn_from_the_scaled_posterior_and_noise_is_standard():
   batch = batch._replace(logvar=batch.logvar.clip(-1, 1))
   alpha = SCHEDULE.alphas_cumprod[0]
   tokens = np.s_[:, 0, L:]
-  signal, noise = (shown(batch, t, scaling_factor=0.7)[tokens] for t in (0, 999))
+  scaled = PLAIN._replace(scaling_factor=0.7)
+  signal, noise = (shown(batch, t, scaled)[tokens] for t in (0, 999))
   mean = 0.7 * np.sqrt(alpha) * batch.mean[0, L:]
   variance = 0.49 * alpha * np.exp(batch.logvar[0, L:]) + 1 - alpha
   np.testing.assert_allclose(signal.mean(0), mean, atol=0.08)
@@ -149,7 +153,7 @@ def test_each_clip_is_noised_to_its_own_timestep(explicit):
     return x
 
   key = jax.random.key(2)
-  diffusion_loss(denoise, batch, SCHEDULE, key, scaling_factor=1.0, explicit_uniform=explicit)
+  diffusion_loss(denoise, batch, SCHEDULE, key, latents=PLAIN, explicit_uniform=explicit)
   timesteps = np.asarray(seen[0])
   assert timesteps.shape == (2, 5)
   assert (timesteps[0, 1:4] > 0).all()
@@ -165,13 +169,13 @@ def test_the_loss_follows_the_key_alone():
 
   @jax.jit
   def loss(key):
-    return diffusion_loss(network, batch, SCHEDULE, key, scaling_factor=1.0, explicit_uniform=True)
+    return diffusion_loss(network, batch, SCHEDULE, key, latents=PLAIN, explicit_uniform=True)
 
   first = loss(jax.random.key(0))
   assert first == loss(jax.random.key(0))
   assert first != loss(jax.random.key(1))
   at_two_timesteps = [
-    validation_loss(network, batch, SCHEDULE, jax.random.key(0), t, scaling_factor=1.0)
+    validation_loss(network, batch, SCHEDULE, jax.random.key(0), t, latents=PLAIN)
     for t in (100, 900)
   ]
   assert at_two_timesteps[0] != at_two_timesteps[1]

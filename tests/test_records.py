@@ -96,6 +96,17 @@ def test_all_captions_of_a_clip_and_its_score_are_stored(tmp_path):
   assert not np.array_equal(used.text, dataset[1].text)
 
 
+def test_images_are_stored_where_there_are_any(tmp_path):
+  image = np.random.default_rng(0).normal(size=(3, 2, 4, 6, 2)).astype(np.float32)
+  plain = draw_example(0)
+  dataset = write_dataset(tmp_path, [plain, draw_example(1)._replace(image=image)])
+  assert dataset.index.images.tolist() == [0, 3]
+  assert dataset[0].image is None
+  np.testing.assert_array_equal(dataset[1].image, image.astype(np.float16))
+  image[2, 1, 0, 0, 0] = 1e6
+  assert records.storage_fault(plain._replace(image=image)) == "its image is not finite in float16"
+
+
 def test_one_caption_costs_no_more_than_its_own_states():
   one, two = (len(records.serialize(draw_captioned(0, count, 0.5))) for count in (1, 2))
   states = 2 * 5 * 8

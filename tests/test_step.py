@@ -1,5 +1,7 @@
 """One update of the real transformer: the same on any mesh, and for any packing of the clips."""
 
+import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -10,24 +12,26 @@ import pytest
 from drawn import DIT_CONFIG, NOISE, draw
 
 from cogvideox_jax import sharding
-from cogvideox_jax.data.packing import pack
+from cogvideox_jax.data.packing import pack, stack
+from cogvideox_jax.diffusion.latents import LatentConfig, draw_latents
 from cogvideox_jax.diffusion.loss import v_loss
 from cogvideox_jax.diffusion.noise import noise_schedule
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.training import state, step
-from cogvideox_jax.types import VISION, Batch, Example
+from cogvideox_jax.types import VISION, Example
 
 SCHEDULE = noise_schedule(NOISE)
+LATENTS = LatentConfig(DIT_CONFIG.patch, scaling_factor=0.7, image_scale=0.7, image_drop_rate=0.0)
 SGD = optax.sgd(0.1)  # With which the change of a weight is a tenth of its gradient.
 KEY = jax.random.key(7)
 PARAMS = draw(DiT, DIT_CONFIG)[1]
 START = state.new_state(PARAMS, SGD)
 
 
-def network(dtype=jnp.float32, attend=attention):
-  return step.Network(graph_of(DiT, DIT_CONFIG, dtype=dtype), DIT_CONFIG.width, attend)
+def network(dtype=jnp.float32, attend=attention, config=DIT_CONFIG):
+  return step.Network(graph_of(DiT, config, dtype=dtype), config.width, attend)
 
 
 def make_step(tx=SGD, **changes):
@@ -36,7 +40,7 @@ def make_step(tx=SGD, **changes):
     tx=tx,
     learning_rate=optax.constant_schedule(1.0),
     schedule=SCHEDULE,
-    scaling_factor=0.7,
+    latents=LATENTS,
     ema_decay=0.75,
     **{"network": network(), "explicit_uniform": True, **changes},
   )
@@ -44,19 +48,15 @@ def make_step(tx=SGD, **changes):
 
 def example(seed, grid):
   rng = np.random.default_rng(seed)
-  shape = (*grid, DIT_CONFIG.in_channels)
+  shape = (*grid, DIT_CONFIG.out_channels)
   mean, logvar = rng.normal(size=shape), rng.normal(-3, 1, size=shape)
   text = rng.normal(size=(DIT_CONFIG.text_length, DIT_CONFIG.text_width))
   arrays = (part.astype(np.float32) for part in (mean, logvar, text))
   return Example(*arrays, "", "", num_frames=0, height=0, width=0, fps=8.0)
 
 
-def row(examples, tokens=40):
-  return pack(examples, patch=DIT_CONFIG.patch, row_tokens=tokens, max_clips=3)
-
-
-def stack(rows):
-  return Batch(*map(np.concatenate, zip(*rows, strict=True)))
+def row(examples, tokens=40, patch=DIT_CONFIG.patch):
+  return pack(examples, patch=patch, row_tokens=tokens, max_clips=3)
 
 
 def batch_of(rows=8):
@@ -100,32 +100,83 @@ def test_every_kernel_and_its_moments_are_spread_over_fsdp():
     assert spread == sharding.path_name(path).endswith("kernel"), path
 
 
-def losses_of(params, batch, x0, noise, timesteps):
-  denoise = step.denoiser(network(), params, batch)
-  return v_loss(denoise, x0, noise, timesteps, batch, SCHEDULE)
+KINDS = {  # What the published models differ in.
+  "5b": {"positions": "rope"},
+  "5b_i2v": {"positions": "rope", "in_channels": 8, "learned_positions": True},
+  "1_5": {"patch": (2, 2, 2)},
+  "1_5_i2v": {"patch": (2, 2, 2), "in_channels": 8, "ofs_width": 8},
+}
 
 
-def test_clips_packed_in_one_row_train_as_each_alone():
-  clips = [example(0, (1, 4, 4)), example(1, (3, 4, 4)), example(2, (2, 4, 4))]
-  alone = stack([row([clip], tokens=48) for clip in clips])
-  packed = row(clips, tokens=48)
-  empty = jax.tree.map(np.zeros_like, packed)
+def certain(seed, grid, config):
+  """A clip whose posteriors leave nothing to chance, with an image if the model sees one."""
+  drawn = example(seed, grid)
+  image = None
+  if config.takes_image:
+    moments = np.random.default_rng(100 + seed).normal(size=(1, 2, *drawn.mean.shape[1:]))
+    image = np.where([[[[[False]]], [[[True]]]]], -30, moments).astype(np.float32)
+  return drawn._replace(logvar=np.full_like(drawn.logvar, -30), image=image)
+
+
+def vision_of(batch, row, segment):
+  return (batch.segment_ids[row] == segment) & (batch.experts[row] == VISION)
+
+
+@functools.cache
+def loss_and_gradients(config):
+  """A function of parameters, a batch, the noise to add to it, and timesteps."""
+  settings = LATENTS._replace(patch=config.patch)
+
+  def loss_of(params, batch, noise, timesteps):
+    denoise = step.denoiser(network(config=config), params, batch)
+    latents = draw_latents(batch, KEY, settings)._replace(noise=noise)
+    return v_loss(denoise, latents, timesteps, batch, SCHEDULE)
+
+  return jax.jit(jax.value_and_grad(loss_of))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_packed_in_one_row_train_as_each_alone(kind):
+  config = dataclasses.replace(DIT_CONFIG, **KINDS[kind])
+  params, run = draw(DiT, config)[1], loss_and_gradients(config)
+  grids = [(3, 4, 6)] * 3 if config.learned_positions else [(1, 4, 4), (3, 4, 4), (2, 4, 4)]
+  clips = [certain(seed, grid, config) for seed, grid in enumerate(grids)]
+  alone = stack([row([clip], tokens=80, patch=config.patch) for clip in clips])
+  packed = row(clips, tokens=80, patch=config.patch)
+  empty = jax.tree.map(np.zeros_like, packed)._replace(grids=np.ones_like(packed.grids))
   packed = stack([packed, empty, empty])
-  rng = np.random.default_rng(3)
-  noise = rng.normal(size=packed.mean.shape).astype(np.float32)
+  noise = np.random.default_rng(3).normal(size=packed.mean.shape).astype(np.float32)
   noise_alone = np.zeros_like(alone.mean)
   for clip in range(3):  # The same noise for the same token.
-    of_packed = (packed.segment_ids[0] == clip + 1) & (packed.experts[0] == VISION)
-    of_alone = (alone.segment_ids[clip] == 1) & (alone.experts[clip] == VISION)
-    noise_alone[clip, of_alone] = noise[0, of_packed]
+    noise_alone[clip, vision_of(alone, clip, 1)] = noise[0, vision_of(packed, 0, clip + 1)]
   timesteps = np.array([[0, 100, 500, 900], [0] * 4, [0] * 4], np.int32)
   timesteps_alone = np.array([[0, t, 0, 0] for t in (100, 500, 900)], np.int32)
 
-  run = jax.jit(jax.value_and_grad(losses_of))
-  loss, grads = run(PARAMS, packed, packed.mean, noise, timesteps)
-  loss_alone, grads_alone = run(PARAMS, alone, alone.mean, noise_alone, timesteps_alone)
+  loss, grads = run(params, packed, noise, timesteps)
+  loss_alone, grads_alone = run(params, alone, noise_alone, timesteps_alone)
   np.testing.assert_allclose(loss, loss_alone, rtol=1e-5)
   jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), grads, grads_alone)
+  for path, gradient in jax.tree.leaves_with_path(grads):  # So that nothing is left unused.
+    assert np.any(gradient), sharding.path_name(path)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_an_odd_clip_trains_as_one_whose_first_latent_was_doubled_by_hand(frames):
+  config = dataclasses.replace(DIT_CONFIG, **KINDS["1_5_i2v"])
+  params, run = draw(DiT, config)[1], loss_and_gradients(config)
+  odd = certain(0, (frames, 4, 4), config)
+  doubled = odd._replace(
+    mean=np.concatenate([odd.mean[:1], odd.mean]),
+    logvar=np.concatenate([odd.logvar[:1], odd.logvar]),
+  )
+  ours, by_hand = (row([clip], patch=config.patch) for clip in (odd, doubled))
+  assert (ours.extra[0, 1], by_hand.extra[0, 1]) == (1, 0)
+  noise = np.random.default_rng(3).normal(size=ours.mean.shape).astype(np.float32)
+  timesteps = np.array([[0, 300, 0, 0]], np.int32)
+  loss, grads = run(params, ours, noise, timesteps)
+  expected, expected_grads = run(params, by_hand, noise, timesteps)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), grads, expected_grads)
 
 
 def test_what_stands_in_the_padding_changes_nothing(run):

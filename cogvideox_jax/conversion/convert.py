@@ -165,9 +165,8 @@ def _add_sat_text(model: Model, path: epath.Path) -> None:
     model.scheduler = configs.write_noise(sat_config.noise(transformer.config))
   whole = model.networks.keys() == COMPONENTS.keys() and model.tokenizer is not None
   if transformer and whole and model.index is None:
-    sees_image = transformer.config.in_channels != transformer.config.out_channels
     # A dropped caption was zeros in SAT's training; a sampler of diffusers' has the encoded "".
-    model.index = index_fields(Settings(text_drop="zeros"), sees_image)
+    model.index = index_fields(Settings(text_drop="zeros"), transformer.config.takes_image)
 
 
 def cast(network: Network, dtype: np.dtype) -> Params:

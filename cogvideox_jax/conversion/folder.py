@@ -18,7 +18,7 @@ from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.models.t5 import T5Config
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.vae import IMAGE_SCALES, VAEConfig
 
 SHIPPED = ("tiny",)  # Models in the package's assets.
 INDEX = "model_index.json"
@@ -42,6 +42,7 @@ class Settings:
   num_inference_steps: int = 50
   solver: str = "ddim"  # One of solvers.SOLVERS.
   fps: float = 8.0
+  image_scale: str = "diffusers"  # Of an image's latents, in image to video; vae.IMAGE_SCALES.
 
 
 class ModelFolder(NamedTuple):
@@ -60,8 +61,9 @@ class ModelFolder(NamedTuple):
     if unknown := sorted(set(stored) - known):
       raise UserError(f"{where}: {SETTINGS} has {', '.join(unknown)}; known are {sorted(known)}.")
     settings = Settings(**stored)
-    if settings.text_drop not in TEXT_DROPS:
-      raise UserError(f"{where}: text_drop is {settings.text_drop!r}, not one of {TEXT_DROPS}.")
+    for name, choices in (("text_drop", TEXT_DROPS), ("image_scale", IMAGE_SCALES)):
+      if (value := getattr(settings, name)) not in choices:
+        raise UserError(f"{where}: {name} is {value!r}, not one of {choices}.")
     return settings
 
   def _solver(self) -> str:

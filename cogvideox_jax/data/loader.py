@@ -8,13 +8,12 @@ number of hosts change what is read.
 """
 
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 import grain
-import numpy as np
 
-from cogvideox_jax.data import mixture
+from cogvideox_jax.data import mixture, packing
 from cogvideox_jax.data.mixture import History
 from cogvideox_jax.data.rows import Row, Rows
 from cogvideox_jax.errors import UserError
@@ -52,7 +51,7 @@ class Loader:
 
   def batch(self, k: int) -> Batch:
     """This host's rows of batch k."""
-    return _stack([self._read(row) for row in self.rows_of(k)])
+    return packing.stack([self._read(row) for row in self.rows_of(k)])
 
   def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
     """This host's rows of batch start, start + 1 and so on without end, read ahead by threads.
@@ -62,7 +61,7 @@ class Loader:
     buffer = self._prefetch_batches * self._local_rows
     options = grain.ReadOptions(min(self._num_threads, buffer), buffer)
     rows = grain.MapDataset.source(_Source(self, start))
-    batches = rows.to_iter_dataset(options).batch(self._local_rows, batch_fn=_stack)
+    batches = rows.to_iter_dataset(options).batch(self._local_rows, batch_fn=packing.stack)
     iterator = iter(batches)
     try:
       yield from iterator
@@ -110,7 +109,3 @@ class _Source:
   def __getitem__(self, index: int) -> Batch:
     batch, row = divmod(index, self._loader._local_rows)
     return self._loader._read(self._loader.rows_of(self._start + batch)[row])
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-  return Batch(*map(np.concatenate, zip(*rows, strict=True)))

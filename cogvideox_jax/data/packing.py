@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int, Shaped, UInt64
 from cogvideox_jax.data.files import write_arrays
 from cogvideox_jax.types import TEXT, VISION, Batch, Example
 
-_ORDER, _PLACES, _ROWS, _WITHIN, _DROPS = range(5)  # What random words are drawn for.
+_ORDER, _PLACES, _ROWS, _WITHIN, _DROPS, _CAPTIONS = range(6)  # What random words are drawn for.
 
 
 class Layout(NamedTuple):
@@ -54,14 +54,23 @@ def dropped(rate: float, clips: int, seed: int, epoch: int) -> Bool[np.ndarray, 
   return random_words(clips, seed, epoch, _DROPS) < rate * 2.0**64
 
 
+def captions(counts: Int[np.ndarray, " clips"], seed: int, epoch: int) -> Int[np.ndarray, " clips"]:
+  """Which of its captions each clip has in an epoch; counts: how many it has, at least 1."""
+  words = random_words(len(counts), seed, epoch, _CAPTIONS)
+  return (words % counts.astype(np.uint64)).astype(np.int64)
+
+
 def clip_tokens(
   latents: Int[np.ndarray, "clips 3"],
   *,
   patch: Sequence[int],
   text_length: int,
 ) -> Int[np.ndarray, " clips"]:
-  """Tokens, text and vision, of clips of (f, h, w) latents, which the patch divides."""
-  return text_length + np.prod(latents // np.array(patch), axis=1, dtype=np.int64)
+  """Tokens, text and vision, of clips of (f, h, w) latents.
+
+  The patch divides h and w; f is filled up, as `pack` does.
+  """
+  return text_length + np.prod(-(-latents // np.array(patch)), axis=1, dtype=np.int64)
 
 
 def plan_layout(lengths: Int[np.ndarray, " clips"], row_tokens: int, max_clips: int) -> Layout:
@@ -159,24 +168,41 @@ def pack(
   """One row, a `Batch` with b = 1, of the examples in turn; they must fit.
 
   Latents and text states keep the types they are stored in: half the bytes to hold and to send.
+  The first latent frame of a clip is repeated in front until the patch divides their number
+  (CogVideoX 1.5: 21 latent frames become 22). Examples have an image all or none, and one draw.
   """
   text_length = len(examples[0].text)
-  row = _empty_row(examples[0], math.prod(patch), row_tokens, max_clips)
+  row = _empty_row(examples[0], patch, row_tokens, max_clips)
   start = 0
   for segment, example in enumerate(examples, start=1):
-    grid = [size // step for size, step in zip(example.mean.shape[:3], patch, strict=True)]
+    extra = -len(example.mean) % patch[0]
+    mean, logvar = (_repeat_first(x, extra) for x in (example.mean, example.logvar))
+    grid = [size // step for size, step in zip(mean.shape[:3], patch, strict=True)]
     middle = start + text_length
     end = middle + math.prod(grid)
     row.text[0, segment - 1] = example.text
-    row.mean[0, middle:end] = patchify(example.mean, patch)
-    row.logvar[0, middle:end] = patchify(example.logvar, patch)
+    row.mean[0, middle:end] = patchify(mean, patch)
+    row.logvar[0, middle:end] = patchify(logvar, patch)
     row.segment_ids[0, start:end] = segment
     row.experts[0, start:middle] = TEXT
     row.coordinates[0, start:middle, 0] = np.arange(text_length)
     row.coordinates[0, middle:end] = np.indices(grid).reshape(3, -1).T
     row.grids[0, segment] = grid
+    if row.extra is not None:
+      row.extra[0, segment] = extra
+    if row.image is not None and example.image is not None:
+      moments = patchify(example.image[0], (1, *patch[1:]))
+      row.image[0, middle : middle + math.prod(grid[1:])] = rearrange(
+        moments, "(two n) q -> n two q", two=2
+      )
     start = end
   return row
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+  """Batches of the same shapes, one below the other."""
+  parts = zip(*rows, strict=True)
+  return Batch._make(None if part[0] is None else np.concatenate(part) for part in parts)
 
 
 def patchify(
@@ -187,14 +213,24 @@ def patchify(
   return rearrange(latents, "(f t) (h y) (w x) c -> (f h w) (c t y x)", t=t, y=h, x=w)
 
 
-def _empty_row(example: Example, patch_size: int, row_tokens: int, max_clips: int) -> Batch:
-  patch_width = example.mean.shape[-1] * patch_size
+def _repeat_first(
+  latents: Shaped[np.ndarray, "f h w c"], times: int
+) -> Shaped[np.ndarray, "f2 h w c"]:
+  return np.concatenate([latents[:1].repeat(times, axis=0), latents]) if times else latents
+
+
+def _empty_row(
+  example: Example, patch: tuple[int, int, int], row_tokens: int, max_clips: int
+) -> Batch:
+  dtype, frame_width = example.mean.dtype, example.mean.shape[-1] * math.prod(patch[1:])
   return Batch(
-    mean=np.zeros((1, row_tokens, patch_width), example.mean.dtype),
-    logvar=np.zeros((1, row_tokens, patch_width), example.logvar.dtype),
+    mean=np.zeros((1, row_tokens, patch[0] * frame_width), dtype),
+    logvar=np.zeros((1, row_tokens, patch[0] * frame_width), dtype),
     text=np.zeros((1, max_clips, *example.text.shape), example.text.dtype),
     segment_ids=np.zeros((1, row_tokens), np.int32),
     experts=np.full((1, row_tokens), VISION, np.int32),
     coordinates=np.zeros((1, row_tokens, 3), np.int32),
     grids=np.ones((1, max_clips + 1, 3), np.int32),
+    extra=np.zeros((1, max_clips + 1), np.int32) if patch[0] > 1 else None,
+    image=None if example.image is None else np.zeros((1, row_tokens, 2, frame_width), dtype),
   )

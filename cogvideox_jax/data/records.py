@@ -8,7 +8,8 @@ under another name and then renamed, so that a killed run leaves whole shards on
 imports TensorFlow.
 
 A record holds a clip with all its captions: `captions` is a list of k texts, and `text` holds
-their states as one array [k l t], so that k = 1 costs nothing. `score` is NaN where there is none.
+their states as one array [k l t], so that k = 1 costs nothing. `score` is NaN where there is none,
+and `image` holds no draw.
 
 Latents are stored as float16: they are a few units wide (and log-variances lie in [-30, 20]), so
 its 11 bits of precision are worth more than bfloat16's range. Text states are stored as
@@ -50,6 +51,10 @@ FEATURES: Any = tfds.features.FeaturesDict(
       encoding="bytes",
       doc="Of each caption, tokens, width; the bits of bfloat16 numbers.",
     ),
+    "image": tfds.features.Sequence(
+      tfds.features.Tensor(shape=(None,) * 4, dtype=np.float16, encoding="bytes"),
+      doc="Of each noised copy of the first frame, mean and log-variance.",
+    ),
     "captions": tfds.features.Sequence(tfds.features.Text()),
     "score": tfds.features.Scalar(dtype=np.float32, doc="NaN: none."),
     "source": tfds.features.Text(),
@@ -77,6 +82,7 @@ class Index(NamedTuple):
   source_hash: UInt64[np.ndarray, " clips"]  # Uniform; the same for all clips of a file.
   captions: Int[np.ndarray, " clips"]  # How many the clip has, at least 1.
   score: Float[np.ndarray, " clips"]  # NaN where there is none.
+  images: Int[np.ndarray, " clips"]  # Noised copies of the first frame; 0 where there is none.
 
 
 class Counts(NamedTuple):
@@ -105,6 +111,7 @@ def storage_fault(example: Example) -> str | None:
   for name, array, dtype in (
     ("mean", example.mean, np.float16),
     ("logvar", example.logvar, np.float16),
+    ("image", _image_of(example), np.float16),
     ("text", texts, ml_dtypes.bfloat16),
   ):
     if not np.isfinite(_cast(array, dtype)).all():
@@ -120,6 +127,7 @@ def serialize(example: Example) -> bytes:
   fields = {
     "mean": _cast(example.mean, np.float16),
     "logvar": _cast(example.logvar, np.float16),
+    "image": list(_cast(_image_of(example), np.float16)),
     "text": _cast(texts, ml_dtypes.bfloat16).view(np.uint16),
     "captions": captions,
     "score": np.nan if example.score is None else example.score,
@@ -143,6 +151,7 @@ def parse(record: bytes) -> Example:
     **{name: fields[name] for name in _AS_THEY_ARE} | {"source": fields["source"].decode()},
     score=None if np.isnan(score) else score,
     others=tuple(others),
+    image=fields["image"] if len(fields["image"]) else None,
   )
 
 
@@ -150,6 +159,10 @@ def _captions_of(example: Example) -> tuple[list[str], Float[np.ndarray, "_ l t"
   """All captions of an example, and their states."""
   captions = [Caption(example.caption, example.text), *example.others]
   return [one.caption for one in captions], np.stack([one.text for one in captions])
+
+
+def _image_of(example: Example) -> Float[np.ndarray, "draws 2 h w c"]:
+  return np.zeros((0, 2, 1, 1, 1), np.float32) if example.image is None else example.image
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
@@ -395,6 +408,7 @@ def _metadata(example: Example) -> dict[str, Any]:
     "text_shape": example.text.shape,
     "captions": 1 + len(example.others),
     "score": example.score,
+    "images": len(_image_of(example)),
   }
 
 
@@ -420,6 +434,7 @@ def _columns(
     "source_hash": np.frombuffer(hashes, "<u8"),
     "captions": column("captions"),
     "score": np.array(scores, np.float32),
+    "images": column("images"),
     "names": np.frombuffer(b"".join(names), np.uint8),
     "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
     "shard_lengths": np.array(lengths),

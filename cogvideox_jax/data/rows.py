@@ -27,6 +27,15 @@ class Row(NamedTuple):
   clips: Int[np.ndarray, " clips"]  # Their numbers in the dataset, in the order of segments.
 
 
+class Plan(NamedTuple):
+  """What an epoch shows."""
+
+  number: int
+  rows: packing.Epoch
+  dropped: Bool[np.ndarray, " clips"]  # Which clips of the dataset lose their caption,
+  captions: Int[np.ndarray, " clips"]  # and which of its captions each of the others has.
+
+
 class Rows:
   """Packed rows of one split of an encoded dataset."""
 
@@ -37,6 +46,7 @@ class Rows:
     row_tokens: int,
     max_clips: int,  # The most a row holds.
     patch: tuple[int, int, int],  # Latent frames, height, width.
+    with_images: bool = False,  # For models that see one; the clips must have it.
     seed: int,
     drop: DroppedCaption,
     drop_rate: float,
@@ -46,6 +56,7 @@ class Rows:
     """UserError if the dataset does not fit these numbers."""
     self.dataset, self.row_tokens, self.max_clips = dataset, row_tokens, max_clips
     self._patch, self._drop = patch, None if isinstance(drop, str) else drop
+    self._with_images = with_images
     self._shuffled = split == "train"
     self._seed, self._drop_rate = (seed, drop_rate) if self._shuffled else (0, 0.0)
     self.lengths = self._clip_lengths()  # Tokens of every clip of the dataset.
@@ -64,16 +75,16 @@ class Rows:
   def __getitem__(self, index: int) -> Row:
     """The clips of row `index`, from the plan alone."""
     number, place = divmod(index, self.per_epoch)
-    epoch, _ = self._epoch_plan(number)
+    epoch = self._epoch_plan(number).rows
     clips = epoch.clips[epoch.starts[place] : epoch.starts[place + 1]]
     return Row(number, self.clips[clips])
 
   def read(self, index: int) -> Batch:
     """Row `index` as a batch of one row."""
     number, clips = self[index]
-    _, dropped = self._epoch_plan(number)
+    plan = self._epoch_plan(number)
     return packing.pack(
-      [self._example(int(clip), drop=bool(dropped[clip])) for clip in clips],
+      [self._example(int(clip), plan) for clip in clips],
       patch=self._patch,
       row_tokens=self.row_tokens,
       max_clips=self.max_clips,
@@ -90,12 +101,12 @@ class Rows:
         f"{text_shape}: encode the clips again with the text encoder of this config"
       )
     latents = index.latent_shape[:, :3]
-    if (odd := (latents % np.array(self._patch)).any(axis=1)).any():
+    if (odd := (latents % np.array(self._patch))[:, 1:].any(axis=1)).any():
       clip = int(np.argmax(odd))
       raise UserError(
         f"{self.dataset.source(clip)!r} in {directory} has (f, h, w) latents\n"
-        f"{tuple(latents[clip].tolist())}, which patches of {self._patch} do not divide:\n"
-        "encode it at sizes and durations that they do"
+        f"{tuple(latents[clip].tolist())}, whose sides patches of {self._patch} do not divide:\n"
+        "encode it at sizes that they do"
       )
     return packing.clip_tokens(latents, patch=self._patch, text_length=text_shape[0])
 
@@ -129,18 +140,25 @@ class Rows:
       )
     return clips, too_long
 
-  def _epoch_plan(self, number: int) -> tuple[packing.Epoch, Bool[np.ndarray, " clips"]]:
-    """An epoch's rows, and which clips of the dataset lose their caption in it."""
+  def _epoch_plan(self, number: int) -> Plan:
     with self._lock:  # So that threads which meet a new epoch do not each plan it.
       return self._plan(number if self._shuffled else 0)
 
-  def _plan_epoch(self, number: int) -> tuple[packing.Epoch, Bool[np.ndarray, " clips"]]:
-    lengths = self.lengths[self.clips]
-    epoch = packing.plan_epoch(self._layout, lengths, self._seed, number)
-    return epoch, packing.dropped(self._drop_rate, len(self.dataset), self._seed, number)
+  def _plan_epoch(self, number: int) -> Plan:
+    return Plan(
+      number,
+      packing.plan_epoch(self._layout, self.lengths[self.clips], self._seed, number),
+      packing.dropped(self._drop_rate, len(self.dataset), self._seed, number),
+      packing.captions(self.dataset.index.captions, self._seed, number),
+    )
 
-  def _example(self, clip: int, *, drop: bool) -> Example:
-    example = self.dataset[clip]
-    if not drop:
-      return example
-    return example._replace(text=np.zeros_like(example.text) if self._drop is None else self._drop)
+  def _example(self, clip: int, plan: Plan) -> Example:
+    """A clip as an epoch shows it: with one of its captions or none, one of its images or none."""
+    example = self.dataset[clip].with_caption(int(plan.captions[clip]))
+    text, image = example.text, None
+    if plan.dropped[clip]:
+      text = np.zeros_like(text) if self._drop is None else self._drop.astype(text.dtype)
+    if self._with_images and example.image is not None:
+      turn = plan.number % len(example.image)
+      image = example.image[turn : turn + 1]
+    return example._replace(text=text, image=image)

@@ -115,7 +115,10 @@ def denoise_step(
     repeat(vision, "b n p -> (halves b) n p", halves=halves),
     rearrange(text, "halves b l t -> (halves b) 1 l t"),
     jnp.broadcast_to(time, (rows, 2, config.width)),
-    *(repeat(jnp.asarray(part), "1 ... -> rows ...", rows=rows) for part in layout[3:]),
+    *(
+      repeat(jnp.asarray(part), "1 ... -> rows ...", rows=rows)
+      for part in (layout.segment_ids, layout.experts, layout.coordinates, layout.grids)
+    ),
     attention=attention,
   )
   v = v[:, text.shape[2] :].astype(jnp.float32)

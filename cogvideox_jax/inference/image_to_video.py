@@ -14,12 +14,7 @@ from jaxtyping import Array, Float
 from cogvideox_jax.inference import inputs, pixels
 from cogvideox_jax.inference.denoising import POSTERIOR
 from cogvideox_jax.inference.pipeline import Job, Latents, Pipeline, VideoOutput
-from cogvideox_jax.models.vae import encode, sample_posterior
-
-# What image latents are multiplied with, s being the VAE's scaling factor. The code paths of 1.5
-# disagree: diffusers samples with 1/s ("the team forgot to multiply in training"), SAT samples with
-# 1 and trains with s; users report that 1 looks best. 1.0 is s everywhere.
-IMAGE_SCALES = ("diffusers", "raw", "scaled")
+from cogvideox_jax.models.vae import IMAGE_SCALES, encode, sample_posterior
 
 
 class ImageToVideo(Pipeline):
@@ -56,7 +51,7 @@ class ImageToVideo(Pipeline):
     solver: str | None = None,
     batch_size: int | None = None,
     draws: inputs.Draws | None = None,
-    image_scale: str = "diffusers",
+    image_scale: str | None = None,
   ) -> VideoOutput:
     """Makes videos that begin with an image; `Pipeline.__call__` says what is not said here.
 
@@ -64,28 +59,27 @@ class ImageToVideo(Pipeline):
       image: one for all prompts or a list of one for each: PIL images, or arrays [H W 3] or
         [b H W 3] of bytes or of floats in [0, 1]. PIL images of another size are resized (Lanczos),
         arrays too (nearest pixel).
-      image_scale: of the image's latents. `diffusers`: times the VAE's scaling factor, divided by
-        it for 1.5; `raw`: as they are, as SAT samples 1.5; `scaled`: times the factor.
+      image_scale: of the image's latents, one of vae.IMAGE_SCALES; by default the model's.
 
     Raises:
       UserError: an argument is out of its range; before anything is compiled.
     """
     size = self._size(num_frames, height, width)
-    inputs.check_choice("image_scale", image_scale, IMAGE_SCALES)
+    choice = image_scale or self.settings.image_scale
+    inputs.check_choice("image_scale", choice, IMAGE_SCALES)
     arguments = inputs.from_call(locals())
     job = self._job(size, arguments, self._solver(arguments))
     images = pixels.images(image, len(job.halves[-1]), size)
-    seen = [self._image_latents(job, chunk, images, image_scale) for chunk in job.chunks]
+    scale = self.vae_config.image_scale(choice)
+    seen = [scale * self._image_latents(job, chunk, images) for chunk in job.chunks]
     return self._output(job, self._denoise(job, self._initial_noise(job), seen))
 
   def _image_latents(
-    self, job: Job, chunk: inputs.Videos, images: Float[np.ndarray, "prompts H W 3"], scale: str
+    self, job: Job, chunk: inputs.Videos, images: Float[np.ndarray, "prompts H W 3"]
   ) -> Float[Array, "b f h w c"]:
     """Those of each video's image in the first latent frame, zeros in all others."""
     frames = jnp.asarray(images[chunk.prompts])[:, None]
     mean, logvar = encode(self._vae, frames, tiling=self._tiling)
     latents = sample_posterior(mean, logvar, job.noise(chunk, POSTERIOR, mean.shape[1:]))
-    factor, inverts = self.vae_config.scaling_factor, self.vae_config.invert_scale_latents
-    scales = {"diffusers": 1 / factor if inverts else factor, "raw": 1.0, "scaled": factor}
     rest = ((0, 0), (0, job.shape[0] - 1), (0, 0), (0, 0), (0, 0))
-    return jnp.pad(latents * scales[scale], rest)
+    return jnp.pad(latents, rest)

@@ -109,7 +109,7 @@ class Pipeline(Adapters):
     """
     super().__init__()
     self.config, self._params = transformer[0], jax.tree.map(jnp.asarray, transformer[1])
-    if (self.config.in_channels != self.config.out_channels) != self.takes_image:
+    if self.config.takes_image != self.takes_image:
       wanted, is_there = (
         ("Pipeline", "no image") if self.takes_image else ("ImageToVideo", "an image")
       )

@@ -44,6 +44,11 @@ class DiTConfig:
     return self.heads * self.head_dim
 
   @property
+  def takes_image(self) -> bool:
+    """Whether it sees the latents of an image, in channels behind the noised ones."""
+    return self.in_channels != self.out_channels
+
+  @property
   def base_grid(self) -> tuple[int, int, int]:
     """Patches (frames, height, width) of the sample size."""
     latents = (self.sample_frames - 1) // 4 + 1, self.sample_height, self.sample_width
@@ -136,7 +141,8 @@ class DiT(nnx.Module):
     """One evaluation. What comes out at text and padding tokens means nothing.
 
     Args:
-      vision: noised patches; whatever stands at text tokens is not read.
+      vision: noised patches, in front of an image's if it `takes_image`; whatever stands at text
+        tokens is not read.
       time: each segment's timestep, as `timestep_sinusoid` of the transformer's width.
       attention: function of query, key, value [b n heads head_dim] and segment_ids.
       ofs: read by models with an ofs_width only.

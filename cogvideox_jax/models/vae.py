@@ -26,6 +26,11 @@ ENCODE_CHUNK = 8  # Pixel frames, diffusers `num_sample_frames_batch_size`.
 DECODE_CHUNK = 2  # Latent frames, diffusers `num_latent_frames_batch_size`.
 EPSILON = 1e-6
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
+# What image latents are multiplied with, s being the scaling factor: `scaled` is s, `raw` 1,
+# `diffusers` s, but 1/s for 1.5, whose code paths disagree: SAT trains it with s and samples it
+# with 1, diffusers samples it with 1/s ("the team forgot to multiply in training"); users report
+# that 1 looks best. All that is published of 1.0 has s.
+IMAGE_SCALES = ("scaled", "raw", "diffusers")
 
 Frames = tuple[Float[Array, "b _ _ _ _"], ...]
 
@@ -44,6 +49,13 @@ class VAEConfig:
   invert_scale_latents: bool = False  # 1.5: image latents are divided by it, as diffusers reads it.
   sample_height: int = 480  # Pixels; tiles are half of it, and of the width.
   sample_width: int = 720
+
+  def image_scale(self, choice: str) -> float:
+    """What a choice of IMAGE_SCALES multiplies the latents of an image with."""
+    if choice == "raw":
+      return 1.0
+    inverts = choice == "diffusers" and self.invert_scale_latents
+    return 1 / self.scaling_factor if inverts else self.scaling_factor
 
   @property
   def spatial_compression(self) -> int:

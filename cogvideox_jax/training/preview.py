@@ -1,10 +1,17 @@
-"""What the model makes of a few fixed prompts, as it learns."""
+"""What the model makes of a few fixed prompts, and images if it sees one, as it learns."""
+
+from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from cogvideox_jax.data.video import contact_sheet, write_mp4
+from cogvideox_jax.data.media import VideoError
+from cogvideox_jax.data.video import contact_sheet, read, write_mp4
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference.image_to_video import ImageToVideo
+from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
 from cogvideox_jax.training.state import Params
 from cogvideox_jax.training.workdir import load_frozen, with_transformer
@@ -14,16 +21,20 @@ class Previewer:
   """Samples the config's prompts with fixed seeds, so that previews differ by the weights alone."""
 
   def __init__(self, config: ConfigDict, folder: epath.Path):
-    """Loads the frozen networks; a UserError if the components lack one."""
+    """Loads the frozen networks and the images; a UserError if one is missing or damaged."""
     self._config, self._folder, self._frozen = config, folder, load_frozen(config)
+    self._images = [_read_image(path, config) for path in config.preview.images]
 
   def write(self, step: int, params: Params) -> None:
     """Adds FOLDER/step_NNNNNN.mp4, the videos side by side, and a contact sheet of them, .png."""
     config = self._config.preview
-    pipe = with_transformer(self._config, params, self._frozen, Progress(show=False))
+    kind = ImageToVideo if self._images else Pipeline
+    pipe = with_transformer(self._config, params, self._frozen, Progress(show=False), kind)
     prompts = list(config.prompts)
+    images: dict[str, Any] = {"image": self._images} if self._images else {}
     videos = pipe(
-      prompts,
+      **images,
+      prompt=prompts,
       num_frames=config.num_frames,
       height=config.height,
       width=config.width,
@@ -38,3 +49,12 @@ class Previewer:
     fps = self._config.data.fps
     write_mp4(self._folder / f"{name}.mp4", np.concatenate(videos, axis=2), fps, made_with)
     contact_sheet(list(videos), prompts, self._folder / f"{name}.png")
+
+
+def _read_image(path: str, config: ConfigDict) -> UInt8[np.ndarray, "H W 3"]:
+  """Cropped to the size of the previews."""
+  size = {"height": config.preview.height, "width": config.preview.width}
+  try:
+    return read(path, fps=config.data.fps, num_frames=1, **size)[0]
+  except VideoError as error:
+    raise UserError(f"config.preview.images: {path}: {error}") from error

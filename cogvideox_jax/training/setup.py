@@ -20,6 +20,7 @@ from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.mixture import History
 from cogvideox_jax.data.records import Dataset, stage_folder
 from cogvideox_jax.data.rows import DroppedCaption, Rows
+from cogvideox_jax.diffusion.latents import LatentConfig
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.encoders import Encoders
 from cogvideox_jax.errors import UserError
@@ -97,13 +98,15 @@ def make_rows(
 ) -> dict[str, Rows]:
   """The rows of each dataset; a UserError if the clips are not such as the model takes."""
   _, stage = only_stage(config)
+  model = model_config(config)
   for dataset in datasets.values():
-    _check_clips(dataset, model_config(config))
+    _check_clips(dataset, model)
   make = partial(
     Rows,
     row_tokens=stage.row_tokens,
     max_clips=stage.max_clips,
-    patch=tuple(config.model.patch),
+    patch=model.patch,
+    with_images=model.takes_image,
     seed=config.seed,
     drop=drop,
     drop_rate=config.text.drop_rate,
@@ -140,7 +143,7 @@ def make_functions(config: ConfigDict, mesh: Mesh, rules: sharding.Rules) -> Fun
   shared = {
     "network": network,
     "schedule": noise_schedule(NoiseConfig(**config.noise)),
-    "scaling_factor": _scaling_factor(config),
+    "latents": latent_config(config),
   }
   draw = partial(_draw_params, model)
   shapes = jax.eval_shape(draw, jax.random.key(0))
@@ -194,9 +197,16 @@ def load_initial(source: str, wanted: Params) -> Params:
   return jax.tree.map(partial(np.asarray, dtype=np.float32), params)
 
 
-def _scaling_factor(config: ConfigDict) -> float:
+def latent_config(config: ConfigDict) -> LatentConfig:
+  """How the transformer sees latents of the VAE of `config.components`."""
   fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
-  return configs.read_vae(fields, where).scaling_factor
+  vae = configs.read_vae(fields, where)
+  return LatentConfig(
+    patch=tuple(config.model.patch),
+    scaling_factor=vae.scaling_factor,
+    image_scale=vae.image_scale(config.image.scale),
+    image_drop_rate=config.image.drop_rate,
+  )
 
 
 def _empty_prompt(config: ConfigDict) -> Float[np.ndarray, "l t"]:
@@ -206,7 +216,7 @@ def _empty_prompt(config: ConfigDict) -> Float[np.ndarray, "l t"]:
 def _check_clips(dataset: Dataset, model: DiTConfig) -> None:
   channels, text = dataset.index.latent_shape[0, 3], tuple(dataset.index.text_shape[0].tolist())
   for what, has, wants in (
-    ("latent channels", int(channels), model.in_channels),
+    ("latent channels", int(channels), model.out_channels),
     ("text states (tokens, width)", text, (model.text_length, model.text_width)),
   ):
     if has != wants:
@@ -214,3 +224,22 @@ def _check_clips(dataset: Dataset, model: DiTConfig) -> None:
         f"The clips of {dataset.directory} have {what} {has}, but config.model says {wants}.\n"
         "Encode them with this config's components, or give the config they were encoded with."
       )
+  if model.takes_image and not dataset.index.images.all():
+    raise UserError(
+      f"The clips of {dataset.directory} were encoded without their first frames, but config.model "
+      "sees an image\n(in_channels is not out_channels). Encode them again with this config."
+    )
+  if model.learned_positions:
+    _check_sample_size(dataset, model)
+
+
+def _check_sample_size(dataset: Dataset, model: DiTConfig) -> None:
+  latents = dataset.index.latent_shape[:, :3]
+  wanted = (model.sample_frames - 1) // 4 + 1, model.sample_height, model.sample_width
+  if (other := (latents != np.array(wanted)).any(axis=1)).any():
+    clip = int(np.argmax(other))
+    raise UserError(
+      f"{dataset.source(clip)!r} in {dataset.directory} has (f, h, w) latents "
+      f"{tuple(latents[clip].tolist())}, but config.model has\n"
+      f"learned positions, which fix them to {wanted}: encode clips of its sample size alone."
+    )

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Key
 
+from cogvideox_jax.diffusion.latents import LatentConfig
 from cogvideox_jax.diffusion.loss import Denoise, diffusion_loss, validation_loss
 from cogvideox_jax.diffusion.noise import NoiseSchedule
 from cogvideox_jax.models.dit import timestep_sinusoid
@@ -34,7 +35,7 @@ def train_step(
   tx: optax.GradientTransformation,
   learning_rate: optax.Schedule,
   schedule: NoiseSchedule,
-  scaling_factor: float,
+  latents: LatentConfig,
   ema_decay: float,
   explicit_uniform: bool,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
@@ -44,7 +45,6 @@ def train_step(
     batch: the global batch.
     key: of the run; each step folds its number in, so that a resumed run draws the same noise.
     learning_rate: what `tx` follows, for the metrics.
-    scaling_factor: of the VAE.
 
   Returns:
     The next state; loss, grad_norm (before clipping) and learning_rate.
@@ -57,7 +57,7 @@ def train_step(
       batch,
       schedule,
       key,
-      scaling_factor=scaling_factor,
+      latents=latents,
       explicit_uniform=explicit_uniform,
     )
 
@@ -81,27 +81,29 @@ def validation_step(
   *,
   network: Network,
   schedule: NoiseSchedule,
-  scaling_factor: float,
+  latents: LatentConfig,
 ) -> Float32[Array, "timesteps"]:
   """The loss of a batch with all its clips at each of the timesteps in turn, on fixed noise."""
   denoise = denoiser(network, params, batch)
 
   def at(timestep: Int[Array, ""]) -> Float32[Array, ""]:
-    return validation_loss(denoise, batch, schedule, key, timestep, scaling_factor=scaling_factor)
+    return validation_loss(denoise, batch, schedule, key, timestep, latents=latents)
 
   return jax.lax.map(at, timesteps)
 
 
 def denoiser(network: Network, params: Params, batch: Batch) -> Denoise:
-  """The transformer as the loss sees it: what it is told of the batch besides the noised patches.
+  """The transformer as the loss sees it: what it is told of the batch besides vision patches.
 
   Parameters are the fp32 masters; the model casts them to the type it computes in.
   """
   model = nnx.merge(network.graphdef, params)
 
-  def denoise(noised: Float[Array, "b n p"], timesteps: Int[Array, "b s"]) -> Float[Array, "b n p"]:
+  def denoise(
+    seen: Float[Array, "b n seen"], timesteps: Int[Array, "b s"]
+  ) -> Float[Array, "b n p"]:
     return model(
-      noised,
+      seen,
       jnp.asarray(batch.text),
       timestep_sinusoid(timesteps, network.width),
       batch.segment_ids,

@@ -66,9 +66,8 @@ def model(workdir: epath.Path, weights: str) -> convert.Model:
     "transformer", model_config(config), params, None
   )
   written.scheduler = write_noise(NoiseConfig(**config.noise))
-  transformer = written.networks["transformer"].config
-  sees_image = transformer.in_channels != transformer.out_channels
-  written.index = index_fields(_settings(config), sees_image)
+  takes_image = written.networks["transformer"].config.takes_image
+  written.index = index_fields(_settings(config), takes_image)
   base = written.origin.name
   written.origin = written.origin._replace(
     name=workdir.name, note=f" A training run ({weights} weights); other parts from `{base}`."
@@ -116,4 +115,5 @@ def _settings(config: ConfigDict) -> Settings:
     num_inference_steps=config.preview.steps,
     solver=config.preview.solver,
     fps=config.data.fps,
+    **({"image_scale": config.image.scale} if model_config(config).takes_image else {}),
   )
