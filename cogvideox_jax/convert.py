@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import command
+from cogvideox_jax import command, model_flags
 from cogvideox_jax.conversion import convert, lora
 from cogvideox_jax.conversion.convert import LAYOUTS, Model
 from cogvideox_jax.conversion.folder import SHIPPED, resolve
 from cogvideox_jax.conversion.safetensors_file import DTYPES
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.model_flags import LORA, LORA_WEIGHT, WEIGHTS
 from cogvideox_jax.training import workdir
 
 SOURCE = flags.DEFINE_string("source", None, "The model, or LoRA file, to convert.", required=True)
@@ -28,11 +29,7 @@ TYPES = {dtype.name: dtype for dtype in DTYPES.values() if dtype.kind != "i"}
 DTYPE = flags.DEFINE_enum(
   "dtype", "keep", ["keep", *TYPES], "Type of the weights; keep: as the source has them."
 )
-WEIGHTS = flags.DEFINE_enum(
-  "weights", "ema", ["ema", "raw"], "Of a training workdir: the moving average, or as trained."
-)
-LORA = flags.DEFINE_string("lora", None, "LoRA file that becomes part of the transformer.")
-LORA_WEIGHT = flags.DEFINE_float("lora_weight", 1.0, "Of --lora: alpha / rank if it has no alpha.")
+model_flags.declare()
 
 
 def main() -> None:

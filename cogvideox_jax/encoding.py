@@ -43,6 +43,7 @@ from cogvideox_jax.data.records import (
 )
 from cogvideox_jax.data.video import VideoError, VideoInfo, Window
 from cogvideox_jax.encoders import Encoders, fill
+from cogvideox_jax.interrupts import Interrupts
 from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.types import Caption, Example
 
@@ -261,11 +262,12 @@ def _encode_shards(
 ) -> None:
   files = (file for shard in shards for file in shard.files(config.data.fps))
   noise = _image_noise(config)
-  with Decoders(workers) as decoders, _Background() as background:
+  interrupts = Interrupts("Stopping after this clip.")
+  with interrupts, Decoders(workers) as decoders, _Background() as background:
     decoded = decoders.decode(files)
     for shard in shards:
       texts = _texts(shard.items, encoders)
-      for batch in _batches(shard.clips(decoded, bar), encoders):
+      for batch in _batches(interrupts.until(shard.clips(decoded, bar)), encoders):
         clips, frames = zip(*batch, strict=True)
         size = encoders.batch_size(clips[0].bucket)
         moments = encoders.moments(fill(np.stack(frames), size))

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import __version__, command
+from cogvideox_jax import __version__, command, model_flags
 from cogvideox_jax.data.media import VideoError
 from cogvideox_jax.data.video import read, write_mp4
 from cogvideox_jax.diffusion.solvers import SOLVERS
@@ -21,6 +21,7 @@ from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
 from cogvideox_jax.inference.video_to_video import VideoToVideo
+from cogvideox_jax.model_flags import LORA, LORA_WEIGHT, WEIGHTS
 from cogvideox_jax.training import workdir
 
 MODEL = flags.DEFINE_string(
@@ -31,8 +32,6 @@ OUTPUT = flags.DEFINE_string("output", None, "The mp4 file to write.", required=
 IMAGE = flags.DEFINE_string("image", None, "Image file that the video begins with.")
 VIDEO = flags.DEFINE_string("video", None, "Video file to change.")
 STRENGTH = flags.DEFINE_float("strength", 0.8, "Of the change to --video: 1 forgets it.", 0.0, 1.0)
-LORA = flags.DEFINE_string("lora", None, "LoRA file in safetensors, or a folder that has one.")
-LORA_WEIGHT = flags.DEFINE_float("lora_weight", 1.0, "Of --lora: alpha / rank if it has no alpha.")
 TILING = flags.DEFINE_bool("tiling", False, "Decode in tiles: less memory, more time.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What it should not show.")
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's.")
@@ -50,9 +49,7 @@ SOLVER = flags.DEFINE_enum(
   "solver", None, list(SOLVERS), "How to step from noise to video; by default the model's."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Of the noise: the same seed gives the same video.")
-WEIGHTS = flags.DEFINE_enum(
-  "weights", "ema", ["ema", "raw"], "Of a training workdir: the moving average, or as trained."
-)
+model_flags.declare()
 
 
 def main() -> None:

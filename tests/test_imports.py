@@ -13,7 +13,7 @@ PACKAGE = "cogvideox_jax"
 # From the bottom up. What stands on one line may not import one another, except within a folder.
 LAYERS = (
   ("errors", "types"),
-  ("sharding", "hosts"),
+  ("sharding", "hosts", "interrupts"),
   ("data", "models", "diffusion"),
   ("conversion",),
   ("config",),
@@ -21,7 +21,7 @@ LAYERS = (
   ("encoding", "inference", "evaluation"),
   ("training",),
   ("aot",),
-  ("command",),
+  ("command", "model_flags"),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NOT_IN_THE_CORE = {"torch", "tensorflow", "gradio", "diffusers"}

@@ -194,7 +194,10 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
     ({"sharding": "none"}, "config.sharding"),
     ({"components": "/no/such/model"}, "no model at /no/such/model"),
     ({"data__path": "/no/such/data"}, "not an encoded dataset"),
-    ({"model__in_channels": 16}, "latent channels 4, but config.model says 16"),
+    (
+      {"model__in_channels": 16, "model__out_channels": 16},
+      "latent channels 4, but config.model says 16",
+    ),
     ({"optimizer__warmup_steps": 6}, "warm-up must be shorter"),
     ({"init_from": "/no/such/run"}, "no model at /no/such/run"),
   ],

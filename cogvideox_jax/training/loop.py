@@ -18,9 +18,9 @@ from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.inference.progress import COMPILE, Progress
+from cogvideox_jax.interrupts import Interrupts
 from cogvideox_jax.training import resume, setup, state
 from cogvideox_jax.training.checkpoint import Checkpoints
-from cogvideox_jax.training.interrupts import Interrupts
 from cogvideox_jax.training.metrics import Recorder, RunLog
 from cogvideox_jax.training.preview import Previewer
 from cogvideox_jax.training.state import Params, TrainState

@@ -15,11 +15,11 @@ from cogvideox_jax.config import check_values
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.data import buckets, shapes, video
 from cogvideox_jax.data.files import disk_errors
+from cogvideox_jax.interrupts import Interrupts
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.vae import VAE, VAEConfig
 from cogvideox_jax.training import optimizer, resume, state
 from cogvideox_jax.training.checkpoint import Checkpoints
-from cogvideox_jax.training.interrupts import Interrupts
 from cogvideox_jax.training.metrics import RunLog
 from cogvideox_jax.training.state import TrainState
 from cogvideox_jax.training.vae import (
