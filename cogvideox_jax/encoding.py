@@ -33,14 +33,8 @@ from cogvideox_jax.data.decoding import Decoders, File, Piece
 from cogvideox_jax.data.files import disk_errors, write_atomically
 from cogvideox_jax.data.manifest import Item, Refusal, read_manifest
 from cogvideox_jax.data.noising import ImageNoise, noised_copies
-from cogvideox_jax.data.records import (
-  Counts,
-  OpenShard,
-  ShardWriter,
-  clip_name,
-  identity,
-  storage_fault,
-)
+from cogvideox_jax.data.records import storage_fault
+from cogvideox_jax.data.shards import Counts, OpenShard, ShardWriter, clip_name, identity
 from cogvideox_jax.data.video import VideoError, VideoInfo, Window
 from cogvideox_jax.encoders import Encoders, fill
 from cogvideox_jax.interrupts import Interrupts

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from cogvideox_jax.data.records import Dataset, ShardWriter
+from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.rows import Rows
+from cogvideox_jax.data.shards import ShardWriter
 from cogvideox_jax.types import VISION, Batch, Example
 
 ROW_TOKENS, MAX_CLIPS = 120, 5

@@ -4,7 +4,7 @@ import numpy as np
 from drawn import VAE_CONFIG
 
 from cogvideox_jax.conversion import configs, diffusers
-from cogvideox_jax.data.records import ShardWriter
+from cogvideox_jax.data.shards import ShardWriter
 from cogvideox_jax.types import Example
 from configs import tiny
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from cogvideox_jax.data import records
-from cogvideox_jax.data.records import Dataset, ShardWriter
+from cogvideox_jax.data import records, shards
+from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.shards import ShardWriter
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Caption, Example
 
@@ -38,7 +39,7 @@ def draw_example(number: int, *, frames: int = 3) -> Example:
 
 def write_dataset(directory, examples, *, clips_in_a_shard=3) -> Dataset:
   starts = range(0, len(examples), clips_in_a_shard)
-  writer = ShardWriter(directory, len(starts), records.identity("test"))
+  writer = ShardWriter(directory, len(starts), shards.identity("test"))
   for shard, start in enumerate(starts):
     writer.write_shard(shard, examples[start : start + clips_in_a_shard])
   writer.finalize()
@@ -128,7 +129,7 @@ def test_every_process_stores_the_same_bytes():
 
 def test_clips_that_are_cut_from_a_file_share_its_hash(tmp_path):
   """So that none of them validates what another trains."""
-  names = ["a.mp4", "b.mp4", records.clip_name("a.mp4", 0), records.clip_name("a.mp4", 12)]
+  names = ["a.mp4", "b.mp4", shards.clip_name("a.mp4", 0), shards.clip_name("a.mp4", 12)]
   examples = [draw_example(n)._replace(source=name) for n, name in enumerate(names)]
   whole, other, *cut = write_dataset(tmp_path, examples).index.source_hash
   assert cut == [whole, whole] and other != whole
@@ -168,7 +169,7 @@ def test_features_file_lets_tfds_decode_text_states(tmp_path):
 
 WRITER = """
 import sys, time
-from cogvideox_jax.data.records import ShardWriter
+from cogvideox_jax.data.shards import ShardWriter
 from tests.test_records import draw_example
 directory, stop_in = sys.argv[1], int(sys.argv[2])
 writer = ShardWriter(directory, 6, "same")
@@ -217,7 +218,7 @@ def test_a_kill_between_a_note_and_its_shard_leaves_the_shard_pending(tmp_path):
   write_dataset(tmp_path, [draw_example(n) for n in range(6)])
   shard = tmp_path / records.shard_name(0, 2)
   shard.rename(shard.with_name(f"{shard.name}.partial"))
-  writer = ShardWriter(tmp_path, 2, records.identity("test"))
+  writer = ShardWriter(tmp_path, 2, shards.identity("test"))
   assert writer.pending() == [0]
   assert writer.refusals() == []
 
@@ -244,10 +245,10 @@ def test_the_same_records_have_the_same_digest_and_others_another(tmp_path):
 
 
 def test_a_folder_made_from_other_files_is_refused(tmp_path):
-  ShardWriter(tmp_path, 2, records.identity({"files": ["a"], "fps": 8}))
-  ShardWriter(tmp_path, 2, records.identity({"fps": 8, "files": ["a"]}))
+  ShardWriter(tmp_path, 2, shards.identity({"files": ["a"], "fps": 8}))
+  ShardWriter(tmp_path, 2, shards.identity({"fps": 8, "files": ["a"]}))
   with pytest.raises(UserError, match=r"other files or settings\.\nChoose another --output"):
-    ShardWriter(tmp_path, 2, records.identity({"files": ["a"], "fps": 16}))
+    ShardWriter(tmp_path, 2, shards.identity({"files": ["a"], "fps": 16}))
 
 
 def test_a_dataset_of_an_earlier_version_says_what_to_do(tmp_path):
@@ -282,7 +283,7 @@ def test_a_shard_cut_short_is_found_and_written_again(tmp_path):
   os.truncate(shard, shard.stat().st_size // 2)
   with pytest.raises(UserError, match=re.escape(str(shard))):
     Dataset(tmp_path)
-  writer = ShardWriter(tmp_path, 2, records.identity("test"))
+  writer = ShardWriter(tmp_path, 2, shards.identity("test"))
   assert writer.pending() == [1]
   writer.write_shard(1, examples[3:])
   writer.finalize()

@@ -6,7 +6,8 @@ import pytest
 from drawn_dataset import assert_equal, draw_example, make_rows
 
 from cogvideox_jax.data import packing
-from cogvideox_jax.data.records import Dataset, ShardWriter
+from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.shards import ShardWriter
 from cogvideox_jax.types import Caption
 
 CLIPS, DRAWS = 60, 3

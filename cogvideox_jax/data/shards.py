@@ -1,0 +1,231 @@
+"""Encoded datasets in the making: shards that are written whole or not at all, then the index.
+
+records.py says what lies in the folder.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+
+from cogvideox_jax.data.files import disk_errors, settle, sha256, write_arrays, write_atomically
+from cogvideox_jax.data.records import (
+  DIGESTS,
+  FEATURES,
+  FORMAT,
+  INDEX,
+  SPLIT,
+  image_of,
+  serialize,
+  shard_name,
+)
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.types import Example
+
+
+class Counts(NamedTuple):
+  clips: int
+  refused: int
+
+
+def identity(parts: Any) -> str:
+  """Names what JSON can say (files, settings): equal parts, equal name, in any process."""
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def clip_name(file: str, number: int) -> str:
+  """The source of the number-th clip that is cut from one file; all stand in one split."""
+  return f"{file}#{number}"
+
+
+class ShardWriter:
+  """An encoded dataset in the making: a fixed number of shards, each written once, as a whole."""
+
+  def __init__(self, directory: epath.PathLike, num_shards: int, made_from: str):
+    """Opens or begins a dataset.
+
+    num_shards: at least 1; shard j holds the j-th run of the items, whoever writes it.
+    made_from: `identity` of the items and settings. UserError if the folder holds another's.
+    """
+    if num_shards < 1:
+      raise UserError(f"there is nothing to encode into {directory}: no clips were found")
+    self.directory = epath.Path(directory)
+    self.num_shards = num_shards
+    plan = {"format": FORMAT, "made_from": made_from, "num_shards": num_shards}
+    path = self.directory / "shards.json"
+    with disk_errors(self.directory):
+      (self.directory / "shards").mkdir(parents=True, exist_ok=True)
+      if not path.exists():
+        write_atomically(path, json.dumps(plan).encode())
+      found = json.loads(path.read_text())
+    if found != plan:
+      raise UserError(
+        f"{self.directory} holds clips that were encoded from other files or settings.\n"
+        "Choose another --output, or delete that folder to encode again."
+      )
+
+  def pending(self, among: Iterable[int] | None = None) -> list[int]:
+    """The shards, of all or of some, that are still to be written, in order."""
+    shards = range(self.num_shards) if among is None else among
+    return [shard for shard in shards if not self._is_whole(shard)]
+
+  def write_shard(
+    self,
+    shard: int,
+    examples: Iterable[Example],
+    refusals: Iterable[dict[str, Any]] = (),
+  ) -> None:
+    """Writes one shard, or nothing.
+
+    refusals: objects of quarantine.jsonl for the items that became no example. Read after the
+    last example was taken, so that a generator of examples may add to it as it goes.
+    """
+    opened = self.open_shard(shard)
+    for example in examples:
+      opened.write(example)
+    opened.close(refusals)
+
+  def open_shard(self, shard: int) -> "OpenShard":
+    return OpenShard(self._path(shard), self._note_path(shard))
+
+  def refusals(self) -> list[dict[str, Any]]:
+    """Of all shards written so far, in order."""
+    return [refusal for note in self._notes() for refusal in note["refusals"]]
+
+  def counts(self) -> Counts:
+    """Of all shards written so far."""
+    notes = list(self._notes())
+    return Counts(
+      sum(len(note["clips"]) for note in notes), sum(len(note["refusals"]) for note in notes)
+    )
+
+  def finalize(self) -> Counts:
+    """Writes the index, TFDS's metadata and the digests; all shards must be there.
+
+    May be called again.
+    """
+    if missing := self.pending():
+      raise ValueError(f"{self.directory} lacks {len(missing)} of {self.num_shards} shards")
+    notes = list(self._notes())
+    lengths = [len(note["clips"]) for note in notes]
+    clips = [clip for note in notes for clip in note["clips"]]
+    with disk_errors(self.directory):
+      if clips:
+        self._write_tfds_metadata(lengths, sum(note["bytes"] for note in notes))
+      write_arrays(self.directory / INDEX, _columns(notes, lengths, clips))
+      self._write_digests(notes)
+      for left_over in (*self.directory.glob("*.partial"), *self.directory.glob("*/*.partial")):
+        left_over.unlink(missing_ok=True)
+    return self.counts()
+
+  def _write_digests(self, notes: list[dict[str, Any]]) -> None:
+    digests = {self._path(shard).name: note["sha256"] for shard, note in enumerate(notes)}
+    digests[INDEX] = sha256(self.directory / INDEX)
+    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    write_atomically(self.directory / DIGESTS, lines.encode())
+
+  def _path(self, shard: int) -> epath.Path:
+    return self.directory / shard_name(shard, self.num_shards)
+
+  def _note_path(self, shard: int) -> epath.Path:
+    return self.directory / "shards" / f"{shard:05d}.json"
+
+  def _notes(self) -> Iterator[dict[str, Any]]:
+    for shard in range(self.num_shards):
+      if self._is_whole(shard):
+        yield json.loads(self._note_path(shard).read_text())
+
+  def _is_whole(self, shard: int) -> bool:
+    path, note = self._path(shard), self._note_path(shard)
+    if not (path.exists() and note.exists()):
+      return False
+    return path.stat().length == json.loads(note.read_text())["bytes"]
+
+  def _write_tfds_metadata(self, lengths: list[int], size: int) -> None:
+    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size)
+    tfds.folder_dataset.write_metadata(
+      data_dir=os.fspath(self.directory),
+      features=FEATURES,
+      split_infos=[split],
+      check_data=False,  # Checking imports TensorFlow.
+      description="Video clips after CogVideoX's VAE and text encoder.",
+    )
+
+
+class OpenShard:
+  """A shard that is being written. Until it is closed there is none."""
+
+  def __init__(self, path: epath.Path, note_path: epath.Path):
+    self._path, self._note_path = path, note_path
+    self._partial = path.with_name(f"{path.name}.partial")
+    self._clips: list[dict[str, Any]] = []
+    with disk_errors(self._partial):
+      # One record a group, for random access. Latents are noise to a compressor.
+      self._writer = ArrayRecordWriter(os.fspath(self._partial), "group_size:1,uncompressed")
+
+  def write(self, example: Example) -> None:
+    record = serialize(example)
+    with disk_errors(self._partial):
+      self._writer.write(record)
+    self._clips.append(_metadata(example))
+
+  def close(self, refusals: Iterable[dict[str, Any]]) -> None:
+    """Finishes the shard. refusals: objects of quarantine.jsonl for items without an example."""
+    with disk_errors(self._partial):
+      self._writer.close()
+      note = {"clips": self._clips, "refusals": list(refusals), **settle(self._partial)}
+      write_atomically(self._note_path, json.dumps(note).encode())
+      self._partial.replace(self._path)  # Last: a shard counts as written once it has its name.
+
+
+def _metadata(example: Example) -> dict[str, Any]:
+  return {
+    "source": example.source,
+    "num_frames": int(example.num_frames),
+    "height": int(example.height),
+    "width": int(example.width),
+    "fps": float(example.fps),
+    "latent_shape": example.mean.shape,
+    "text_shape": example.text.shape,
+    "captions": 1 + len(example.others),
+    "score": example.score,
+    "images": len(image_of(example)),
+  }
+
+
+def _columns(
+  notes: list[dict[str, Any]], lengths: list[int], clips: list[dict[str, Any]]
+) -> dict[str, Any]:
+  """The arrays of index.npz."""
+  names = [clip["source"].encode() for clip in clips]
+  files = [re.sub(rb"#\d+$", b"", name) for name in names]  # See `clip_name`.
+  hashes = b"".join(hashlib.blake2b(file, digest_size=8).digest() for file in files)
+  scores = [np.nan if clip["score"] is None else clip["score"] for clip in clips]
+
+  def column(name: str) -> np.ndarray:
+    return np.array([clip[name] for clip in clips], np.int32)
+
+  return {
+    "num_frames": column("num_frames"),
+    "height": column("height"),
+    "width": column("width"),
+    "latent_shape": column("latent_shape").reshape(-1, 4),
+    "text_shape": column("text_shape").reshape(-1, 2),
+    "fps": np.array([clip["fps"] for clip in clips], np.float32),
+    "source_hash": np.frombuffer(hashes, "<u8"),
+    "captions": column("captions"),
+    "score": np.array(scores, np.float32),
+    "images": column("images"),
+    "names": np.frombuffer(b"".join(names), np.uint8),
+    "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+    "shard_lengths": np.array(lengths),
+    "shard_bytes": np.array([note["bytes"] for note in notes]),
+    "digest": np.array(identity([note["sha256"] for note in notes])),
+  }
