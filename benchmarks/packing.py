@@ -21,8 +21,9 @@ from etils import epath
 
 from cogvideox_jax.data import packing
 from cogvideox_jax.data.files import write_arrays
-from cogvideox_jax.data.records import Dataset, ShardWriter
+from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.rows import Rows
+from cogvideox_jax.data.shards import ShardWriter
 from cogvideox_jax.types import Example
 
 FRAMES = np.array([1, 9, 17, 33, 49])  # Half of the clips are images.
