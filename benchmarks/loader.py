@@ -96,7 +96,7 @@ def measure_speed(dataset: Dataset, max_clips: int, workers: int, batches: int) 
     start, start_cpu = time.perf_counter(), time.process_time()
     for batch in itertools.islice(loader.iterate(), batches):
       jax.block_until_ready(jax.device_put(batch))
-      size = sum(array.nbytes for array in batch)
+      size = sum(array.nbytes for array in jax.tree.leaves(batch))
     seconds.append(time.perf_counter() - start)
     cpu_seconds.append(time.process_time() - start_cpu)
   median = statistics.median(seconds)
