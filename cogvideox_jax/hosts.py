@@ -1,6 +1,5 @@
 """One process a host, for jobs whose hosts share their work: who there is, and waiting for them."""
 
-import contextlib
 from typing import NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ from jax.experimental import multihost_utils
 
 from cogvideox_jax.errors import UserError
 
+NO_CLUSTER = "coordinator_address should be defined"  # How JAX says that there is none.
 HEARTBEAT = 30  # Seconds without a sign of life after which JAX ends the others.
 
 
@@ -29,8 +29,14 @@ def join(group: Group) -> None:
   # JAX would take SIGTERM for itself, and go on.
   jax.config.update("jax_enable_preemption_service", False)
   if group == Group():
-    with contextlib.suppress(ValueError):  # How JAX says that it found no cluster.
+    try:
       jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+    except ValueError as error:
+      if NO_CLUSTER not in str(error):  # Half a cluster: alone, each would do all the work.
+        raise UserError(
+          f"the processes of this job do not know one another: {error}\n"
+          "Give each the same --coordinator and --process_count, and its own --process_id."
+        ) from error
     return
   if not group.coordinator or not 0 <= group.index < group.count:
     raise UserError(

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from test_encoding import ROOT, make_encoders, write_clips
 
@@ -112,3 +113,13 @@ def test_a_killed_process_ends_the_job_which_goes_on_when_started_again(
 def test_a_group_that_cannot_be_is_refused(group):
   with pytest.raises(UserError, match=f"no process {group.index} of {group.count}"):
     hosts.join(group)
+
+
+@pytest.mark.parametrize("said", ["Number of processes must be defined.", "no such cluster"])
+def test_half_a_cluster_is_no_process_alone(monkeypatch, said):
+  def initialize(**_):
+    raise ValueError(said)
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  with pytest.raises(UserError, match=f"do not know one another: {said}"):
+    hosts.join(hosts.Group())
