@@ -1,12 +1,15 @@
 """Trains the transformer: `python -m cogvideox_jax.train --config=configs/tiny.py --workdir=DIR`.
 
 The same command goes on where an earlier one, of any fate, had last saved.
+
+On several hosts, run it once on each; all must see the same files. TPU pods and clusters that JAX
+knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --process_id=0 to N-1.
 """
 
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import command, config
+from cogvideox_jax import command, config, hosts, job
 from cogvideox_jax.sharding import split_cpu
 from cogvideox_jax.training.loop import train
 
@@ -14,12 +17,15 @@ CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of checkpoints, previews and metrics; may be a bucket.", required=True
 )
+job.declare_flags()
 
 
 def main() -> int:
   config.check(CONFIG.value, CONFIG.value.components)
   split_cpu(CONFIG.value.cpu_devices)
-  return train(CONFIG.value, epath.Path(WORKDIR.value))
+  with job.joined():
+    hosts.check_same("config", CONFIG.value.to_json())
+    return train(CONFIG.value, epath.Path(WORKDIR.value))
 
 
 if __name__ == "__main__":

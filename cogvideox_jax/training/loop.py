@@ -13,13 +13,13 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cogvideox_jax import sharding
+from cogvideox_jax import hosts, sharding
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.interrupts import Interrupts
-from cogvideox_jax.training import resume, setup, state
+from cogvideox_jax.training import placement, resume, setup, state
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import Recorder, RunLog
 from cogvideox_jax.training.preview import Previewer
@@ -45,7 +45,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
   resume.check_config(workdir, config)
   run = Run(config, workdir)
   with disk_errors(workdir):
-    resume.store(workdir, config, run.data_digests)
+    if hosts.is_first():
+      resume.store(workdir, config, run.data_digests)
     log = RunLog(workdir)
 
   def on_saved(step: int, digest: str) -> None:
@@ -83,6 +84,7 @@ class Run:
     self._mesh, rules = setup.make_mesh(config)
     _, self._stage = setup.only_stage(config)
     self._rows = sharding.row_sharding(self._mesh, rules, self._stage.rows)
+    self._mine = placement.rows_here(self._rows, self._stage.rows)
     self._functions = setup.make_functions(config, self._mesh, rules)
     self._previewer = None
     if config.preview.every and config.preview.prompts:
@@ -97,7 +99,7 @@ class Run:
       held_out = setup.make_rows(config, datasets, "validation", drop)
       sizes = {name: rows.per_epoch for name, rows in held_out.items()}
       # Every held-out clip equally often, whatever the weights of the mixture.
-      self._held_out = setup.make_loader(config, held_out, mixture.begin(sizes))
+      self._held_out = setup.make_loader(config, held_out, mixture.begin(sizes), self._mine)
       self._held_out_batches = min(
         config.validation.batches, -(-sum(sizes.values()) // self._stage.rows)
       )
@@ -126,12 +128,14 @@ class Run:
     if before >= self._steps:
       return before
     history = resume.go_on_mixing(self._workdir, setup.weights(config), before * self._stage.rows)
-    loader = setup.make_loader(config, self._datasets, history)
+    loader = setup.make_loader(config, self._datasets, history, self._mine)
     with closing(loader.iterate(before)) as rows:
       batches = self._read_ahead(rows)
       first = next(batches)
       programs = self._compile(value, first)
-      with tqdm(desc="train", initial=before, total=self._steps, disable=not is_first()) as bar:
+      with tqdm(
+        desc="train", initial=before, total=self._steps, disable=not hosts.is_first()
+      ) as bar:
         recorder = self._recorder(log, loader, bar)
         for step, batch in enumerate(itertools.chain([first], batches), start=before + 1):
           value, metrics = programs.train(value, batch, self._train_key)
@@ -205,7 +209,7 @@ class Run:
 
   def _place(self, batch: Batch) -> Batch:
     """This host's rows as its part of the global batch."""
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, self._rows), batch)
+    return placement.place(batch, self._mine, self._stage.rows, self._rows)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -213,11 +217,7 @@ def is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def is_first() -> bool:
-  return jax.process_index() == 0
-
-
 def say(text: str) -> None:
   """A line in the terminal, once for all processes of a job."""
-  if is_first():
+  if hosts.is_first():
     print(text, flush=True)

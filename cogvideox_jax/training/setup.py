@@ -1,6 +1,6 @@
 """From a config to everything that a training run needs, each part checked before any compile."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from cogvideox_jax import encoding, sharding
+from cogvideox_jax import encoding, hosts, sharding
 from cogvideox_jax.conversion import configs, diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import shapes
@@ -68,7 +68,8 @@ def open_data(config: ConfigDict, workdir: epath.Path) -> dict[str, Dataset]:
     }
   if config.data.path:
     return {name: Dataset(epath.Path(config.data.path) / name)}
-  manifest = shapes.render_dataset(
+  render = partial(
+    shapes.render_dataset,
     workdir / "data" / "clips",
     config.data.clips,
     config.seed,
@@ -76,6 +77,10 @@ def open_data(config: ConfigDict, workdir: epath.Path) -> dict[str, Dataset]:
     durations=stage.durations,
     fps=config.data.fps,
   )
+  if hosts.is_first():
+    render()
+  hosts.wait("rendered")
+  manifest = render()  # Which finds it done.
   encoded = workdir / "data" / "encoded"
   encoding.encode(config, manifest, encoded, config.components)
   return {name: Dataset(encoded / name)}
@@ -116,15 +121,14 @@ def make_rows(
   return {name: make(dataset) for name, dataset in datasets.items()}
 
 
-def make_loader(config: ConfigDict, datasets: Mapping[str, Rows], history: History) -> Loader:
-  """Batches of this host's rows."""
-  return Loader(
-    datasets,
-    history,
-    rows=only_stage(config)[1].rows,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+def make_loader(
+  config: ConfigDict,
+  datasets: Mapping[str, Rows],
+  history: History,
+  mine: Sequence[int] | None = None,
+) -> Loader:
+  """Batches of the rows that this host reads: `mine`, of the global batch; None is all."""
+  return Loader(datasets, history, rows=only_stage(config)[1].rows, mine=mine)
 
 
 def dropped_caption(config: ConfigDict) -> DroppedCaption:
