@@ -1,11 +1,13 @@
 """One process a host, for jobs whose hosts share their work: who there is, and waiting for them."""
 
+import functools
 import hashlib
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cogvideox_jax.errors import UserError
 
@@ -14,6 +16,7 @@ HEARTBEAT = 30  # Seconds without a sign of life after which JAX ends the others
 # What JAX says in a process that still runs when it finds another gone.
 SIGNS_OF_LOSS = ("Gloo", "oordination service", "heartbeat", "Connection closed by peer")
 TEXT_ROOM = 1024  # Bytes.
+PIECE = 2**26  # Bytes, of an array that is brought together.
 
 
 class Group(NamedTuple):
@@ -97,6 +100,31 @@ def check_same(what: str, text: str) -> None:
       f"process {odd[0]} of this job has another {what} than process 0.\n"
       "Start every process with the same command, of the same version of the code."
     )
+
+
+def whole(array: jax.Array) -> np.ndarray | None:
+  """An array that the processes hold parts of, in the memory of the first; None in the others.
+
+  It goes by way of each device's memory, a piece after the other.
+  """
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array.addressable_data(0) if array.is_fully_replicated else array)
+  length = array.shape[0]
+  size = min(length, max(1, length * PIECE // array.nbytes))
+  place = NamedSharding(cast(NamedSharding, array.sharding).mesh, PartitionSpec())
+  found = np.empty(array.shape, array.dtype) if is_first() else None
+  for start in range(0, length, size):
+    start = min(start, length - size)
+    piece = _piece(array, start, size, place)
+    if found is not None:
+      found[start : start + size] = piece.addressable_data(0)
+  return found
+
+
+@functools.partial(jax.jit, static_argnames=("size", "place"))
+def _piece(array: jax.Array, start: int, size: int, place: NamedSharding) -> jax.Array:
+  piece = jax.lax.dynamic_slice_in_dim(array, start, size)
+  return jax.lax.with_sharding_constraint(piece, place)
 
 
 def agree(flags: list[bool]) -> list[bool]:

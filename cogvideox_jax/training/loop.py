@@ -24,6 +24,7 @@ from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import Recorder, RunLog
 from cogvideox_jax.training.preview import Previewer
 from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.stopping import Stopping
 from cogvideox_jax.types import Batch
 
 # Where on the noise schedule the validation loss is taken, as fractions of its steps; ours.
@@ -59,13 +60,15 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
     Interrupts() as interrupts,
     Checkpoints(folder, keep=config.checkpoint.keep, on_saved=on_saved) as checkpoints,
   ):
+    stopping = Stopping(interrupts, run.mesh)
     value = run.start(checkpoints, log)
-    step = run.go(value, checkpoints, log, interrupts)
-  if interrupts.exit_code is None or step == config.train.steps:
+    step = run.go(value, checkpoints, log, stopping)
+    hosts.wait("trained")  # Until the first has written all that is left.
+  if stopping.exit_code is None or step == config.train.steps:
     say(f"Trained for {step} steps: {folder / str(step)}")
     return 0
   say(f"Stopped at step {step}, which is saved. The same command goes on from there.")
-  return interrupts.exit_code
+  return stopping.exit_code
 
 
 class Programs(NamedTuple):
@@ -81,11 +84,11 @@ class Run:
   def __init__(self, config: ConfigDict, workdir: epath.Path):
     """Prepares all that needs no compiled program of the transformer."""
     self._config, self._steps, self._workdir = config, config.train.steps, workdir
-    self._mesh, rules = setup.make_mesh(config)
+    self.mesh, rules = setup.make_mesh(config)
     _, self._stage = setup.only_stage(config)
-    self._rows = sharding.row_sharding(self._mesh, rules, self._stage.rows)
+    self._rows = sharding.row_sharding(self.mesh, rules, self._stage.rows)
     self._mine = placement.rows_here(self._rows, self._stage.rows)
-    self._functions = setup.make_functions(config, self._mesh, rules)
+    self._functions = setup.make_functions(config, self.mesh, rules)
     self._previewer = None
     if config.preview.every and config.preview.prompts:
       self._previewer = Previewer(config, workdir / "previews")
@@ -104,7 +107,7 @@ class Run:
         config.validation.batches, -(-sum(sizes.values()) // self._stage.rows)
       )
     # On CPU, steps that are not waited for can deadlock where devices are many.
-    self._waits = self._mesh.devices.flat[0].platform == "cpu"
+    self._waits = self.mesh.devices.flat[0].platform == "cpu"
     keys = jax.random.split(jax.random.key(config.seed), 3)
     self._create_key, self._train_key, self._validation_key = keys
 
@@ -120,9 +123,7 @@ class Run:
     say(f"resumed at step {step} of {self._steps}" if restored else f"new run, {self._steps} steps")
     return value
 
-  def go(
-    self, value: TrainState, checkpoints: Checkpoints, log: RunLog, interrupts: Interrupts
-  ) -> int:
+  def go(self, value: TrainState, checkpoints: Checkpoints, log: RunLog, stopping: Stopping) -> int:
     """Takes the steps that are left. Returns the last one taken, which is saved by then."""
     before, config = int(value.step), self._config
     if before >= self._steps:
@@ -138,6 +139,7 @@ class Run:
       ) as bar:
         recorder = self._recorder(log, loader, bar)
         for step, batch in enumerate(itertools.chain([first], batches), start=before + 1):
+          stopping.ask()
           value, metrics = programs.train(value, batch, self._train_key)
           if self._waits:
             jax.block_until_ready(value)
@@ -145,7 +147,7 @@ class Run:
           if self._held_out and is_due(step, config.validation.every):
             measure = partial(self._validate, programs, self._held_out, value.ema)
           recorder.add(step, metrics, measure)
-          stops = step == self._steps or interrupts.exit_code is not None
+          stops = stopping.is_due() or step == self._steps
           if stops or is_due(step, config.checkpoint.every):
             recorder.drain()  # So that nothing is saved that is not finite.
             checkpoints.save(step, value)

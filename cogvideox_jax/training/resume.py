@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from cogvideox_jax import hosts
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import write_atomically
 from cogvideox_jax.errors import UserError
@@ -88,7 +89,8 @@ def go_on_mixing(workdir: epath.Path, weights: mixture.Weights, row: int) -> mix
     ) from error
   history = mixture.go_on(before, weights, row)
   text = json.dumps([stretch._asdict() for stretch in history])
-  write_atomically(path, (text + "\n").encode())
+  if hosts.is_first():
+    write_atomically(path, (text + "\n").encode())
   return history
 
 
