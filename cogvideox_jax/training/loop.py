@@ -13,15 +13,16 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cogvideox_jax import hosts, sharding
+from cogvideox_jax import hosts
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.interrupts import Interrupts
-from cogvideox_jax.training import placement, resume, setup, state
+from cogvideox_jax.training import resume, setup, state
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import Recorder, RunLog
+from cogvideox_jax.training.placement import Placement
 from cogvideox_jax.training.preview import Previewer
 from cogvideox_jax.training.state import Params, TrainState
 from cogvideox_jax.training.stopping import Stopping
@@ -84,11 +85,10 @@ class Run:
   def __init__(self, config: ConfigDict, workdir: epath.Path):
     """Prepares all that needs no compiled program of the transformer."""
     self._config, self._steps, self._workdir = config, config.train.steps, workdir
-    self.mesh, rules = setup.make_mesh(config)
-    _, self._stage = setup.only_stage(config)
-    self._rows = sharding.row_sharding(self.mesh, rules, self._stage.rows)
-    self._mine = placement.rows_here(self._rows, self._stage.rows)
-    self._functions = setup.make_functions(config, self.mesh, rules)
+    name, self._stage = setup.only_stage(config)
+    self.mesh, rules = setup.make_mesh(config, name)
+    self._placement = Placement(self.mesh, rules, self._stage.rows)
+    self._functions = setup.make_functions(config, name, self.mesh, rules)
     self._previewer = None
     if config.preview.every and config.preview.prompts:
       self._previewer = Previewer(config, workdir / "previews")
@@ -102,7 +102,9 @@ class Run:
       held_out = setup.make_rows(config, datasets, "validation", drop)
       sizes = {name: rows.per_epoch for name, rows in held_out.items()}
       # Every held-out clip equally often, whatever the weights of the mixture.
-      self._held_out = setup.make_loader(config, held_out, mixture.begin(sizes), self._mine)
+      self._held_out = setup.make_loader(
+        config, held_out, mixture.begin(sizes), self._placement.mine
+      )
       self._held_out_batches = min(
         config.validation.batches, -(-sum(sizes.values()) // self._stage.rows)
       )
@@ -129,7 +131,7 @@ class Run:
     if before >= self._steps:
       return before
     history = resume.go_on_mixing(self._workdir, setup.weights(config), before * self._stage.rows)
-    loader = setup.make_loader(config, self._datasets, history, self._mine)
+    loader = setup.make_loader(config, self._datasets, history, self._placement.mine)
     with closing(loader.iterate(before)) as rows:
       batches = self._read_ahead(rows)
       first = next(batches)
@@ -211,7 +213,7 @@ class Run:
 
   def _place(self, batch: Batch) -> Batch:
     """This host's rows as its part of the global batch."""
-    return placement.place(batch, self._mine, self._stage.rows, self._rows)
+    return self._placement.place(batch)
 
 
 def is_due(step: int, every: int) -> bool:
