@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
   config.data.fps = 8.0
   config.data.validation_fraction = 0.01  # Of the clips, chosen by their names; ours.
 
-  config.stages = ConfigDict()  # Name -> what that stage trains on; in the order of names.
+  config.stages = ConfigDict()  # Name -> what that stage trains on; one after the other, by name.
   config.stages.stage1 = stage(
     sizes=((256, 384), (384, 256), (320, 320)),
     durations=(1, 9, 17, 33, 49),
@@ -73,6 +73,8 @@ def get_config() -> ConfigDict:
 
   config.train = ConfigDict()
   config.train.steps = 400_000  # Updates in all, over all stages. P Table 5, stage 1.
+  config.train.carry_optimizer = True  # To the next stage; else it begins with no moments. Ours.
+  config.train.growth = "extrapolate"  # P 2.4. Of positions, from stage to stage; or interpolate.
   config.train.explicit_uniform = True  # P 2.5.
 
   config.optimizer = ConfigDict()
@@ -121,12 +123,28 @@ def source(path: str, weight: float) -> ConfigDict:
   return ConfigDict({"path": path, "weight": float(weight)})
 
 
-def stage(*, sizes, durations, rows, row_tokens, max_clips) -> ConfigDict:
+def stage(
+  *,
+  sizes,
+  durations,
+  rows,
+  row_tokens,
+  max_clips,
+  share=1.0,
+  learning_rate=0.0,
+  data="",
+  best=1.0,
+) -> ConfigDict:
   """What one stage trains on.
 
   sizes: (height, width) buckets in pixels. durations: pixel frames, each 4k+1.
   rows: packed rows in the global batch, each of row_tokens tokens (text and vision) and at most
   max_clips clips.
+  share: of config.train.steps, times any number; each stage has one step at least.
+  learning_rate: its peak; 0 is that of config.optimizer. Each stage has a warm-up and a cosine of
+  its own.
+  data: the stage whose encoded clips it reads; "" is its own. best: the fraction of the clips that
+  it trains on, those of the highest scores (the manifest's `score`), of each dataset.
   """
   return ConfigDict(
     {
@@ -135,5 +153,9 @@ def stage(*, sizes, durations, rows, row_tokens, max_clips) -> ConfigDict:
       "rows": rows,
       "row_tokens": row_tokens,
       "max_clips": max_clips,
+      "share": share,
+      "learning_rate": learning_rate,
+      "data": data,
+      "best": best,
     }
   )
