@@ -16,12 +16,14 @@ from cogvideox_jax.data import buckets
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import graphs, positions
+from cogvideox_jax.models.dit import REMAT
 from cogvideox_jax.models.vae import IMAGE_SCALES
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "dtype": graphs.DTYPES,
   "image.scale": IMAGE_SCALES,
   "model.positions": positions.RULES,
+  "remat": tuple(REMAT),
   "text.drop": TEXT_DROPS,
   "train.growth": ("extrapolate", "interpolate"),
   "preview.solver": tuple(SOLVERS),
@@ -37,6 +39,7 @@ MAY_BE_ZERO = {
   "preview.every",
   "preview.guidance_scale",
   "stages.*.learning_rate",
+  "stages.*.rows_at_once",
   "validation.every",
 }
 FRACTIONS = {
@@ -116,6 +119,8 @@ def _check_value(key: str, value: Any) -> None:
   if key in CHOICES and value not in CHOICES[key]:
     raise UserError(f"config.{key} is {value!r}; it must be one of {', '.join(CHOICES[key])}.")
   if isinstance(value, bool | str):
+    return
+  if key == "mesh.context" and value == 0:
     return
   if key.startswith(MESH):
     fits, wanted = value == -1 or value >= 1, "at least 1, or -1 for all devices that are left"

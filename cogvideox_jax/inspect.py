@@ -105,7 +105,7 @@ def list_rows(cfg: ConfigDict | None, stages: list[Stage], wanted: range) -> lis
     raise UserError(
       f"--rows lists the rows of one stage, but {len(known)} of the stages here "
       f"({', '.join(stage.name for stage in stages)}) are in the config.\n"
-      "Give --stage=NAME or the folder of one stage, DATASET/STAGE, and a --config=FILE that has it."
+      "Give --stage=NAME or the folder DATASET/STAGE of one stage; and a --config=FILE that has it."
     )
   return inspection.list_rows(cfg, *known[0], wanted, HOSTS.value)
 

@@ -153,7 +153,7 @@ class StageRun:
     self._config, self._stage, self._workdir = config, stage, workdir
     self._settings = config.stages[stage.name]
     self._mesh, rules = setup.make_mesh(config, stage.name)
-    self._rows = sharding.row_sharding(self._mesh, rules, self._settings.rows)
+    self._places = partial(sharding.batch_shardings, mesh=self._mesh, rules=rules)
     self.functions = setup.make_functions(config, stage.name, self._mesh, rules)
     datasets = setup.open_data(config, stage.name, workdir)
     self.data_digests = setup.data_digests(config, stage.name, datasets)
@@ -260,7 +260,7 @@ class StageRun:
 
   def _place(self, batch: Batch) -> Batch:
     """This host's rows as its part of the global batch."""
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, self._rows), batch)
+    return jax.tree.map(jax.make_array_from_process_local_data, self._places(batch), batch)
 
 
 def _keys(config: ConfigDict) -> jax.Array:
