@@ -150,7 +150,7 @@ def test_rows_of_several_stages_must_be_asked_for_one_by_one(inputs, tmp_path):
   assert inspection.readers(config, ["tiny", "other"], "") == {"tiny": "tiny"}
   assert inspection.readers(config, ["other"], "") == {"other": "tiny"}
   assert inspection.readers(config, ["tiny", "other"], "tiny") == {"tiny": "tiny"}
-  with pytest.raises(UserError, match="--stage=stage9: config.stages has tiny"):
+  with pytest.raises(UserError, match=r"--stage=stage9: config\.stages has tiny"):
     inspection.readers(config, ["tiny"], "stage9")
   with pytest.raises(UserError, match="--stage=tiny reads tiny, but here there are a, b"):
     inspection.readers(config, ["a", "b"], "tiny")
