@@ -135,7 +135,7 @@ def block_grid(
   stop = jnp.searchsorted(inner[:, 0], outer[:, -1], side="right")
   at = jnp.arange(len(inner))
   meets = (start[:, None] <= at) & (at < stop[:, None])
-  # A pair that is skipped has the block of the next pair that is not, so that it is fetched in time.
+  # A skipped pair has the block of the next pair that is not, so that it is fetched in time.
   # The kernel by keys has the other heads in between: there the last block stays.
   after = stop - 1 if by_key else jnp.append(start[1:], stop[-1] - 1)
   fetched = jnp.where(at < stop[:, None], jnp.maximum(at, start[:, None]), after[:, None])
