@@ -26,7 +26,7 @@ from cogvideox_jax.diffusion.latents import LatentConfig
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.encoders import Encoders
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.attention import attention
+from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.training import checkpoint, optimizer, state
@@ -142,11 +142,12 @@ def dropped_caption(config: ConfigDict) -> DroppedCaption:
 def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.Rules) -> Functions:
   """What the loop compiles for a stage; `config.components` gives the scale of the latents."""
   model = model_config(config)
-  dtype = compute_dtype(config.dtype, mesh.devices.flat[0].platform)
+  device = mesh.devices.flat[0]
+  dtype = compute_dtype(config.dtype, device.platform)
   network = Network(
     graph_of(DiT, model, dtype=dtype, remat=config.remat),
     model.width,
-    sharding.shard_attention(attention, mesh, rules),
+    sharding.shard_attention(attention_for(device), mesh, rules),
   )
   learning_rate = optimizer.learning_rate(config.optimizer, config.train.steps)
   tx = optimizer.make_optimizer(config.optimizer, learning_rate)
