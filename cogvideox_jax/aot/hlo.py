@@ -72,7 +72,7 @@ class Costs(NamedTuple):
 
 @dataclass
 class _Computation:
-  own: Costs = Costs()
+  own: Costs = field(default_factory=Costs)
   # What it calls: one of the named computations, so many times.
   calls: list[tuple[Sequence[str], int]] = field(default_factory=list)
   loops: list[tuple[str, str, int]] = field(default_factory=list)  # Body, condition, trips or 0.

@@ -5,16 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from cogvideox_jax import sharding
 from cogvideox_jax.aot import work
 from cogvideox_jax.aot.topology import Topology
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import setup
 from cogvideox_jax.training.programs import jit_train
-from cogvideox_jax.types import Batch
+
+# config.remat -> how often a training step runs the forward pass again: linear layers, attention.
+RECOMPUTED = {"none": (0, 0), "full": (1, 1), "attention": (1, 0), "offload": (1, 0)}
 
 
 class Part(NamedTuple):
@@ -41,17 +41,15 @@ class Program(NamedTuple):
 
 def train_program(config: ConfigDict, stage_name: str, topology: Topology) -> Program:
   """The training step of a stage; the very same as training/loop.py's."""
-  config = for_accelerators(config, stage_name)
   stage = config.stages[stage_name]
-  mesh = sharding.make_mesh(dict(config.mesh), topology.devices)
-  rules = sharding.rules_named(config.sharding)
-  functions = setup.make_functions(config, mesh, rules)
-  batch = abstract_batch(config, stage, sharding.row_sharding(mesh, rules, stage.rows))
+  mesh, rules = setup.make_mesh(config, stage_name, topology.devices)
+  functions = setup.make_functions(config, stage_name, mesh, rules)
+  batch = setup.abstract_batch(config, stage_name, mesh, rules)
   model = setup.model_config(config)
   clips = work.clips_of_row(model, stage) * stage.rows
   key = jax.eval_shape(lambda: jax.random.key(0))
   forward = work.forward_flops(model, clips)
-  recomputed = 1 if config.remat else 0
+  linear, attention = RECOMPUTED[config.remat]
   return Program(
     name="train",
     stage=stage_name,
@@ -61,41 +59,9 @@ def train_program(config: ConfigDict, stage_name: str, topology: Topology) -> Pr
     state=functions.abstract,
     arguments=batch,
     model_flops=3 * forward,
-    linear_flops=(3 + recomputed) * work.linear_flops(model, sum(clips)),
-    attention_flops=work.attention_flops(model, clips, 2 * (1 + recomputed) + 7),
+    linear_flops=(3 + linear) * work.linear_flops(model, sum(clips)),
+    attention_flops=work.attention_flops(model, clips, 2 * (1 + attention) + 7),
   )
-
-
-def abstract_batch(config: ConfigDict, stage: ConfigDict, place: NamedSharding) -> Batch:
-  model = setup.model_config(config)
-  rows, tokens, clips = stage.rows, stage.row_tokens, stage.max_clips
-  patch = model.out_channels * int(np.prod(model.patch))
-  frame = model.out_channels * int(np.prod(model.patch[1:]))
-
-  def array(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
-
-  return Batch(
-    mean=array(tokens, patch, dtype=np.float16),
-    logvar=array(tokens, patch, dtype=np.float16),
-    text=array(clips, model.text_length, model.text_width, dtype=np.float16),
-    segment_ids=array(tokens),
-    experts=array(tokens),
-    coordinates=array(tokens, 3),
-    grids=array(clips + 1, 3),
-    extra=array(clips + 1) if model.patch[0] > 1 else None,
-    image=array(tokens, 2, frame, dtype=np.float16) if model.takes_image else None,
-  )
-
-
-def for_accelerators(config: ConfigDict, stage_name: str) -> ConfigDict:
-  """The config of one stage, with the dtype that `auto` means there: devices here are CPUs."""
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.stages = ConfigDict({stage_name: config.stages[stage_name]})
-    if config.dtype == "auto":
-      config.dtype = "bfloat16"
-  return config
 
 
 def stage_named(config: ConfigDict, stage: str) -> str:

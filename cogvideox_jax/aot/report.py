@@ -1,8 +1,10 @@
 """Compiles a program for a topology and says what it costs: one object, whether it fits or not."""
 
 import re
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -63,24 +65,31 @@ def compile_program(program: Program) -> Compiled:
   """Runs the compiler on every part. Out of memory is an answer, not an error."""
   start = time.perf_counter()
   memories, total = [], Costs()
-  readable, refusal = True, ""
+  refusal = ""
   for part in program.parts:
-    try:
-      compiled = part.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      refusal = str(error)
-      memories.append(_refused(program, refusal))
-      continue
-    memories.append(_memory(compiled.memory_analysis()))
-    try:
-      total = total.plus(hlo.costs(compiled.as_text()).times(part.times))
-    except jax.errors.JaxRuntimeError:  # RET_CHECK: some asynchronous operations have no text.
-      readable = False
+    with tempfile.TemporaryDirectory(prefix="hlo_") as folder:
+      # The compiler writes its text itself: `as_text()` of what it returns fails for some
+      # asynchronous operations, which most programs of several devices have.
+      options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+      try:
+        compiled = part.lower().compile(compiler_options=options)
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+          raise
+        refusal = str(error)
+        memories.append(_refused(program, refusal))
+        continue
+      memories.append(_memory(compiled.memory_analysis()))
+      total = total.plus(hlo.costs(_text(Path(folder))).times(part.times))
   seconds = time.perf_counter() - start
-  costs = total if readable and not refusal else None
-  return Compiled(max(memories, key=lambda memory: memory.total), costs, refusal, seconds)
+  largest = max(memories, key=lambda memory: memory.total)
+  return Compiled(largest, None if refusal else total, refusal, seconds)
+
+
+def _text(folder: Path) -> str:
+  """The optimized program, as the compiler left it in a folder."""
+  (file,) = folder.glob("*.after_codegen.txt")
+  return file.read_text()
 
 
 def _memory(analysis: Any) -> Memory:
@@ -150,9 +159,9 @@ def as_table(result: Mapping[str, Any]) -> str:
   memory, hbm = result["bytes_per_chip"], result["hbm_bytes"]
   answer = "fits" if result["fits"] else "does not fit"
   device = "device" if result["devices_per_chip"] == 1 else "device (half a chip)"
+  where = f"{result['topology']}, {result['devices']} devices"
   lines = [
-    f"{result['program']} of {result['stage']} on {result['topology']}, {result['devices']} devices"
-    f": {answer}",
+    f"{result['program']} of {result['stage']} on {where}: {answer}",
     _line("largest clip", f"{result['num_frames']} x {result['height']} x {result['width']}"),
     _line("parameters", f"{result['parameters']:,}"),
     *(_line(f"{kind}, GiB a {device}", f"{memory[kind] / GIB:.2f}") for kind in memory),
