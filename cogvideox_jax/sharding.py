@@ -20,6 +20,8 @@ from cogvideox_jax.errors import UserError
 
 Rules = Mapping[str, tuple[str, ...]]  # Logical axis -> the mesh axes that split it.
 
+TILE = 16  # Tokens of bfloat16 that a TPU's registers hold together.
+
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # The end of a path -> the logical axes of that array. Stacked layers add a leading axis.
@@ -31,7 +33,7 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"(modulation|out_modulation|time_out|ofs_in|ofs_out)/kernel": ("time", "output"),
   r"(vision_in|text_in)/kernel": ("input", "embed"),
   r"(time_in|(?<!attention/)out)/kernel": ("embed", "output"),
-  r"position_table": ("tokens", "embed"),
+  r"position_table": ("positions", "embed"),
   r"(bias|scale|count|step)": (),
 }
 
@@ -228,12 +230,55 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> Callable[..., Any]:
-  """Runs `attention(q, k, v, segment_ids)` on each device's own rows and heads."""
-  tokens = PartitionSpec(rules["rows"], None, rules.get("heads"))
-  segments = PartitionSpec(rules["rows"])
-  return jax.shard_map(
-    attention, mesh=mesh, in_specs=(tokens, tokens, tokens, segments), out_specs=tokens
+  """Runs `attention(q, k, v, segment_ids)` on each device's own rows and heads, over whole rows.
+
+  Where a row's tokens are split too, the devices that share it swap tokens for heads before, and
+  back after (Ulysses, arXiv:2309.14509). Heads that do not divide are filled up with zeros: 2B's 30
+  become 32, which costs less than to gather all keys and values (benchmarks/README.md).
+
+  Raises, when it is called:
+    UserError: the tokens do not divide over the mesh.
+  """
+  tokens = rules.get("tokens", ())
+  shards = _size(mesh, tokens)
+
+  def by_head(x: jax.Array) -> jax.Array:
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % shards), (0, 0)))
+    return jax.lax.all_to_all(x, tokens, split_axis=2, concat_axis=1, tiled=True)
+
+  def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    out = attention(by_head(q), by_head(k), by_head(v), segment_ids)
+    out = jax.lax.all_to_all(out, tokens, split_axis=1, concat_axis=2, tiled=True)
+    return out[:, :, : q.shape[2]]
+
+  split = PartitionSpec(rules["rows"], tokens or None, rules.get("heads"))
+  sharded = jax.shard_map(
+    attend_whole if shards > 1 else attention,
+    mesh=mesh,
+    in_specs=(split, split, split, PartitionSpec(rules["rows"])),
+    out_specs=split,
+    check_vma=False,  # The kernel's outputs do not say over which axes they vary.
   )
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    if q.shape[1] % shards:
+      raise UserError(
+        f"a row of {q.shape[1]} tokens does not divide over {' x '.join(tokens)} of the mesh "
+        f"({_text(mesh.shape)}).\nMake it {padded_tokens(q.shape[1], mesh, rules)} tokens long, "
+        "or change config.mesh."
+      )
+    return sharded(q, k, v, segment_ids)
+
+  return attend
+
+
+def padded_tokens(tokens: int, mesh: Mesh, rules: Rules) -> int:
+  """The length to give a row of so many tokens, the rest being padding, so that it can be split.
+
+  Every device gets whole tiles of TILE tokens. Attention pads to its own blocks by itself.
+  """
+  shards = _size(mesh, rules.get("tokens", ()))
+  return tokens if shards == 1 else tokens + -tokens % (TILE * shards)
 
 
 def _logical_axes(name: str, ndim: int) -> list[str]:

@@ -185,9 +185,8 @@ class DiT(nnx.Module):
     x = self._embed(vision, text, segment_ids, experts, coordinates, grids)
     rotary = self._rotary(segment_ids, experts, coordinates, grids)
     x = self._run_blocks(x, time, segment_ids, experts, rotary, attention)
-    shift, scale = jnp.split(
-      per_token(self.out_modulation(nnx.silu(time)), segment_ids), 2, axis=-1
-    )
+    tables = rearrange(self.out_modulation(nnx.silu(time)), "b s (m d) -> m b s d", m=2)
+    shift, scale = per_token(tables, segment_ids)
     return self.out(self.out_norm(self.final_norm(x)) * (1 + scale) + shift)
 
   def _embed(self, vision, text, segment_ids, experts, coordinates, grids) -> Float[Array, "b n d"]:
@@ -197,7 +196,8 @@ class DiT(nnx.Module):
     word = jnp.maximum(segment_ids - 1, 0) * text.shape[2] + coordinates[..., 0]
     word = jnp.clip(word, 0, words.shape[1] - 1)
     patches = self.vision_in(vision.astype(self.dtype))
-    x = jnp.where((experts == TEXT)[..., None], per_token(words, word), patches)
+    word = jnp.take_along_axis(words, word[..., None], axis=1)
+    x = jnp.where((experts == TEXT)[..., None], word, patches)
     if self.config.positions != "sincos" and not self.config.learned_positions:
       return x
     scales = self.config.interpolations
