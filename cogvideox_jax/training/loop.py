@@ -80,10 +80,10 @@ class Run:
   def __init__(self, config: ConfigDict, workdir: epath.Path):
     """Prepares all that needs no compiled program of the transformer."""
     self._config, self._steps, self._workdir = config, config.train.steps, workdir
-    self._mesh, rules = setup.make_mesh(config)
-    _, self._stage = setup.only_stage(config)
-    self._rows = sharding.row_sharding(self._mesh, rules, self._stage.rows)
-    self._functions = setup.make_functions(config, self._mesh, rules)
+    name, self._stage = setup.only_stage(config)
+    self._mesh, rules = setup.make_mesh(config, name)
+    self._places = partial(sharding.batch_shardings, mesh=self._mesh, rules=rules)
+    self._functions = setup.make_functions(config, name, self._mesh, rules)
     self._previewer = None
     if config.preview.every and config.preview.prompts:
       self._previewer = Previewer(config, workdir / "previews")
@@ -205,7 +205,7 @@ class Run:
 
   def _place(self, batch: Batch) -> Batch:
     """This host's rows as its part of the global batch."""
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, self._rows), batch)
+    return jax.tree.map(jax.make_array_from_process_local_data, self._places(batch), batch)
 
 
 def is_due(step: int, every: int) -> bool:
