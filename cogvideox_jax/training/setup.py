@@ -29,6 +29,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
+from cogvideox_jax.models.vae import VAEConfig
 from cogvideox_jax.training import checkpoint, optimizer, state
 from cogvideox_jax.training.state import Params, TrainState
 from cogvideox_jax.training.step import Accumulation, Network, train_step, validation_step
@@ -142,11 +143,12 @@ def dropped_caption(config: ConfigDict) -> DroppedCaption:
 def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.Rules) -> Functions:
   """What the loop compiles for a stage; `config.components` gives the scale of the latents."""
   model = model_config(config)
-  dtype = compute_dtype(config.dtype, mesh.devices.flat[0].platform)
+  device = mesh.devices.flat[0]
+  dtype = compute_dtype(config.dtype, device.platform)
   network = Network(
     graph_of(DiT, model, dtype=dtype, remat=config.remat),
     model.width,
-    sharding.shard_attention(attention_for(mesh.devices.flat[0]), mesh, rules),
+    sharding.shard_attention(attention_for(device), mesh, rules),
   )
   learning_rate = optimizer.learning_rate(config.optimizer, config.train.steps)
   tx = optimizer.make_optimizer(config.optimizer, learning_rate)
@@ -253,15 +255,22 @@ def load_initial(source: str, wanted: Params) -> Params:
 
 
 def latent_config(config: ConfigDict) -> LatentConfig:
-  """How the transformer sees latents of the VAE of `config.components`."""
-  fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
-  vae = configs.read_vae(fields, where)
+  """How the transformer sees latents of the VAE of `vae_config`."""
+  vae = vae_config(config)
   return LatentConfig(
     patch=tuple(config.model.patch),
     scaling_factor=vae.scaling_factor,
     image_scale=vae.image_scale(config.image.scale),
     image_drop_rate=config.image.drop_rate,
   )
+
+
+def vae_config(config: ConfigDict) -> VAEConfig:
+  """Of `config.components`; if that is empty the published one, which programs can be made for."""
+  if not config.components:
+    return VAEConfig()
+  fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
+  return configs.read_vae(fields, where)
 
 
 def _empty_prompt(config: ConfigDict) -> Float[np.ndarray, "l t"]:
