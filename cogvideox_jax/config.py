@@ -16,12 +16,14 @@ from cogvideox_jax.data import buckets
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import graphs
+from cogvideox_jax.models.dit import REMAT
 from cogvideox_jax.models.vae import IMAGE_SCALES
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "dtype": graphs.DTYPES,
   "image.scale": IMAGE_SCALES,
   "model.positions": configs.POSITIONS,
+  "remat": tuple(REMAT),
   "text.drop": TEXT_DROPS,
   "preview.solver": tuple(SOLVERS),
 }
@@ -108,13 +110,15 @@ def _check_value(key: str, value: Any) -> None:
     raise UserError(f"config.{key} is {value!r}; it must be one of {', '.join(CHOICES[key])}.")
   if isinstance(value, bool | str):
     return
+  if key == "mesh.context" and value == 0:
+    return
   if key.startswith(MESH):
     fits, wanted = value == -1 or value >= 1, "at least 1, or -1 for all devices that are left"
   elif key in FRACTIONS:
     fits, wanted = 0 <= value <= 1, "from 0 to 1"
   elif key in ANY_NUMBER:
     fits, wanted = isfinite(value), "finite"
-  elif key in MAY_BE_ZERO or key.startswith(MIXTURE):
+  elif key in MAY_BE_ZERO or key.startswith(MIXTURE) or key.endswith(".rows_at_once"):
     fits, wanted = 0 <= value < float("inf"), "at least 0"
   else:
     fits, wanted = 0 < value < float("inf"), "above 0"

@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cogvideox_jax.errors import UserError
 
 Rules = Mapping[str, tuple[str, ...]]  # Logical axis -> the mesh axes that split it.
+
+TILE = 16  # Tokens of bfloat16 that a TPU's registers hold together.
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
@@ -29,20 +33,35 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"(modulation|out_modulation|time_out|ofs_in|ofs_out)/kernel": ("time", "output"),
   r"(vision_in|text_in)/kernel": ("input", "embed"),
   r"(time_in|(?<!attention/)out)/kernel": ("embed", "output"),
-  r"position_table": ("tokens", "embed"),
+  r"position_table": ("positions", "embed"),
   r"(bias|scale|count|step)": (),
 }
 
+# Fields of a batch -> their logical axes, from the first on; the axes after them are not split.
+# Attention needs the segments of whole rows.
+BATCH_AXES: dict[str, tuple[str, ...]] = {
+  "mean": ("rows", "tokens"),
+  "logvar": ("rows", "tokens"),
+  "text": ("rows",),
+  "segment_ids": ("rows",),
+  "experts": ("rows", "tokens"),
+  "coordinates": ("rows", "tokens"),
+  "grids": ("rows",),
+  "extra": ("rows",),
+  "image": ("rows", "tokens"),
+}
+
+# Devices that share a row share the parameters, too: each holds a part.
+_FSDP: Rules = {
+  "rows": ("data", "fsdp"),
+  "tokens": ("context",),
+  "embed": ("fsdp", "context"),
+  "time": ("fsdp", "context"),
+}
 # `config.sharding` names one of these. A logical axis that is missing is replicated.
 RULES: dict[str, Rules] = {
-  "fsdp": {"rows": ("data", "fsdp"), "embed": ("fsdp",), "time": ("fsdp",)},
-  "fsdp_tensor": {
-    "rows": ("data", "fsdp"),
-    "embed": ("fsdp",),
-    "time": ("fsdp",),
-    "heads": ("tensor",),
-    "mlp": ("tensor",),
-  },
+  "fsdp": _FSDP,
+  "fsdp_tensor": {**_FSDP, "heads": ("tensor",), "mlp": ("tensor",)},
 }
 
 
@@ -61,21 +80,45 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   """A mesh over all devices of the job, or over those given.
 
   Args:
-    sizes: devices along each of MESH_AXES; at most one is -1 and takes all that are left.
-    devices: as many as the product of the sizes.
+    sizes: devices along each of MESH_AXES; at most one is -1 and takes all that are left. Where
+      the devices are of several slices, the sizes are those in a slice, and `data` spans the
+      slices, whose network is slow: gradients are all that it carries.
+    devices: as many as the product of the sizes, times the slices.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
+  slices = _slices(devices)
+  in_slice = len(devices) // slices
   fixed = math.prod(sizes[axis] for axis in MESH_AXES if sizes[axis] > 0)
-  shape = [len(devices) // fixed if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES]
-  if min(shape) < 1 or math.prod(shape) != len(devices):
+  shape = [in_slice // fixed if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES]
+  if min(shape) < 1 or math.prod(shape) * slices != len(devices):
     raise UserError(
-      f"config.mesh ({_text(sizes)}) does not fit the {len(devices)} devices here.\n"
+      f"config.mesh ({_text(sizes)}) does not fit the {in_slice} devices here.\n"
       "The sizes must multiply to that number; one of them may be -1, for all that are left."
     )
-  return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  if slices == 1:
+    return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
+  across = [slices if axis == "data" else 1 for axis in MESH_AXES]
+  array = mesh_utils.create_hybrid_device_mesh(
+    shape, across, devices, allow_split_physical_axes=True
+  )
+  return Mesh(array, MESH_AXES, axis_types=types)
+
+
+def with_context(sizes: Mapping[str, int], most: int, devices: Sequence[Any]) -> dict[str, int]:
+  """The sizes of a mesh whose `context` is 0, for the largest up to `most` that fits the devices.
+
+  So that a stage of long rows names how many devices share one, whatever the pod.
+  """
+  if sizes["context"]:
+    return dict(sizes)
+  others = math.prod(size for size in sizes.values() if size > 0)
+  free = max(1, len(devices) // _slices(devices) // others)
+  context = max(size for size in range(1, min(most, free) + 1) if free % size == 0)
+  return {**sizes, "context": context}
 
 
 def local_mesh() -> Mesh:
@@ -137,18 +180,105 @@ def row_sharding(mesh: Mesh, rules: Rules, rows: int) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(rules["rows"]))
 
 
+def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
+  """The sharding of every array of a `types.Batch`, of a whole global batch, or of its shapes.
+
+  Raises:
+    UserError: the rows, or the tokens of a row, do not divide over the mesh.
+  """
+  rows, tokens = batch.segment_ids.shape
+  row_sharding(mesh, rules, rows)
+  if tokens % (shards := _size(mesh, rules["tokens"])):
+    raise UserError(
+      f"a row of {tokens} tokens does not divide over {' x '.join(rules['tokens'])} of the mesh "
+      f"({_text(mesh.shape)}).\nMake the stage's `row_tokens` a multiple of {shards}, or lower its "
+      "`context`."
+    )
+
+  def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+    axes = BATCH_AXES[path_name(path)]
+    return NamedSharding(mesh, PartitionSpec(*(rules[axis] for axis in axes)))
+
+  return jax.tree.map_with_path(place, batch)
+
+
+def split_rows(tree: Any, parts: int, mesh: Mesh, rules: Rules) -> Any:
+  """Arrays [rows ...] as [parts, rows of a part, ...], where no row leaves its device.
+
+  Part p is the p-th of `parts` equal runs of every device's rows.
+  """
+  shards, free = _size(mesh, rules["rows"]), PartitionSpec.UNCONSTRAINED
+
+  def split(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    x = x.reshape(parts, -1, *x.shape[3:])
+    spec = PartitionSpec(None, rules["rows"], *(free,) * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+  return jax.tree.map(split, tree)
+
+
+def row_shards(mesh: Mesh, rules: Rules) -> int:
+  """Over how many devices the rows of a batch are spread."""
+  return _size(mesh, rules["rows"])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Of an array that every device holds wholly."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> Callable[..., Any]:
-  """Runs `attention(q, k, v, segment_ids)` on each device's own rows and heads."""
-  tokens = PartitionSpec(rules["rows"], None, rules.get("heads"))
-  segments = PartitionSpec(rules["rows"])
-  return jax.shard_map(
-    attention, mesh=mesh, in_specs=(tokens, tokens, tokens, segments), out_specs=tokens
+  """Runs `attention(q, k, v, segment_ids)` on each device's own rows and heads, over whole rows.
+
+  Where a row's tokens are split too, the devices that share it swap tokens for heads before, and
+  back after (Ulysses, arXiv:2309.14509). Heads that do not divide are filled up with zeros: 2B's 30
+  become 32, which costs less than to gather all keys and values (benchmarks/README.md).
+
+  Raises, when it is called:
+    UserError: the tokens do not divide over the mesh.
+  """
+  tokens = rules.get("tokens", ())
+  shards = _size(mesh, tokens)
+
+  def by_head(x: jax.Array) -> jax.Array:
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % shards), (0, 0)))
+    return jax.lax.all_to_all(x, tokens, split_axis=2, concat_axis=1, tiled=True)
+
+  def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    out = attention(by_head(q), by_head(k), by_head(v), segment_ids)
+    out = jax.lax.all_to_all(out, tokens, split_axis=1, concat_axis=2, tiled=True)
+    return out[:, :, : q.shape[2]]
+
+  split = PartitionSpec(rules["rows"], tokens or None, rules.get("heads"))
+  sharded = jax.shard_map(
+    attend_whole if shards > 1 else attention,
+    mesh=mesh,
+    in_specs=(split, split, split, PartitionSpec(rules["rows"])),
+    out_specs=split,
+    check_vma=False,  # The kernel's outputs do not say over which axes they vary.
   )
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    if q.shape[1] % shards:
+      raise UserError(
+        f"a row of {q.shape[1]} tokens does not divide over {' x '.join(tokens)} of the mesh "
+        f"({_text(mesh.shape)}).\nMake it {padded_tokens(q.shape[1], mesh, rules)} tokens long, "
+        "or change config.mesh."
+      )
+    return sharded(q, k, v, segment_ids)
+
+  return attend
+
+
+def padded_tokens(tokens: int, mesh: Mesh, rules: Rules) -> int:
+  """The length to give a row of so many tokens, the rest being padding, so that it can be split.
+
+  Every device gets whole tiles of TILE tokens. Attention pads to its own blocks by itself.
+  """
+  shards = _size(mesh, rules.get("tokens", ()))
+  return tokens if shards == 1 else tokens + -tokens % (TILE * shards)
 
 
 def _logical_axes(name: str, ndim: int) -> list[str]:
@@ -160,6 +290,10 @@ def _logical_axes(name: str, ndim: int) -> list[str]:
   if axes and stacked not in (0, 1):
     raise ValueError(f"{name} has {ndim} axes, but sharding.PARAM_AXES says {axes}")
   return ["layers"] * stacked + list(axes)
+
+
+def _slices(devices: Sequence[Any]) -> int:
+  return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:

@@ -1,23 +1,37 @@
 """Trains the transformer: `python -m cogvideox_jax.train --config=configs/tiny.py --workdir=DIR`.
 
 The same command goes on where an earlier one, of any fate, had last saved.
+
+--dry_run=TOPOLOGY trains nothing and writes nothing: it compiles the first stage's step for TPUs
+that are not there, as `compile` does. Exit code 0: it fits. 1: it does not.
 """
 
 from absl import flags
 from etils import epath
 
 from cogvideox_jax import command, config
+from cogvideox_jax.aot.report import as_table, report
+from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import split_cpu
 from cogvideox_jax.training.loop import train
 
 CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of checkpoints, previews and metrics; may be a bucket.", required=True
+  "workdir", None, "Folder of checkpoints, previews and metrics; may be a bucket."
+)
+DRY_RUN = flags.DEFINE_string(
+  "dry_run", None, "Compile for a topology, such as v5p:4x4x4, and say whether it fits."
 )
 
 
 def main() -> int:
   config.check(CONFIG.value, CONFIG.value.components)
+  if DRY_RUN.value is not None:
+    result = report(CONFIG.value, DRY_RUN.value)
+    print(as_table(result))
+    return 0 if result["fits"] else 1
+  if WORKDIR.value is None:
+    raise UserError("Missing flag: --workdir=...\nSee --help for the flags.")
   split_cpu(CONFIG.value.cpu_devices)
   return train(CONFIG.value, epath.Path(WORKDIR.value))
 

@@ -14,7 +14,9 @@ def get_config() -> ConfigDict:
   config.components = ""  # Model folder, or shipped name, of VAE, text encoder and tokenizer.
   config.init_from = ""  # Model folder or workdir whose transformer to start from; "": none.
   config.dtype = "auto"  # Compute: bfloat16, float32; auto is float32 on CPU, else bfloat16.
-  config.remat = True  # Recompute each layer's activations in the backward pass.
+  # What each layer's backward pass computes again: none of the forward pass, full, all but
+  # attention's outputs, or offload: the same, with these and the layers' inputs in host memory.
+  config.remat = "attention"
 
   config.model = ConfigDict()  # Fields of models.dit.DiTConfig.
   config.model.depth = 30
@@ -86,10 +88,11 @@ def get_config() -> ConfigDict:
   config.optimizer.clip_norm = 1.0
   config.optimizer.ema_decay = 0.9999  # ours
 
-  config.mesh = ConfigDict()  # Devices along each axis; one may be -1: all that are left.
+  # Devices along each axis, in each slice of the job; one may be -1: all that are left.
+  config.mesh = ConfigDict()
   config.mesh.data = 1
   config.mesh.fsdp = -1
-  config.mesh.context = 1
+  config.mesh.context = 0  # Share a row's tokens; 0: as many as the stage's `context` says.
   config.mesh.tensor = 1
   config.sharding = "fsdp"  # A row of sharding.RULES.
   config.cpu_devices = 1  # How many devices a CPU counts as; they share its cores.
@@ -121,12 +124,16 @@ def source(path: str, weight: float) -> ConfigDict:
   return ConfigDict({"path": path, "weight": float(weight)})
 
 
-def stage(*, sizes, durations, rows, row_tokens, max_clips) -> ConfigDict:
+def stage(
+  *, sizes, durations, rows, row_tokens, max_clips, rows_at_once=1, context=1
+) -> ConfigDict:
   """What one stage trains on.
 
   sizes: (height, width) buckets in pixels. durations: pixel frames, each 4k+1.
   rows: packed rows in the global batch, each of row_tokens tokens (text and vision) and at most
-  max_clips clips.
+  max_clips clips. rows_at_once: that a device computes with; the gradients of the others of its
+  rows are added in turn. 0: all of them. context: the most devices that share a row; the mesh takes
+  the largest number that divides what its other axes leave, where config.mesh.context is 0.
   """
   return ConfigDict(
     {
@@ -135,5 +142,7 @@ def stage(*, sizes, durations, rows, row_tokens, max_clips) -> ConfigDict:
       "rows": rows,
       "row_tokens": row_tokens,
       "max_clips": max_clips,
+      "rows_at_once": rows_at_once,
+      "context": context,
     }
   )

@@ -11,7 +11,7 @@ from configs import base
 def get_config() -> ConfigDict:
   config = base.get_config()
   config.components = "tiny"
-  config.remat = False
+  config.remat = "none"
   config.model.update(
     depth=6,
     heads=4,
@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
       rows=8,
       row_tokens=200,
       max_clips=5,
+      rows_at_once=0,
     )
   config.train.steps = 1600
   config.optimizer.update(learning_rate=4e-3, warmup_steps=50, ema_decay=0.99)

@@ -88,7 +88,10 @@ def test_help_lists_the_flags_of_the_command_and_is_no_failure(verb):
     ([CONFIG, WORKDIR, "--config.train.steps.x=1"], ("--config.train.steps.x=1", "base.py")),
     ([CONFIG, WORKDIR, "--config.seed=abc"], ("--config.seed=abc", "int", "such as 0")),
     ([CONFIG, WORKDIR, "--config.seed=1.5"], ("--config.seed=1.5", "int")),
-    ([CONFIG, WORKDIR, "--config.remat=maybe"], ("--config.remat=maybe", "bool", "False")),
+    (
+      [CONFIG, WORKDIR, "--config.train.explicit_uniform=1.5"],
+      ("explicit_uniform=1.5", "bool", "True"),
+    ),
     ([CONFIG, WORKDIR, "--config.text.drop_rate=x"], ("--config.text.drop_rate=x", "float")),
     (["--config.seed=1", CONFIG, WORKDIR], ("--config.seed=1", "before")),
     (["--config=nowhere.py", WORKDIR], ("nowhere.py", str(ROOT), "configs/tiny.py")),

@@ -72,7 +72,7 @@ def test_validation_is_on_held_out_clips_at_fixed_timesteps(finished):
 
 def test_a_run_can_begin_with_the_average_of_another(inputs, finished):
   config = make_config(inputs, init_from=str(finished))
-  functions = setup.make_functions(config, *setup.make_mesh(config))
+  functions = setup.make_functions(config, "tiny", *setup.make_mesh(config, "tiny"))
   value = functions.create(jax.random.key(5))
   average = checkpoint.load_weights(finished, "ema")
   jax.tree.map(np.testing.assert_array_equal, value.params, average)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cogvideox_jax.diffusion import loss
 from cogvideox_jax.diffusion.latents import LatentConfig, Latents
-from cogvideox_jax.diffusion.loss import diffusion_loss, v_loss, validation_loss
+from cogvideox_jax.diffusion.loss import v_loss
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule, x0_from_v
 from cogvideox_jax.types import TEXT, VISION, Batch
 
@@ -41,6 +42,11 @@ def packed(*rows, n, slots=4):
 def network(x, timesteps):
   """Any function of its inputs will do."""
   return jnp.sin(x) + timesteps.mean() / 1000
+
+
+def loss_of(denoise, part, key, latents=PLAIN):
+  tokens = loss.vision_tokens(part.batch)
+  return loss.diffusion_loss(denoise, part, tokens, SCHEDULE, key, latents=latents)
 
 
 def draws(batch):
@@ -86,14 +92,14 @@ def test_text_and_padding_count_nothing_even_when_not_a_number():
   latents, timesteps = draws(batch)
   counts = jnp.asarray((batch.segment_ids > 0) & (batch.experts == VISION))[..., None]
 
-  def loss(scale, elsewhere):
+  def at(scale, elsewhere):
     def denoise(x, _):
       return jnp.where(counts, scale * jnp.sin(x), elsewhere)
 
     return v_loss(denoise, latents, timesteps, batch, SCHEDULE)
 
-  expected = jax.value_and_grad(loss)(1.5, 0.0)
-  np.testing.assert_array_equal(jax.value_and_grad(loss)(1.5, jnp.nan), expected)
+  expected = jax.value_and_grad(at)(1.5, 0.0)
+  np.testing.assert_array_equal(jax.value_and_grad(at)(1.5, jnp.nan), expected)
   assert expected[1] != 0
 
 
@@ -115,14 +121,7 @@ def shown(batch, timestep, latents):
 
   def noised(key):
     seen = []
-    validation_loss(
-      lambda x, _: seen.append(x) or x,
-      batch,
-      SCHEDULE,
-      key,
-      timestep,
-      latents=latents,
-    )
+    loss_of(lambda x, _: seen.append(x) or x, loss.at_timestep(batch, timestep), key, latents)
     return seen[0]
 
   return jax.jit(jax.vmap(noised))(jax.random.split(jax.random.key(0), 4000))
@@ -153,7 +152,7 @@ def test_each_clip_is_noised_to_its_own_timestep(explicit):
     return x
 
   key = jax.random.key(2)
-  diffusion_loss(denoise, batch, SCHEDULE, key, latents=PLAIN, explicit_uniform=explicit)
+  loss_of(denoise, loss.whole(batch, key, SCHEDULE, explicit_uniform=explicit), key)
   timesteps = np.asarray(seen[0])
   assert timesteps.shape == (2, 5)
   assert (timesteps[0, 1:4] > 0).all()
@@ -168,14 +167,13 @@ def test_the_loss_follows_the_key_alone():
   batch = packed([3, 5], [6], n=14)
 
   @jax.jit
-  def loss(key):
-    return diffusion_loss(network, batch, SCHEDULE, key, latents=PLAIN, explicit_uniform=True)
+  def draw(key):
+    return loss_of(network, loss.whole(batch, key, SCHEDULE, explicit_uniform=True), key)
 
-  first = loss(jax.random.key(0))
-  assert first == loss(jax.random.key(0))
-  assert first != loss(jax.random.key(1))
+  first = draw(jax.random.key(0))
+  assert first == draw(jax.random.key(0))
+  assert first != draw(jax.random.key(1))
   at_two_timesteps = [
-    validation_loss(network, batch, SCHEDULE, jax.random.key(0), t, latents=PLAIN)
-    for t in (100, 900)
+    loss_of(network, loss.at_timestep(batch, t), jax.random.key(0)) for t in (100, 900)
   ]
   assert at_two_timesteps[0] != at_two_timesteps[1]

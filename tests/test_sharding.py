@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -13,9 +15,11 @@ from jax.sharding import PartitionSpec as P
 from cogvideox_jax import sharding
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import state
+from cogvideox_jax.types import Batch
 
 SIZES = {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
 FSDP = sharding.rules_named("fsdp")
+SHARDED = ("fsdp", "context")
 
 
 def params(seed=0):
@@ -50,7 +54,7 @@ def test_optimizer_state_and_average_are_placed_as_their_parameters():
   ]
   assert len(kernels) == 4  # Weights, average, two moments.
   for kernel in kernels:
-    assert kernel.sharding.spec == P(None, "fsdp", None)
+    assert kernel.sharding.spec == P(None, ("fsdp", "context"), None)
     assert kernel.addressable_shards[0].data.shape == (3, 2, 16)
 
 
@@ -71,11 +75,11 @@ def test_the_average_has_its_own_buffers():
 @pytest.mark.parametrize(
   "name, shape, spec",
   [
-    ("blocks/attention/query/kernel", (3, 8, 2, 4), P(None, "fsdp", "tensor", None)),
-    ("blocks/attention/out/kernel", (3, 2, 4, 8), P(None, "tensor", None, "fsdp")),
-    ("out/kernel", (8, 12), P("fsdp", None)),
-    ("ema/out_modulation/kernel", (8, 6), P("fsdp", None)),
-    ("opt_state/1/0/nu/blocks/mlp/down/kernel", (3, 16, 8), P(None, "tensor", "fsdp")),
+    ("blocks/attention/query/kernel", (3, 8, 2, 4), P(None, SHARDED, "tensor", None)),
+    ("blocks/attention/out/kernel", (3, 2, 4, 8), P(None, "tensor", None, SHARDED)),
+    ("out/kernel", (8, 12), P(SHARDED, None)),
+    ("ema/out_modulation/kernel", (8, 6), P(SHARDED, None)),
+    ("opt_state/1/0/nu/blocks/mlp/down/kernel", (3, 16, 8), P(None, "tensor", SHARDED)),
     ("blocks/attention/query/bias", (3, 2, 4), P(None, None, None)),
     ("opt_state/1/0/count", (), P()),
   ],
@@ -107,6 +111,60 @@ def test_sizes_that_do_not_divide_are_the_users_to_mend():
     sharding.shardings({"mlp": {"up": {"kernel": jnp.ones((6, 8))}}}, mesh, FSDP)
   with pytest.raises(UserError, match="multiple of 8"):
     sharding.row_sharding(mesh, FSDP, rows=12)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "most", "context"),
+  [
+    ({"fsdp": -1}, 4, 4),
+    ({"fsdp": -1}, 3, 2),  # Of 8 devices 3 cannot be taken apart.
+    ({"fsdp": -1}, 100, 8),
+    ({"data": 2, "fsdp": -1}, 8, 4),
+    ({"data": 2, "fsdp": 2}, 8, 2),
+    ({"fsdp": -1, "context": 2}, 8, 2),  # The mesh's own word counts.
+  ],
+)
+def test_as_many_devices_share_a_row_as_a_stage_says_and_the_mesh_allows(sizes, most, context):
+  sizes = {"data": 1, "fsdp": 1, "context": 0, "tensor": 1, **sizes}
+  mesh = sharding.make_mesh(sharding.with_context(sizes, most, jax.devices()))
+  assert mesh.shape["context"] == context
+  assert mesh.size == 8
+  one = sharding.with_context({**sizes, "data": 1, "fsdp": -1}, most, jax.devices()[:1])
+  assert one["context"] in (1, sizes["context"])
+
+
+def make_batch(rows, tokens):
+  number = np.arange(rows, dtype=np.int32)
+  numbers = np.broadcast_to(number[:, None], (rows, tokens))
+  wide = np.broadcast_to(number[:, None, None], (rows, tokens, 3))
+  few = np.zeros((rows, 2, 3), np.int32)
+  return Batch(wide, wide, few[:, 1:, None], numbers, numbers, wide, few)
+
+
+def test_parts_of_a_batch_are_rows_that_their_devices_had():
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "context": 2, "tensor": 1})
+  batch = make_batch(rows=16, tokens=6)
+  batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh, FSDP))
+  split = jax.jit(partial(sharding.split_rows, parts=2, mesh=mesh, rules=FSDP))
+  parts = jax.block_until_ready(split(batch))
+  assert parts.mean.shape == (2, 8, 6, 3)
+  assert parts.segment_ids[:, :, 0].tolist() == [
+    [0, 1, 4, 5, 8, 9, 12, 13],
+    [2, 3, 6, 7, 10, 11, 14, 15],
+  ]
+  assert "all-" not in split.lower(batch).compile().as_text()  # Nothing was sent.
+  held = {shard.device: shard.data for shard in parts.mean.addressable_shards}
+  for shard in batch.mean.addressable_shards:
+    np.testing.assert_array_equal(np.concatenate(held[shard.device]), shard.data)
+    assert shard.data.shape == (4, 3, 3)  # The other device of the row has the other tokens.
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_to_change():
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "context": 4, "tensor": 1})
+  with pytest.raises(UserError, match="3 rows does not divide over data x fsdp"):
+    sharding.batch_shardings(make_batch(3, 8), mesh, FSDP)
+  with pytest.raises(UserError, match="10 tokens does not divide over context"):
+    sharding.batch_shardings(make_batch(2, 10), mesh, FSDP)
 
 
 def test_an_unknown_layout_is_refused_with_those_there_are():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from functools import partial
 
 import jax
@@ -34,6 +35,11 @@ def network(dtype=jnp.float32, attend=attention, config=DIT_CONFIG):
   return step.Network(graph_of(DiT, config, dtype=dtype), config.width, attend)
 
 
+AT_ONCE = step.Accumulation(
+  split=lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[None], tree), pin=lambda grads: grads
+)
+
+
 def make_step(tx=SGD, **changes):
   return partial(
     step.train_step,
@@ -42,7 +48,7 @@ def make_step(tx=SGD, **changes):
     schedule=SCHEDULE,
     latents=LATENTS,
     ema_decay=0.75,
-    **{"network": network(), "explicit_uniform": True, **changes},
+    **{"network": network(), "explicit_uniform": True, "accumulation": AT_ONCE, **changes},
   )
 
 
@@ -71,20 +77,32 @@ def run():
 
 
 @pytest.mark.parametrize(
-  "name, sizes",
-  [("fsdp", {"data": 4, "fsdp": 2}), ("fsdp_tensor", {"data": 2, "fsdp": 2, "tensor": 2})],
+  "name, sizes, parts",
+  [
+    ("fsdp", {"data": 4, "fsdp": 2}, 1),
+    ("fsdp", {"data": 2, "context": 2}, 4),
+    ("fsdp", {"fsdp": 2, "context": 4}, 2),
+    ("fsdp_tensor", {"data": 2, "fsdp": 2, "tensor": 2}, 2),
+    ("fsdp_tensor", {"context": 2, "tensor": 2}, 1),
+  ],
 )
-def test_a_sharded_step_equals_that_of_one_device(run, name, sizes):
+def test_a_sharded_step_in_any_number_of_parts_equals_that_of_one_device(run, name, sizes, parts):
   batch = batch_of()
   expected, expected_metrics = jax.block_until_ready(run(START, batch, KEY))
-  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **sizes})
+  sizes = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **sizes}
+  mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
   rules = sharding.rules_named(name)
   places = state.shardings_of(state.abstract(PARAMS, SGD, mesh, rules))
+  accumulation = step.Accumulation(
+    split=partial(sharding.split_rows, parts=parts, mesh=mesh, rules=rules),
+    pin=partial(jax.lax.with_sharding_constraint, shardings=places.params),
+  )
   attend = sharding.shard_attention(attention, mesh, rules)
-  sharded_run = jax.jit(make_step(network=network(attend=attend)), out_shardings=(places, None))
-  rows = sharding.row_sharding(mesh, rules, len(batch.mean))
+  sharded_step = make_step(network=network(attend=attend), accumulation=accumulation)
+  sharded_run = jax.jit(sharded_step, out_shardings=(places, None))
+  places = (places, sharding.batch_shardings(batch, mesh, rules))
   # Two things at once on fake devices can deadlock.
-  start, batch = jax.block_until_ready(jax.device_put((START, batch), (places, rows)))
+  start, batch = jax.block_until_ready(jax.device_put((START, batch), places))
   sharded, metrics = jax.block_until_ready(sharded_run(start, batch, KEY))
 
   np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)

@@ -5,6 +5,7 @@ the noised latents in the first latent frame, zeros in all others, as in SAT's t
 to video and in diffusers' sampling.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,8 +15,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from cogvideox_jax.types import VISION, Batch
-
-IMAGE = 2  # What is folded into the key for the image; it is split in two for all else.
 
 
 class LatentConfig(NamedTuple):
@@ -35,25 +34,40 @@ class Latents(NamedTuple):
   image: Float[Array, "b n p"] | None  # Scaled; None for a model that sees none.
 
 
-def draw_latents(batch: Batch, key: Key[Array, ""], config: LatentConfig) -> Latents:
-  """Draws from the posteriors, draws noise, and drops images, each clip's by itself."""
-  posterior_key, noise_key = jax.random.split(key)
-  x0 = _sample(batch.mean, batch.logvar, posterior_key)
+def draw_latents(
+  batch: Batch,
+  key: Key[Array, ""],
+  config: LatentConfig,
+  rows: Int[Array, "b"] | None = None,
+) -> Latents:
+  """Draws from the posteriors, draws noise, and drops images, each clip's by itself.
+
+  rows: their numbers in the global batch, which decide what is drawn for them, so that it does not
+  depend on how the batch is cut; by default the batch is the whole.
+  """
+  rows = jnp.arange(len(batch.mean)) if rows is None else rows
+  posterior_keys, noise_keys, image_keys = (
+    jax.vmap(partial(jax.random.fold_in, one))(rows) for one in jax.random.split(key, 3)
+  )
+  x0 = _sample(batch.mean, batch.logvar, posterior_keys)
   if batch.extra is not None:
     x0 = _repeat_first_frame(x0, jnp.asarray(batch.extra), batch, config.patch)
   x0 = x0 * config.scaling_factor
-  noise = jax.random.normal(noise_key, x0.shape)
+  noise = _normal(noise_keys, x0.shape)
   image = None
   if batch.image is not None:
-    moments = jnp.asarray(batch.image)
-    image = _draw_image(moments, batch, jax.random.fold_in(key, IMAGE), config)
+    image = _draw_image(jnp.asarray(batch.image), batch, image_keys, config)
   return Latents(x0, noise, image)
 
 
-def _sample(mean: ArrayLike, logvar: ArrayLike, key: Key[Array, ""]) -> Float[Array, "b n p"]:
+def _normal(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b n p"]:
+  return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
+
+
+def _sample(mean: ArrayLike, logvar: ArrayLike, keys: Key[Array, "b"]) -> Float[Array, "b n p"]:
   mean, logvar = (jnp.asarray(x, jnp.float32) for x in (mean, logvar))
   spread = jnp.exp(jnp.clip(logvar, -30, 20) / 2)  # Clipped as the published VAE does.
-  return mean + spread * jax.random.normal(key, mean.shape)
+  return mean + spread * _normal(keys, mean.shape)
 
 
 def _in_first_patch(batch: Batch) -> Bool[Array, "b n"]:
@@ -84,12 +98,13 @@ def _repeat_first_frame(
 
 
 def _draw_image(
-  moments: Float[Array, "b n 2 q"], batch: Batch, key: Key[Array, ""], config: LatentConfig
+  moments: Float[Array, "b n 2 q"], batch: Batch, keys: Key[Array, "b"], config: LatentConfig
 ) -> Float[Array, "b n p"]:
   """Latents of each clip's image in its first latent frame; zeros elsewhere, and if dropped."""
-  posterior_key, drop_key = jax.random.split(key)
-  latents = _sample(moments[:, :, 0], moments[:, :, 1], posterior_key) * config.image_scale
-  dropped = jax.random.bernoulli(drop_key, config.image_drop_rate, batch.grids.shape[:2])
+  posterior_keys, drop_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+  latents = _sample(moments[:, :, 0], moments[:, :, 1], posterior_keys) * config.image_scale
+  drop = partial(jax.random.bernoulli, p=config.image_drop_rate, shape=batch.grids.shape[1:2])
+  dropped = jax.vmap(drop)(drop_keys)
   dropped = jnp.take_along_axis(dropped, batch.segment_ids, axis=1)
   latents = jnp.where((_in_first_patch(batch) & ~dropped)[..., None], latents, 0)
   t, h, w = config.patch

@@ -1,10 +1,10 @@
 """The training loss: the squared error of v, over the vision tokens of all clips alike."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from cogvideox_jax.diffusion import timesteps as sampling
 from cogvideox_jax.diffusion.latents import LatentConfig, Latents, draw_latents
@@ -16,47 +16,51 @@ from cogvideox_jax.types import VISION, Batch
 Denoise = Callable[[Float[Array, "b n seen"], Int[Array, "b s"]], Float[Array, "b n p"]]
 
 
+class Part(NamedTuple):
+  """Rows of a global batch, all or some, with what the whole batch decides of them."""
+
+  batch: Batch
+  timesteps: Int[Array, "b s"]
+  rows: Int[Array, "b"]  # Their numbers in the global batch.
+
+
+def whole(
+  batch: Batch, key: Key[Array, ""], schedule: NoiseSchedule, *, explicit_uniform: bool
+) -> Part:
+  """A global batch with the timesteps that the key draws.
+
+  explicit_uniform: spread the timesteps evenly over the batch, or draw each by itself.
+  """
+  draw = sampling.explicit_uniform if explicit_uniform else sampling.uniform
+  clips = jnp.max(batch.segment_ids, axis=1)
+  timesteps = draw(key, clips, batch.grids.shape[1], len(schedule.alphas_cumprod))
+  return Part(batch, timesteps, jnp.arange(len(clips)))
+
+
 def diffusion_loss(
   denoise: Denoise,
-  batch: Batch,
+  part: Part,
+  tokens: Int[Array, ""],
   schedule: NoiseSchedule,
   key: Key[Array, ""],
   *,
   latents: LatentConfig,
-  explicit_uniform: bool,
 ) -> Float[Array, ""]:
-  """The loss of one global batch, at timesteps, latents and noise that the key draws.
+  """A part's share of the loss of its global batch, on latents and noise that the key draws.
+
+  The shares of all parts sum to the loss, whatever the parts.
 
   Args:
-    explicit_uniform: spread the timesteps evenly over the batch, or draw each by itself.
+    tokens: `vision_tokens` of the global batch.
   """
-  timestep_key, latent_key = jax.random.split(key)
-  draw = sampling.explicit_uniform if explicit_uniform else sampling.uniform
-  timesteps = draw(
-    timestep_key,
-    jnp.max(batch.segment_ids, axis=1),
-    batch.grids.shape[1],
-    len(schedule.alphas_cumprod),
-  )
-  return v_loss(denoise, draw_latents(batch, latent_key, latents), timesteps, batch, schedule)
+  drawn = draw_latents(part.batch, key, latents, part.rows)
+  return squared_error(denoise, drawn, part.timesteps, part.batch, schedule) / tokens
 
 
-def validation_loss(
-  denoise: Denoise,
-  batch: Batch,
-  schedule: NoiseSchedule,
-  key: Key[Array, ""],
-  timestep: int | Int[Array, ""],
-  *,
-  latents: LatentConfig,
-) -> Float[Array, ""]:
-  """The loss with every clip at one timestep, as the paper's Table 9 reports it; images all seen.
-
-  The same key gives the same noise, so that losses of different weights can be compared.
-  """
-  drawn = draw_latents(batch, key, latents._replace(image_drop_rate=0.0))
+def at_timestep(batch: Batch, timestep: int | Int[Array, ""]) -> Part:
+  """A global batch with every clip at one timestep, as the paper's Table 9 reports losses."""
   timesteps = jnp.full(batch.grids.shape[:2], timestep, jnp.int32)
-  return v_loss(denoise, drawn, timesteps, batch, schedule)
+  return Part(batch, timesteps, jnp.arange(len(timesteps)))
 
 
 def v_loss(
@@ -66,13 +70,29 @@ def v_loss(
   batch: Batch,  # Says which tokens are whose: segment_ids, experts.
   schedule: NoiseSchedule,
 ) -> Float[Array, ""]:
-  """The squared error of v summed over real vision tokens, divided by their numbers' count.
+  """The squared error of v, a mean over the numbers of all real vision tokens.
 
   A mean over the global batch, not of means: long and short clips, full and half-empty rows count
   by their tokens, and any mesh gives the same number. Weighting the error of x0 by 1 / (1 - alpha),
   as the published code does, is the same loss. Extra latent frames in front count as any other: a
   sampler denoises them by the network's own v, and drops them only at the end.
   """
+  return squared_error(denoise, latents, timesteps, batch, schedule) / vision_tokens(batch)
+
+
+def vision_tokens(batch: Batch) -> Int[Array, ""]:
+  """How many there are, without padding; 1 if there is none."""
+  return jnp.maximum(_counts(batch).sum(), 1)
+
+
+def squared_error(
+  denoise: Denoise,
+  latents: Latents,
+  timesteps: Int[Array, "b s"],
+  batch: Batch,
+  schedule: NoiseSchedule,
+) -> Float[Array, ""]:
+  """As `v_loss`, but summed over the tokens: a mean over the numbers of each."""
   x0, noise, image = latents
   alpha = jnp.take_along_axis(schedule.alpha(timesteps), batch.segment_ids, axis=1)[..., None]
   seen = add_noise(x0, noise, alpha)
@@ -80,6 +100,9 @@ def v_loss(
     seen = jnp.concatenate([seen, image], axis=-1)
   v = denoise(seen, timesteps)
   error = v.astype(jnp.float32) - velocity(x0, noise, alpha)
-  counts = (batch.segment_ids > 0) & (batch.experts == VISION)
-  squares = jnp.where(counts[..., None], jnp.square(error), 0)
-  return squares.sum() / (jnp.maximum(counts.sum(), 1) * x0.shape[-1])
+  squares = jnp.where(_counts(batch)[..., None], jnp.square(error), 0)
+  return squares.sum() / x0.shape[-1]
+
+
+def _counts(batch: Batch) -> Bool[Array, "b n"]:
+  return jnp.asarray((batch.segment_ids > 0) & (batch.experts == VISION))

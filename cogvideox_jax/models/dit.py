@@ -1,12 +1,16 @@
 """The expert transformer over packed rows (paper 2.2; diffusers `CogVideoXTransformer3DModel`)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
@@ -14,6 +18,29 @@ from cogvideox_jax.models import positions
 from cogvideox_jax.models.layers import EPSILON, Attention, Block, layer_norm, per_token
 from cogvideox_jax.types import TEXT
 
+# What a block's backward pass finds saved of the forward pass, by name; the rest is computed again.
+# `attention`: its outputs, so that its kernel runs once. `offload`: these and each block's input,
+# in the host's memory.
+REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+  # Inside a scan nothing can be shared between the passes, so CSE need not be prevented.
+  "none": lambda run: run,
+  "full": partial(jax.checkpoint, prevent_cse=False),
+  "attention": partial(
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names("attention"),
+  ),
+  "offload": partial(
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=["block", "attention"],
+      offload_src="device",
+      offload_dst="pinned_host",
+    ),
+  ),
+}
 OFS = 2.0  # What the published 1.5-I2V was trained and is sampled with, always.
 
 
@@ -83,8 +110,7 @@ def unpatchify(
 class DiT(nnx.Module):
   """Predicts v of every vision token of packed rows.
 
-  dtype: what it computes in; parameters are fp32 masters. remat: recompute each block's
-  activations in the backward pass.
+  dtype: what it computes in; parameters are fp32 masters. remat: a name of REMAT.
   """
 
   def __init__(
@@ -93,7 +119,7 @@ class DiT(nnx.Module):
     *,
     rngs: nnx.Rngs,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
   ):
     width, patch = config.width, math.prod(config.patch)
     self.config, self.dtype, self.remat = config, dtype, remat
@@ -154,9 +180,8 @@ class DiT(nnx.Module):
     x = self._embed(vision, text, segment_ids, experts, coordinates, grids)
     rotary = self._rotary(segment_ids, experts, coordinates, grids)
     x = self._run_blocks(x, time, segment_ids, experts, rotary, attention)
-    shift, scale = jnp.split(
-      per_token(self.out_modulation(nnx.silu(time)), segment_ids), 2, axis=-1
-    )
+    tables = rearrange(self.out_modulation(nnx.silu(time)), "b s (m d) -> m b s d", m=2)
+    shift, scale = per_token(tables, segment_ids)
     return self.out(self.out_norm(self.final_norm(x)) * (1 + scale) + shift)
 
   def _embed(self, vision, text, segment_ids, experts, coordinates, grids) -> Float[Array, "b n d"]:
@@ -166,7 +191,8 @@ class DiT(nnx.Module):
     word = jnp.maximum(segment_ids - 1, 0) * text.shape[2] + coordinates[..., 0]
     word = jnp.clip(word, 0, words.shape[1] - 1)
     patches = self.vision_in(vision.astype(self.dtype))
-    x = jnp.where((experts == TEXT)[..., None], per_token(words, word), patches)
+    word = jnp.take_along_axis(words, word[..., None], axis=1)
+    x = jnp.where((experts == TEXT)[..., None], word, patches)
     if self.config.positions != "sincos" and not self.config.learned_positions:
       return x
     scales = self.config.spatial_interpolation, self.config.temporal_interpolation
@@ -191,9 +217,7 @@ class DiT(nnx.Module):
     graphdef, stacked = nnx.split(self.blocks)
 
     def run(x, params):
-      block = nnx.merge(graphdef, params)
+      block, x = nnx.merge(graphdef, params), checkpoint_name(x, "block")
       return block(x, time, segment_ids, experts, rotary, attention), None
 
-    # Inside a scan nothing can be shared between the passes, so CSE need not be prevented.
-    body = jax.checkpoint(run, prevent_cse=False) if self.remat else run
-    return jax.lax.scan(body, x, stacked)[0]
+    return jax.lax.scan(REMAT[self.remat](run), x, stacked)[0]

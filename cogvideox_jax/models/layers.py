@@ -46,14 +46,24 @@ class ExpertAdaLayerNorm(nnx.Module):
     experts: Int[Array, "b n"],
   ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
     """Returns the modulated tokens, and the gate for the branch they are about to enter."""
-    table = rearrange(self.modulation(nnx.silu(time)), "b s (two d3) -> b (s two) d3", two=2)
-    shift, scale, gate = jnp.split(per_token(table, 2 * segment_ids + experts), 3, axis=-1)
+    tables = rearrange(
+      self.modulation(nnx.silu(time)), "b s (two m d) -> m b (s two) d", two=2, m=3
+    )
+    shift, scale, gate = per_token(tables, 2 * segment_ids + experts)
     return self.norm(x) * (1 + scale) + shift, gate
 
 
-def per_token(table: Float[Array, "b rows d"], index: Int[Array, "b n"]) -> Float[Array, "b n d"]:
-  """Each token's row of its own table."""
-  return jnp.take_along_axis(table, index[..., None], axis=1)
+def per_token(
+  tables: Float[Array, "m b rows d"], index: Int[Array, "b n"]
+) -> list[Float[Array, "b n d"]]:
+  """Each token's row of several small tables, of the same values bit by bit.
+
+  As products with ones and zeros, for matrix units: the gradient of a lookup would be added up one
+  token after the other.
+  """
+  chosen = jax.nn.one_hot(index, tables.shape[2], dtype=tables.dtype)
+  exact = jax.lax.Precision.HIGHEST
+  return [jnp.einsum("bnr,brd->bnd", chosen, table, precision=exact) for table in tables]
 
 
 class SelfAttention(nnx.Module):

@@ -14,15 +14,17 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cogvideox_jax import sharding
+from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.interrupts import Interrupts
-from cogvideox_jax.training import resume, setup, state
+from cogvideox_jax.training import resume, setup
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import Recorder, RunLog
 from cogvideox_jax.training.preview import Previewer
+from cogvideox_jax.training.programs import jit_train
 from cogvideox_jax.training.state import Params, TrainState
 from cogvideox_jax.types import Batch
 
@@ -43,6 +45,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   resume.check_config(workdir, config)
+  open_model(config.components)  # Refused here if there is none: its VAE's scale is trained for.
   run = Run(config, workdir)
   with disk_errors(workdir):
     resume.store(workdir, config, run.data_digests)
@@ -80,10 +83,10 @@ class Run:
   def __init__(self, config: ConfigDict, workdir: epath.Path):
     """Prepares all that needs no compiled program of the transformer."""
     self._config, self._steps, self._workdir = config, config.train.steps, workdir
-    self._mesh, rules = setup.make_mesh(config)
-    _, self._stage = setup.only_stage(config)
-    self._rows = sharding.row_sharding(self._mesh, rules, self._stage.rows)
-    self._functions = setup.make_functions(config, self._mesh, rules)
+    name, self._stage = setup.only_stage(config)
+    self._mesh, rules = setup.make_mesh(config, name)
+    self._places = partial(sharding.batch_shardings, mesh=self._mesh, rules=rules)
+    self._functions = setup.make_functions(config, name, self._mesh, rules)
     self._previewer = None
     if config.preview.every and config.preview.prompts:
       self._previewer = Previewer(config, workdir / "previews")
@@ -155,8 +158,7 @@ class Run:
     return step
 
   def _compile(self, value: TrainState, batch: Batch) -> Programs:
-    places = state.shardings_of(value)
-    train = jax.jit(self._functions.train, out_shardings=(places, None), donate_argnums=0)
+    train = jit_train(self._functions)
     validate = jax.jit(self._functions.validate)
     progress = Progress()
     with progress.phase(COMPILE, 2 if self._held_out else 1) as bar:
@@ -205,7 +207,7 @@ class Run:
 
   def _place(self, batch: Batch) -> Batch:
     """This host's rows as its part of the global batch."""
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, self._rows), batch)
+    return jax.tree.map(jax.make_array_from_process_local_data, self._places(batch), batch)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -1,10 +1,12 @@
 """From a config to everything that a training run needs, each part checked before any compile."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -24,12 +26,14 @@ from cogvideox_jax.diffusion.latents import LatentConfig
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.encoders import Encoders
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.attention import attention
+from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
+from cogvideox_jax.models.vae import VAEConfig
 from cogvideox_jax.training import checkpoint, optimizer, state
 from cogvideox_jax.training.state import Params, TrainState
-from cogvideox_jax.training.step import Network, train_step, validation_step
+from cogvideox_jax.training.step import Accumulation, Network, train_step, validation_step
+from cogvideox_jax.types import Batch
 
 
 class Functions(NamedTuple):
@@ -41,8 +45,13 @@ class Functions(NamedTuple):
   validate: Callable[..., Any]  # (params, batch, key, timesteps) -> losses
 
 
-def make_mesh(config: ConfigDict) -> tuple[Mesh, sharding.Rules]:
-  return sharding.make_mesh(dict(config.mesh)), sharding.rules_named(config.sharding)
+def make_mesh(
+  config: ConfigDict, stage: str, devices: Sequence[Any] | None = None
+) -> tuple[Mesh, sharding.Rules]:
+  """The mesh of a stage, over all devices of the job or those given, and what it splits."""
+  devices = jax.devices() if devices is None else devices
+  sizes = sharding.with_context(dict(config.mesh), config.stages[stage].context, devices)
+  return sharding.make_mesh(sizes, devices), sharding.rules_named(config.sharding)
 
 
 def only_stage(config: ConfigDict) -> tuple[str, ConfigDict]:
@@ -131,23 +140,31 @@ def dropped_caption(config: ConfigDict) -> DroppedCaption:
   return "zeros" if config.text.drop == "zeros" else _empty_prompt(config)
 
 
-def make_functions(config: ConfigDict, mesh: Mesh, rules: sharding.Rules) -> Functions:
-  """What the loop compiles; `config.components` gives the scale of the latents."""
+def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.Rules) -> Functions:
+  """What the loop compiles for a stage; `config.components` gives the scale of the latents."""
   model = model_config(config)
-  options = {"dtype": compute_dtype(config.dtype), "remat": config.remat}
+  device = mesh.devices.flat[0]
+  dtype = compute_dtype(config.dtype, device.platform)
   network = Network(
-    graph_of(DiT, model, **options), model.width, sharding.shard_attention(attention, mesh, rules)
+    graph_of(DiT, model, dtype=dtype, remat=config.remat),
+    model.width,
+    sharding.shard_attention(attention_for(device), mesh, rules),
   )
   learning_rate = optimizer.learning_rate(config.optimizer, config.train.steps)
   tx = optimizer.make_optimizer(config.optimizer, learning_rate)
+  draw = partial(_draw_params, model)
+  shapes = jax.eval_shape(draw, jax.random.key(0))
+  abstract = state.abstract(shapes, tx, mesh, rules)
+  parts = _parts(config.stages[stage], mesh, rules)
   shared = {
     "network": network,
     "schedule": noise_schedule(NoiseConfig(**config.noise)),
     "latents": latent_config(config),
+    "accumulation": Accumulation(
+      split=partial(sharding.split_rows, parts=parts, mesh=mesh, rules=rules),
+      pin=partial(jax.lax.with_sharding_constraint, shardings=state.shardings_of(abstract).params),
+    ),
   }
-  draw = partial(_draw_params, model)
-  shapes = jax.eval_shape(draw, jax.random.key(0))
-  abstract = state.abstract(shapes, tx, mesh, rules)
 
   def create(key: Key[Array, ""]) -> TrainState:
     if not config.init_from:
@@ -168,6 +185,46 @@ def make_functions(config: ConfigDict, mesh: Mesh, rules: sharding.Rules) -> Fun
       **shared,
     ),
     validate=partial(validation_step, **shared),
+  )
+
+
+def _parts(stage: ConfigDict, mesh: Mesh, rules: sharding.Rules) -> int:
+  """In how many parts a step computes with a batch, one after the other."""
+  sharding.row_sharding(mesh, rules, stage.rows)  # Checks that the rows divide.
+  rows = stage.rows // sharding.row_shards(mesh, rules)
+  at_once = stage.rows_at_once or rows
+  if rows % at_once:
+    raise UserError(
+      f"each device has {rows} rows of a batch of {stage.rows}, which a step cannot take "
+      f"{at_once} at once.\nMake the stage's `rows_at_once` a divisor of {rows}, or 0 for all."
+    )
+  return rows // at_once
+
+
+def abstract_batch(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.Rules) -> Batch:
+  """Shapes, types and shardings of a stage's global batch, as the loader gives it for clips that
+  `encode` made."""
+  model, sizes = model_config(config), config.stages[stage]
+  rows, tokens, clips = sizes.rows, sizes.row_tokens, sizes.max_clips
+  frame_width = model.out_channels * math.prod(model.patch[1:])
+
+  def array(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+  batch = Batch(
+    mean=array(jnp.float16, tokens, model.patch[0] * frame_width),
+    logvar=array(jnp.float16, tokens, model.patch[0] * frame_width),
+    text=array(jnp.bfloat16, clips, model.text_length, model.text_width),
+    segment_ids=array(jnp.int32, tokens),
+    experts=array(jnp.int32, tokens),
+    coordinates=array(jnp.int32, tokens, 3),
+    grids=array(jnp.int32, clips + 1, 3),
+    extra=array(jnp.int32, clips + 1) if model.patch[0] > 1 else None,
+    image=array(jnp.float16, tokens, 2, frame_width) if model.takes_image else None,
+  )
+  places = sharding.batch_shardings(batch, mesh, rules)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch, places
   )
 
 
@@ -198,15 +255,22 @@ def load_initial(source: str, wanted: Params) -> Params:
 
 
 def latent_config(config: ConfigDict) -> LatentConfig:
-  """How the transformer sees latents of the VAE of `config.components`."""
-  fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
-  vae = configs.read_vae(fields, where)
+  """How the transformer sees latents of the VAE of `vae_config`."""
+  vae = vae_config(config)
   return LatentConfig(
     patch=tuple(config.model.patch),
     scaling_factor=vae.scaling_factor,
     image_scale=vae.image_scale(config.image.scale),
     image_drop_rate=config.image.drop_rate,
   )
+
+
+def vae_config(config: ConfigDict) -> VAEConfig:
+  """Of `config.components`; if that is empty the published one, which programs can be made for."""
+  if not config.components:
+    return VAEConfig()
+  fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
+  return configs.read_vae(fields, where)
 
 
 def _empty_prompt(config: ConfigDict) -> Float[np.ndarray, "l t"]:

@@ -1,7 +1,7 @@
 """One update of the weights, and the loss that is watched: pure functions of state and batch."""
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Key
 
+from cogvideox_jax.diffusion import loss
 from cogvideox_jax.diffusion.latents import LatentConfig
-from cogvideox_jax.diffusion.loss import Denoise, diffusion_loss, validation_loss
+from cogvideox_jax.diffusion.loss import Denoise, Part, diffusion_loss
 from cogvideox_jax.diffusion.noise import NoiseSchedule
 from cogvideox_jax.models.dit import timestep_sinusoid
 from cogvideox_jax.training import optimizer
@@ -26,6 +27,13 @@ class Network(NamedTuple):
   attention: Callable[..., Float[Array, "b n heads head_dim"]]
 
 
+class Accumulation(NamedTuple):
+  """How a global batch is computed with in parts, one after the other."""
+
+  split: Callable[[Any], Any]  # Arrays [rows ...] of a tree -> [parts, rows of a part, ...].
+  pin: Callable[[Params], Params]  # Keeps gradients where their parameters are.
+
+
 def train_step(
   state: TrainState,
   batch: Batch,
@@ -38,6 +46,7 @@ def train_step(
   latents: LatentConfig,
   ema_decay: float,
   explicit_uniform: bool,
+  accumulation: Accumulation,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
   """Denoises one batch and moves the weights. The loop jits it and donates `state`.
 
@@ -49,24 +58,24 @@ def train_step(
   Returns:
     The next state; loss, grad_norm (before clipping) and learning_rate.
   """
-  key = jax.random.fold_in(key, state.step)
+  timestep_key, latent_key = jax.random.split(jax.random.fold_in(key, state.step))
+  everything = loss.whole(batch, timestep_key, schedule, explicit_uniform=explicit_uniform)
+  tokens = loss.vision_tokens(batch)
 
-  def loss_of(params: Params) -> Float32[Array, ""]:
-    return diffusion_loss(
-      denoiser(network, params, batch),
-      batch,
-      schedule,
-      key,
-      latents=latents,
-      explicit_uniform=explicit_uniform,
-    )
+  def loss_of(params: Params, part: Part) -> Float32[Array, ""]:
+    denoise = denoiser(network, params, part.batch)
+    return diffusion_loss(denoise, part, tokens, schedule, latent_key, latents=latents)
 
-  loss, grads = jax.value_and_grad(loss_of)(state.params)
+  def gradient_of(part: Part) -> tuple[Float32[Array, ""], Params]:
+    value, grads = jax.value_and_grad(loss_of)(state.params, part)
+    return value, accumulation.pin(grads)
+
+  value, grads = _sum_over(gradient_of, accumulation.split(everything))
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = cast(Params, optax.apply_updates(state.params, updates))
   ema = optimizer.average(state.ema, params, state.step, ema_decay)
   metrics = {
-    "loss": loss,
+    "loss": value,
     "grad_norm": optax.tree.norm(grads),
     "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
   }
@@ -82,14 +91,35 @@ def validation_step(
   network: Network,
   schedule: NoiseSchedule,
   latents: LatentConfig,
+  accumulation: Accumulation,
 ) -> Float32[Array, "timesteps"]:
-  """The loss of a batch with all its clips at each of the timesteps in turn, on fixed noise."""
-  denoise = denoiser(network, params, batch)
+  """The loss of a batch with all its clips at each of the timesteps in turn, images all seen.
+
+  The same key gives the same noise, so that losses of different weights can be compared.
+  """
+  tokens, latents = loss.vision_tokens(batch), latents._replace(image_drop_rate=0.0)
+
+  def share(part: Part) -> Float32[Array, ""]:
+    denoise = denoiser(network, params, part.batch)
+    return diffusion_loss(denoise, part, tokens, schedule, key, latents=latents)
 
   def at(timestep: Int[Array, ""]) -> Float32[Array, ""]:
-    return validation_loss(denoise, batch, schedule, key, timestep, latents=latents)
+    return _sum_over(share, accumulation.split(loss.at_timestep(batch, timestep)))
 
   return jax.lax.map(at, timesteps)
+
+
+def _sum_over(function: Callable[[Part], Any], parts: Part) -> Any:
+  """The sum of what a function gives for each part, which are taken in turn."""
+  first = jax.tree.map(lambda x: x[0], parts)
+  if len(parts.rows) == 1:
+    return function(first)
+
+  def add(total: Any, part: Part) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, first))
+  return jax.lax.scan(add, zeros, parts)[0]
 
 
 def denoiser(network: Network, params: Params, batch: Batch) -> Denoise:
