@@ -198,12 +198,7 @@ def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
   """
   rows, tokens = batch.segment_ids.shape
   row_sharding(mesh, rules, rows)
-  if tokens % (shards := _size(mesh, rules["tokens"])):
-    raise UserError(
-      f"a row of {tokens} tokens does not divide over {' x '.join(rules['tokens'])} of the mesh "
-      f"({_text(mesh.shape)}).\nMake the stage's `row_tokens` a multiple of {shards}, or lower its "
-      "`context`."
-    )
+  _check_tokens(tokens, mesh, rules)
 
   def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
     axes = BATCH_AXES[path_name(path)]
@@ -249,7 +244,7 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
   Raises, when it is called:
     UserError: the tokens do not divide over the mesh.
   """
-  tokens = rules.get("tokens", ())
+  tokens = rules["tokens"]
   shards = _size(mesh, tokens)
 
   def by_head(x: jax.Array) -> jax.Array:
@@ -261,7 +256,7 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
     out = jax.lax.all_to_all(out, tokens, split_axis=1, concat_axis=2, tiled=True)
     return out[:, :, : q.shape[2]]
 
-  split = PartitionSpec(rules["rows"], tokens or None, rules.get("heads"))
+  split = PartitionSpec(rules["rows"], tokens, rules.get("heads"))
   sharded = jax.shard_map(
     attend_whole if shards > 1 else attention,
     mesh=mesh,
@@ -271,12 +266,7 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
   )
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    if q.shape[1] % shards:
-      raise UserError(
-        f"a row of {q.shape[1]} tokens does not divide over {' x '.join(tokens)} of the mesh "
-        f"({_text(mesh.shape)}).\nMake it {padded_tokens(q.shape[1], mesh, rules)} tokens long, "
-        "or change config.mesh."
-      )
+    _check_tokens(q.shape[1], mesh, rules)
     return sharded(q, k, v, segment_ids)
 
   return attend
@@ -287,8 +277,17 @@ def padded_tokens(tokens: int, mesh: Mesh, rules: Rules) -> int:
 
   Every device gets whole tiles of TILE tokens. Attention pads to its own blocks by itself.
   """
-  shards = _size(mesh, rules.get("tokens", ()))
+  shards = _size(mesh, rules["tokens"])
   return tokens if shards == 1 else tokens + -tokens % (TILE * shards)
+
+
+def _check_tokens(tokens: int, mesh: Mesh, rules: Rules) -> None:
+  if tokens % _size(mesh, rules["tokens"]):
+    raise UserError(
+      f"a row of {tokens} tokens does not divide over {' x '.join(rules['tokens'])} of the mesh "
+      f"({_text(mesh.shape)}).\nMake the stage's `row_tokens` "
+      f"{padded_tokens(tokens, mesh, rules)}, or lower its `context`."
+    )
 
 
 def _logical_axes(name: str, ndim: int) -> list[str]:
