@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -119,6 +120,15 @@ def with_context(sizes: Mapping[str, int], most: int, devices: Sequence[Any]) ->
   free = max(1, len(devices) // _slices(devices) // others)
   context = max(size for size in range(1, min(most, free) + 1) if free % size == 0)
   return {**sizes, "context": context}
+
+
+def mesh_of_rows(rows: int, devices: Sequence[Any]) -> Mesh:
+  """A mesh over the devices, in their order, for so many rows: one for each as far as they divide,
+  and where devices are left, several to a row."""
+  data = math.gcd(rows, len(devices))
+  shape = [{"data": data, "context": len(devices) // data}.get(axis, 1) for axis in MESH_AXES]
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=types)
 
 
 def local_mesh() -> Mesh:
