@@ -163,7 +163,7 @@ def attend_row(
 def _forward(
   q: Array, k: Array, v: Array, ids: Array, blocks: splash.BlockSizes, interpret: bool
 ) -> tuple[Array, Residuals]:
-  def run(divisor: int) -> tuple[Array, tuple[Array]]:
+  def run(divisor: int) -> Any:
     kernel = splash.SplashAttentionKernel(
       block_grid(ids, blocks.block_q, blocks.block_kv, divisor),
       dq_mask_info=None,
@@ -183,13 +183,11 @@ def _backward(
   blocks: splash.BlockSizes, interpret: bool, residuals: Residuals, g: Array
 ) -> tuple[Array, Array, Array, None]:
   q, k, v, ids, out, log_sum = residuals
-  fused = blocks.use_fused_bwd_kernel
+  fused, block_kv = blocks.use_fused_bwd_kernel, blocks.block_kv_dkv or blocks.block_kv
 
   def run(divisor: int) -> tuple[Array, Array, Array]:
-    by_query = None if fused else block_grid(ids, blocks.block_q_dq, blocks.block_kv_dq, divisor)
-    by_key = block_grid(
-      ids, blocks.block_q_dkv, blocks.block_kv_dkv, divisor, by_key=True, whole=fused
-    )
+    by_query = None if fused else block_grid(ids, blocks.block_q, blocks.block_kv, divisor)
+    by_key = block_grid(ids, blocks.block_q, block_kv, divisor, by_key=True, whole=fused)
     ids_of_both = splash.SegmentIds(ids, ids)
     # JAX has no public name for the backward pass without the forward one.
     grads = splash._splash_attention_bwd(
