@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -103,13 +104,18 @@ class Run:
     if config.preview.every and config.preview.prompts:
       self._previewer = Previewer(config, workdir / "previews")
     setup.make_data(config, workdir)
-    self._drop = setup.dropped_caption(config)
+    self._drop: DroppedCaption = setup.dropped_caption(config)
     saved = checkpoint.good_steps(workdir / "checkpoints")
     self._next = stages.going_on_at(self._plan, saved[-1] if saved else 0)
     self._prepared: dict[str, StageRun] = {}
     for stage in self._plan[self._plan.index(self._next) :]:
       self._prepare(stage)
     self._create_key, *_ = _keys(config)
+
+  @property
+  def mesh(self) -> Mesh:
+    """Of the stage that the run goes on with."""
+    return self._prepare(self._next).mesh
 
   @property
   def data_digests(self) -> dict[str, str]:

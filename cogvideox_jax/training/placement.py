@@ -7,7 +7,7 @@ processes.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ def rows_here(rows: Sharding, count: int) -> tuple[int, ...]:
 
   rows: the sharding of an array of one number a row.
   """
-  places = rows.addressable_devices_indices_map((count,)).values()
+  places = cast(Any, rows.addressable_devices_indices_map((count,)).values())
   return tuple(sorted({row for (run,) in places for row in range(count)[run]}))
 
 
@@ -35,7 +35,7 @@ def place(batch: Any, mine: Sequence[int], count: int, places: Any) -> Any:
   where = {row: number for number, row in enumerate(mine)}
 
   def put(sharding: Sharding, array: np.ndarray) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
       run = [where[row] for row in range(count)[index[0]]]
       # Rows in turn here stand in turn in `mine`, which ascends and leaves none of them out.
       return array[run[0] : run[-1] + 1][(slice(None), *index[1:])]
