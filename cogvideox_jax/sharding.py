@@ -136,6 +136,13 @@ def local_mesh() -> Mesh:
   return make_mesh({axis: -1 if axis == "data" else 1 for axis in MESH_AXES}, jax.local_devices())
 
 
+def share_out(params: Any) -> Any:
+  """Parameters on this host's devices alone, each with a part, for work that hosts do apart."""
+  sizes = {axis: -1 if axis == "fsdp" else 1 for axis in MESH_AXES}
+  mesh = make_mesh(sizes, jax.local_devices())
+  return jax.device_put(params, shardings(params, mesh, RULES["fsdp"]))
+
+
 def rules_named(name: str) -> Rules:
   """The row of RULES that `config.sharding` names; else a UserError lists the names there are."""
   if name not in RULES:

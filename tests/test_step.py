@@ -239,3 +239,9 @@ def test_training_on_one_batch_learns_it(run):
     value, metrics = run(value, batch, KEY)
     losses.append(float(metrics["loss"]))
   assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_explicit_uniform_sampling_can_be_left_out(run):
+  batch = batch_of()
+  plain = jax.jit(make_step(explicit_uniform=False))(START, batch, KEY)[1]
+  assert np.isfinite(plain["loss"]) and plain["loss"] != run(START, batch, KEY)[1]["loss"]

@@ -26,8 +26,9 @@ LANES = 128  # Every block is a multiple of the registers' lanes.
 # there the grid is narrowed to the longest clip.
 MANY_BLOCKS = 128
 # Adding up the partial gradients of a fused backward pass grows with the square of a row, of which
-# longer rows run a small part: there it takes longer than the pass saves.
-MOST_FUSED = 32_768
+# packed rows run a small part: on a v5p it takes 16 ms of a layer of 25,600 tokens and saves 9, and
+# 8 of one of 17,776, of one clip, and saves 21.
+MOST_FUSED = 20_480
 COMPUTE = 512  # Tokens of keys that a kernel takes at a time: more spill registers.
 # Two numbers a pair of blocks, of int16 and int8, stand in the scalar memory of 1 MiB.
 MOST_PAIRS = 300_000
@@ -81,9 +82,16 @@ def attention(
     return rearrange(x, "b n (groups heads) e -> (b groups) heads n e", groups=plan.groups)
 
   parts = by_head(q * head_dim**-0.5), by_head(k), by_head(v), jnp.repeat(ids, plan.groups, 0)
-  out = jax.lax.map(lambda part: attend_row(*part, plan.blocks, interpret), parts)
+  out = _map(lambda *part: attend_row(*part, plan.blocks, interpret), parts)
   out = rearrange(out, "(b groups) heads n e -> b n (groups heads) e", groups=plan.groups)
   return out[:, :tokens]
+
+
+def _map(function: Callable[..., Array], parts: tuple[Array, ...]) -> Array:
+  """`jax.lax.map`, but one part is not copied in and out of a loop."""
+  if len(parts[0]) == 1:
+    return function(*(x[0] for x in parts))[None]
+  return jax.lax.map(lambda part: function(*part), parts)
 
 
 class Plan(NamedTuple):
@@ -155,7 +163,7 @@ def attend_row(
 def _forward(
   q: Array, k: Array, v: Array, ids: Array, blocks: splash.BlockSizes, interpret: bool
 ) -> tuple[Array, Residuals]:
-  def run(divisor: int) -> tuple[Array, tuple[Array]]:
+  def run(divisor: int) -> Any:
     kernel = splash.SplashAttentionKernel(
       block_grid(ids, blocks.block_q, blocks.block_kv, divisor),
       dq_mask_info=None,
@@ -175,13 +183,11 @@ def _backward(
   blocks: splash.BlockSizes, interpret: bool, residuals: Residuals, g: Array
 ) -> tuple[Array, Array, Array, None]:
   q, k, v, ids, out, log_sum = residuals
-  fused = blocks.use_fused_bwd_kernel
+  fused, block_kv = blocks.use_fused_bwd_kernel, blocks.block_kv_dkv or blocks.block_kv
 
   def run(divisor: int) -> tuple[Array, Array, Array]:
-    by_query = None if fused else block_grid(ids, blocks.block_q_dq, blocks.block_kv_dq, divisor)
-    by_key = block_grid(
-      ids, blocks.block_q_dkv, blocks.block_kv_dkv, divisor, by_key=True, whole=fused
-    )
+    by_query = None if fused else block_grid(ids, blocks.block_q, blocks.block_kv, divisor)
+    by_key = block_grid(ids, blocks.block_q, block_kv, divisor, by_key=True, whole=fused)
     ids_of_both = splash.SegmentIds(ids, ids)
     # JAX has no public name for the backward pass without the forward one.
     grads = splash._splash_attention_bwd(
