@@ -75,9 +75,7 @@ def train_program(config: ConfigDict, stage_name: str, topology: Topology) -> Pr
     arguments=batch,
     model_flops=3 * forward,
     linear_flops=(3 + linear) * work.linear_flops(model, sum(clips)),
-    attention_flops=work.attention_flops(
-      model, clips, work.FORWARD_PRODUCTS * (1 + attention) + backward
-    ),
+    attention_flops=work.attention_flops(model, clips, products),
   )
 
 

@@ -183,7 +183,7 @@ def as_table(result: Mapping[str, Any]) -> str:
     _line("compile seconds", f"{result['compile_seconds']:.0f}"),
   ]
   if result["refusal"]:
-    lines.append(f"The compiler says: {result['refusal']}")
+    lines.append(f"Why: {result['refusal']}")
   return "\n".join([*lines, *(f"- {fix}" for fix in result["fixes"])])
 
 
