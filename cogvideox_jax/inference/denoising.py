@@ -175,8 +175,9 @@ def as_rows(
   vision = jax.vmap(partial(patchify, patch=patch))(seen)
   filling = layout.segment_ids.shape[1] - used
   vision = jnp.pad(vision, ((0, 0), (start, filling), (0, 0)))  # 0 at text tokens.
-  layout = Batch(*(None if part is None else jnp.asarray(part) for part in layout))
-  rows = jax.tree.map(lambda part: repeat(part, "1 ... -> r ...", r=halves * videos), layout)
+  rows: Any = jax.tree.map(
+    lambda part: repeat(jnp.asarray(part), "1 ... -> r ...", r=halves * videos), layout
+  )
   rows = rows._replace(
     mean=repeat(vision, "b n p -> (halves b) n p", halves=halves),
     text=rearrange(text, "halves b l t -> (halves b) 1 l t"),

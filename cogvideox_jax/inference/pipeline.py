@@ -94,7 +94,7 @@ class Pipeline(Adapters):
     *,
     dtype: str = "auto",
     progress: Progress | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
   ):
     """Puts parameters that are on the host on the devices; those already on a mesh stay there.
 
@@ -403,9 +403,7 @@ class Pipeline(Adapters):
     return np.concatenate(videos)[: len(latents)]
 
 
-def place(
-  params: Params, devices: Sequence[jax.Device] | None
-) -> tuple[tuple[jax.Device, ...], Params]:
+def place(params: Params, devices: Sequence[Any] | None) -> tuple[tuple[Any, ...], Params]:
   """The devices that sample, and the parameters on them: on each wholly, or as a mesh splits them.
 
   Latents go to all of these from the start: left on one, the first step's would lie elsewhere than
