@@ -29,12 +29,14 @@ class Case(NamedTuple):
   topology: str
   stage: int = 1
   program: str = "train"
-  flags: tuple[str, ...] = ()  # What the pod needs besides the config.
+  flags: tuple[str, ...] = ()  # What the pod needs, or is tried with, besides the config.
+  tag: str = ""  # Tells those apart that differ in their flags alone.
 
   @property
   def name(self) -> str:
     what = f"stage{self.stage}" if self.program == "train" else self.program
-    return f"{self.config}-{what}-{self.topology.replace(':', '-')}"
+    parts = (self.config, what, self.topology.replace(":", "-"), self.tag)
+    return "-".join(part for part in parts if part)
 
   @property
   def command(self) -> list[str]:
@@ -50,6 +52,12 @@ def context(devices: int) -> tuple[str, ...]:
   return (f"--config.mesh.context={devices}",)
 
 
+# Rows of one clip of 49x480x720, the published model's.
+ONE_CLIP = (
+  "--config.stages.stage2.sizes=((480, 720),)",
+  "--config.stages.stage2.row_tokens=17776",
+  "--config.stages.stage2.max_clips=1",
+)
 CASES = (
   Case("2b", "v6e:4x4", 1),
   Case("5b", "v5p:2x2x4", 1),
@@ -66,6 +74,14 @@ CASES = (
   ),
   *(Case(config, "v5p:4x4x8", 3) for config in ("2b", "5b", "1_5_5b")),
   Case("5b", "v5e:4x4", 2),
+  Case("5b", "v5p:2x2x4", 1, flags=("--config.remat=linear",), tag="linear"),
+  Case("5b", "v5p:4x4x4", 2, flags=("--config.remat=linear", *context(4)), tag="linear"),
+  Case("5b", "v5e:8x8", 2, flags=("--config.remat=offload", *context(8)), tag="offload"),
+  *(
+    Case("5b", topology, 2, flags=ONE_CLIP, tag="one-clip")
+    for topology in ("v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x4")
+  ),
+  Case("5b", "v5p:2x2x4:2", 1, tag="slices"),
   Case("2b", "v5e:1x1", program="sample"),
   Case("5b", "v5e:1x1", program="sample"),
   Case("5b", "v6e:1x1", program="sample"),
@@ -127,7 +143,7 @@ def row(case: Case, log: dict[str, Any]) -> str:
   what = f"stage {case.stage}" if case.program == "train" else f"{case.program} {clip}"
   cells = (
     case.config,
-    what,
+    what + " ".join(f" `{flag.removeprefix('--config.')}`" for flag in case.flags),
     case.topology,
     mesh,
     log["rows"],

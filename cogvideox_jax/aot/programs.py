@@ -25,7 +25,13 @@ from cogvideox_jax.training import setup
 from cogvideox_jax.training.programs import jit_train
 
 # config.remat -> how often a training step runs the forward pass again: linear layers, attention.
-RECOMPUTED = {"none": (0, 0), "full": (1, 1), "attention": (1, 0), "offload": (1, 0)}
+RECOMPUTED = {
+  "none": (0, 0),
+  "full": (1, 1),
+  "attention": (1, 0),
+  "linear": (0, 0),
+  "offload": (1, 0),
+}
 
 
 class Part(NamedTuple):
