@@ -167,7 +167,7 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
   train_and_stop(mix(inputs, {"first": 1, "second": 1}), workdir, at=1)
   config, kept = mix(inputs, {"first": 3, "second": 1}), workdir / "mixture.json"
   before = kept.read_text()
-  kept.write_text("[{}]")
+  kept.write_text('{"tiny": [{}]}')
   with pytest.raises(UserError, match=r"mixture\.json is damaged"):
     loop.train(config, workdir)
   kept.write_text(before)
@@ -175,15 +175,19 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
 
   rows = [placed[index] for index in range(4 * 8)]
   assert [dataset for dataset, _ in rows].count("first") == 4 + 18
-  datasets = setup.make_rows(config, setup.open_data(config, workdir), "train", "zeros")
+  datasets = setup.make_rows(
+    config, "tiny", setup.open_data(config, "tiny", workdir), "train", "zeros"
+  )
   for name, planned in datasets.items():
     mine = [row.clips.tolist() for dataset, row in rows if dataset == name]
     assert mine == [planned[number].clips.tolist() for number in range(len(mine))]
   history = json.loads(kept.read_text())
-  assert history == [
-    {"start": 0, "weights": {"first": 1, "second": 1}, "offsets": {}},
-    {"start": 8, "weights": {"first": 3, "second": 1}, "offsets": {"first": 4, "second": 4}},
-  ]
+  assert history == {
+    "tiny": [
+      {"start": 0, "weights": {"first": 1, "second": 1}, "offsets": {}},
+      {"start": 8, "weights": {"first": 3, "second": 1}, "offsets": {"first": 4, "second": 4}},
+    ]
+  }
 
 
 def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_path, monkeypatch):
@@ -254,14 +258,14 @@ def test_a_workdir_that_is_a_file_is_named(inputs, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
   inputs, tmp_path, monkeypatch
 ):
-  place, placed = loop.Run._place, itertools.count(1)
+  place, placed = loop.StageRun._place, itertools.count(1)
 
   def place_and_spoil(self, batch):
     spoils = next(placed) == 4
     nothing = np.full_like(batch.mean, np.nan)
     return place(self, batch._replace(mean=nothing) if spoils else batch)
 
-  monkeypatch.setattr(loop.Run, "_place", place_and_spoil)
+  monkeypatch.setattr(loop.StageRun, "_place", place_and_spoil)
   workdir = epath.Path(tmp_path)
   with pytest.raises(UserError, match=r"at step 4: .*loss not finite. Earlier .* intact"):
     loop.train(make_config(inputs, validation__every=0), workdir)

@@ -7,7 +7,7 @@ by side; the loops run over these only, however long the row.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,8 @@ def attention(
     return rearrange(x, "b (blocks size) heads e -> b blocks heads size e", blocks=blocks)
 
   scaled = q * q.shape[-1] ** -0.5
-  out = _blockwise(split(scaled), split(k), split(v), ids.reshape(-1, blocks, size), tile)
+  ids = ids.reshape(-1, blocks, size)
+  out = cast(Array, _blockwise(split(scaled), split(k), split(v), ids, tile))
   return rearrange(out, "b blocks heads size e -> b (blocks size) heads e")[:, :n]
 
 
