@@ -41,9 +41,12 @@ RESAMPLES = 2000
 
 def batches_of(config: ConfigDict, folder: epath.Path, count: int) -> list[Batch]:
   """The first batches of the training that a config describes."""
-  datasets = setup.open_data(config, folder)
-  rows = setup.make_rows(config, datasets, "train", setup.dropped_caption(config))
-  loader = setup.make_loader(config, rows, mixture.begin(setup.weights(config)))
+  (stage,) = config.stages
+  setup.make_data(config, folder)
+  datasets = setup.open_data(config, stage, folder)
+  rows = setup.make_rows(config, stage, datasets, "train", setup.dropped_caption(config))
+  history = mixture.begin(setup.weights(config, stage))
+  loader = setup.make_loader(config, stage, rows, history)
   return list(itertools.islice(loader.iterate(), count))
 
 

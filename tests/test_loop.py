@@ -212,16 +212,16 @@ def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_pat
   def refuse(value):
     raise AssertionError("the loop waits for a step")
 
-  compile_programs = loop.Run._compile
-  monkeypatch.setattr(loop.Run, "_compile", compile_and_count)
+  compile_programs = loop.StageRun._compile
+  monkeypatch.setattr(loop.StageRun, "_compile", compile_and_count)
   monkeypatch.setattr(metrics.Recorder, "_read", read_and_note)
-  make = loop.Run.__init__
+  make = loop.StageRun.__init__
 
-  def make_and_run_ahead(self, *args):
-    make(self, *args)
+  def make_and_run_ahead(self, *args, **named):
+    make(self, *args, **named)
     self._waits = False
 
-  monkeypatch.setattr(loop.Run, "__init__", make_and_run_ahead)
+  monkeypatch.setattr(loop.StageRun, "__init__", make_and_run_ahead)
   monkeypatch.setattr(jax, "block_until_ready", refuse)
   config = make_config(inputs, train__steps=6, checkpoint__every=0, validation__every=0)
   assert loop.train(config, epath.Path(tmp_path)) == 0
