@@ -1,6 +1,6 @@
 """The programs that commands run, made for a topology from a config: no weights, no data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +25,13 @@ from cogvideox_jax.training import setup
 from cogvideox_jax.training.programs import jit_train
 
 # config.remat -> how often a training step runs the forward pass again: linear layers, attention.
-RECOMPUTED = {"none": (0, 0), "full": (1, 1), "attention": (1, 0), "offload": (1, 0)}
+RECOMPUTED = {
+  "none": (0, 0),
+  "full": (1, 1),
+  "attention": (1, 0),
+  "linear": (0, 0),
+  "offload": (1, 0),
+}
 
 
 class Part(NamedTuple):
@@ -41,6 +47,8 @@ class Program(NamedTuple):
   name: str
   stage: str
   size: tuple[int, int, int]  # num_frames, height, width.
+  mesh: Mapping[str, int]  # Devices along each axis.
+  rows: int  # Of one step, on all devices: packed rows, halves of guidance, or clips.
   parts: Sequence[Part]
   parameters: int  # Of the model that runs.
   state: Any  # Shapes and places of what stays on the devices: parameters, or a whole train state.
@@ -69,6 +77,8 @@ def train_program(config: ConfigDict, stage_name: str, topology: Topology) -> Pr
     name="train",
     stage=stage_name,
     size=work.longest_clip(model, stage),
+    mesh=mesh.shape,
+    rows=stage.rows,
     parts=[Part(lambda: jit_train(functions).lower(functions.abstract, batch, key))],
     parameters=count(functions.abstract.params),
     state=functions.abstract,
@@ -145,6 +155,8 @@ def sample_program(config: ConfigDict, topology: Topology, size: Size) -> Progra
     name="sample",
     stage="",
     size=size,
+    mesh=spread.everywhere.mesh.shape,
+    rows=rows,
     parts=[Part(lower)],
     parameters=count(params),
     state=params,
@@ -194,6 +206,8 @@ def vae_program(config: ConfigDict, topology: Topology, name: str, size: Size) -
     name=name,
     stage="",
     size=size,
+    mesh=mesh.shape,
+    rows=len(topology.devices),
     parts=[Part(partial(run.lower, graph, params, *given), times) for given, times in chunks],
     parameters=count(params),
     state=params,

@@ -126,6 +126,8 @@ def as_object(
     "topology": topology.name,
     "devices": devices,
     "devices_per_chip": chip.devices,
+    "mesh": dict(program.mesh),
+    "rows": program.rows,
     "num_frames": num_frames,
     "height": height,
     "width": width,
@@ -164,6 +166,8 @@ def as_table(result: Mapping[str, Any]) -> str:
   where = f"{result['topology']}, {result['devices']} devices"
   lines = [
     f"{result['program']} of {result['stage']} on {where}: {answer}",
+    _line("mesh", " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())),
+    _line("rows", str(result["rows"])),
     _line("largest clip", f"{result['num_frames']} x {result['height']} x {result['width']}"),
     _line("parameters", f"{result['parameters']:,}"),
     *(_line(f"{kind}, GiB a {device}", f"{memory[kind] / GIB:.2f}") for kind in memory),
