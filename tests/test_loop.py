@@ -217,8 +217,8 @@ def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_pat
   monkeypatch.setattr(metrics.Recorder, "_read", read_and_note)
   make = loop.StageRun.__init__
 
-  def make_and_run_ahead(self, *args):
-    make(self, *args)
+  def make_and_run_ahead(self, *args, **named):
+    make(self, *args, **named)
     self._waits = False
 
   monkeypatch.setattr(loop.StageRun, "__init__", make_and_run_ahead)
