@@ -100,12 +100,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       "The sizes must multiply to that number; one of them may be -1, for all that are left."
     )
   types = (AxisType.Auto,) * len(MESH_AXES)
+  # An axis of a pod may have to be shared by two of ours, such as 8 by 4 and 2.
   if slices == 1:
-    return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
-  across = [slices if axis == "data" else 1 for axis in MESH_AXES]
-  array = mesh_utils.create_hybrid_device_mesh(
-    shape, across, devices, allow_split_physical_axes=True
-  )
+    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    across = [slices if axis == "data" else 1 for axis in MESH_AXES]
+    array = mesh_utils.create_hybrid_device_mesh(
+      shape, across, devices, allow_split_physical_axes=True
+    )
   return Mesh(array, MESH_AXES, axis_types=types)
 
 

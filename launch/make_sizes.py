@@ -116,7 +116,7 @@ def run(case: Case) -> dict[str, Any]:
   done = subprocess.run(
     [sys.executable, *case.command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
   )
-  if done.returncode not in (0, 1):
+  if done.returncode not in (0, 1) or not done.stdout:  # Python's own failures are 1, too.
     raise SystemExit(f"{case.name}: exit code {done.returncode}")
   versions = {name: version(name) for name in ("jax", "libtpu")}
   return {
