@@ -8,7 +8,7 @@ knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --pr
 
 from absl import flags
 
-from cogvideox_jax import command, encoding, hosts
+from cogvideox_jax import command, encoding, job
 
 CONFIG = command.config_flag()
 INPUT = flags.DEFINE_string("input", None, "Manifest (JSON lines) or folder.", required=True)
@@ -19,22 +19,18 @@ MODEL = flags.DEFINE_string(
 WORKERS = flags.DEFINE_integer(
   "workers", encoding.WORKERS, "Processes that decode files.", lower_bound=1
 )
-COORDINATOR = flags.DEFINE_string(
-  "coordinator", "", "HOST:PORT of process 0, where the processes of a job meet."
-)
-PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "Of the job.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", 0, "This one's, from 0.", lower_bound=0)
+job.declare_flags()
 
 
 def main() -> None:
-  hosts.join(hosts.Group(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value))
-  try:
-    counts = encoding.encode(
-      CONFIG.value, INPUT.value, OUTPUT.value, MODEL.value, workers=WORKERS.value
-    )
-  except KeyboardInterrupt:
-    print(f"Whole shards are kept in {OUTPUT.value}: the same command goes on from there.")
-    raise
+  with job.joined():
+    try:
+      counts = encoding.encode(
+        CONFIG.value, INPUT.value, OUTPUT.value, MODEL.value, workers=WORKERS.value
+      )
+    except KeyboardInterrupt:
+      print(f"Whole shards are kept in {OUTPUT.value}: the same command goes on from there.")
+      raise
   print(f"{counts.clips} clips encoded into {OUTPUT.value}; {counts.refused} refused")
   if counts.refused:
     print(f"Why: {OUTPUT.value}/quarantine.jsonl")

@@ -1,6 +1,6 @@
 """What a command leaves with, and the exception that is a user's mistake rather than ours."""
 
-USER_ERROR, PREEMPTED, INTERRUPTED = 2, 83, 130  # Exit codes.
+USER_ERROR, PREEMPTED, PEER_DIED, INTERRUPTED = 2, 83, 84, 130  # Exit codes.
 
 
 class UserError(Exception):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -99,12 +100,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       "The sizes must multiply to that number; one of them may be -1, for all that are left."
     )
   types = (AxisType.Auto,) * len(MESH_AXES)
+  # An axis of a pod may have to be shared by two of ours, such as 8 by 4 and 2.
   if slices == 1:
-    return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
-  across = [slices if axis == "data" else 1 for axis in MESH_AXES]
-  array = mesh_utils.create_hybrid_device_mesh(
-    shape, across, devices, allow_split_physical_axes=True
-  )
+    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    across = [slices if axis == "data" else 1 for axis in MESH_AXES]
+    array = mesh_utils.create_hybrid_device_mesh(
+      shape, across, devices, allow_split_physical_axes=True
+    )
   return Mesh(array, MESH_AXES, axis_types=types)
 
 
@@ -121,9 +124,25 @@ def with_context(sizes: Mapping[str, int], most: int, devices: Sequence[Any]) ->
   return {**sizes, "context": context}
 
 
+def mesh_of_rows(rows: int, devices: Sequence[Any]) -> Mesh:
+  """A mesh over the devices, in their order, for so many rows: one for each as far as they divide,
+  and where devices are left, several to a row."""
+  data = math.gcd(rows, len(devices))
+  shape = [{"data": data, "context": len(devices) // data}.get(axis, 1) for axis in MESH_AXES]
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=types)
+
+
 def local_mesh() -> Mesh:
   """This host's devices alone, to share out the rows of a batch, for work that hosts do apart."""
   return make_mesh({axis: -1 if axis == "data" else 1 for axis in MESH_AXES}, jax.local_devices())
+
+
+def share_out(params: Any) -> Any:
+  """Parameters on this host's devices alone, each with a part, for work that hosts do apart."""
+  sizes = {axis: -1 if axis == "fsdp" else 1 for axis in MESH_AXES}
+  mesh = make_mesh(sizes, jax.local_devices())
+  return jax.device_put(params, shardings(params, mesh, RULES["fsdp"]))
 
 
 def rules_named(name: str) -> Rules:
@@ -188,12 +207,7 @@ def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
   """
   rows, tokens = batch.segment_ids.shape
   row_sharding(mesh, rules, rows)
-  if tokens % (shards := _size(mesh, rules["tokens"])):
-    raise UserError(
-      f"a row of {tokens} tokens does not divide over {' x '.join(rules['tokens'])} of the mesh "
-      f"({_text(mesh.shape)}).\nMake the stage's `row_tokens` a multiple of {shards}, or lower its "
-      "`context`."
-    )
+  _check_tokens(tokens, mesh, rules)
 
   def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
     axes = BATCH_AXES[path_name(path)]
@@ -224,6 +238,11 @@ def row_shards(mesh: Mesh, rules: Rules) -> int:
   return _size(mesh, rules["rows"])
 
 
+def head_shards(mesh: Mesh, rules: Rules) -> int:
+  """Over how many devices the heads of a row are spread in attention."""
+  return _size(mesh, rules.get("tokens", ())) * _size(mesh, rules.get("heads", ()))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Of an array that every device holds wholly."""
   return NamedSharding(mesh, PartitionSpec())
@@ -239,7 +258,7 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
   Raises, when it is called:
     UserError: the tokens do not divide over the mesh.
   """
-  tokens = rules.get("tokens", ())
+  tokens = rules["tokens"]
   shards = _size(mesh, tokens)
 
   def by_head(x: jax.Array) -> jax.Array:
@@ -251,7 +270,7 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
     out = jax.lax.all_to_all(out, tokens, split_axis=1, concat_axis=2, tiled=True)
     return out[:, :, : q.shape[2]]
 
-  split = PartitionSpec(rules["rows"], tokens or None, rules.get("heads"))
+  split = PartitionSpec(rules["rows"], tokens, rules.get("heads"))
   sharded = jax.shard_map(
     attend_whole if shards > 1 else attention,
     mesh=mesh,
@@ -261,12 +280,7 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
   )
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    if q.shape[1] % shards:
-      raise UserError(
-        f"a row of {q.shape[1]} tokens does not divide over {' x '.join(tokens)} of the mesh "
-        f"({_text(mesh.shape)}).\nMake it {padded_tokens(q.shape[1], mesh, rules)} tokens long, "
-        "or change config.mesh."
-      )
+    _check_tokens(q.shape[1], mesh, rules)
     return sharded(q, k, v, segment_ids)
 
   return attend
@@ -277,8 +291,17 @@ def padded_tokens(tokens: int, mesh: Mesh, rules: Rules) -> int:
 
   Every device gets whole tiles of TILE tokens. Attention pads to its own blocks by itself.
   """
-  shards = _size(mesh, rules.get("tokens", ()))
+  shards = _size(mesh, rules["tokens"])
   return tokens if shards == 1 else tokens + -tokens % (TILE * shards)
+
+
+def _check_tokens(tokens: int, mesh: Mesh, rules: Rules) -> None:
+  if tokens % _size(mesh, rules["tokens"]):
+    raise UserError(
+      f"a row of {tokens} tokens does not divide over {' x '.join(rules['tokens'])} of the mesh "
+      f"({_text(mesh.shape)}).\nMake the stage's `row_tokens` "
+      f"{padded_tokens(tokens, mesh, rules)}, or lower its `context`."
+    )
 
 
 def _logical_axes(name: str, ndim: int) -> list[str]:

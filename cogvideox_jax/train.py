@@ -4,12 +4,15 @@ The same command goes on where an earlier one, of any fate, had last saved.
 
 --dry_run=TOPOLOGY trains nothing and writes nothing: it compiles the first stage's step for TPUs
 that are not there, as `compile` does. Exit code 0: it fits. 1: it does not.
+
+On several hosts, run it once on each; all must see the same files. TPU pods and clusters that JAX
+knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --process_id=0 to N-1.
 """
 
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import command, config
+from cogvideox_jax import command, config, hosts, job
 from cogvideox_jax.aot.report import as_table, report
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import split_cpu
@@ -22,6 +25,7 @@ WORKDIR = flags.DEFINE_string(
 DRY_RUN = flags.DEFINE_string(
   "dry_run", None, "Compile for a topology, such as v5p:4x4x4, and say whether it fits."
 )
+job.declare_flags()
 
 
 def main() -> int:
@@ -33,7 +37,9 @@ def main() -> int:
   if WORKDIR.value is None:
     raise UserError("Missing flag: --workdir=...\nSee --help for the flags.")
   split_cpu(CONFIG.value.cpu_devices)
-  return train(CONFIG.value, epath.Path(WORKDIR.value))
+  with job.joined():
+    hosts.check_same("config", CONFIG.value.to_json())
+    return train(CONFIG.value, epath.Path(WORKDIR.value))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ def get_config() -> ConfigDict:
   config.components = ""  # Model folder, or shipped name, of VAE, text encoder and tokenizer.
   config.init_from = ""  # Model folder or workdir whose transformer to start from; "": none.
   config.dtype = "auto"  # Compute: bfloat16, float32; auto is float32 on CPU, else bfloat16.
-  # What each layer's backward pass computes again: none of the forward pass, full, all but
-  # attention's outputs, or offload: the same, with these and the layers' inputs in host memory.
+  # What each layer's backward pass computes again of the forward one. none: nothing; full: all;
+  # attention: all but attention; linear: neither that nor linear layers; offload: as attention,
+  # with what is kept for it in the host's memory.
   config.remat = "attention"
 
   config.model = ConfigDict()  # Fields of models.dit.DiTConfig.

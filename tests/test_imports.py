@@ -22,6 +22,7 @@ LAYERS = (
   ("training",),
   ("aot",),
   ("command", "model_flags"),
+  ("job",),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NOT_IN_THE_CORE = {"torch", "tensorflow", "gradio", "diffusers"}

@@ -190,6 +190,44 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
   }
 
 
+def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_path, monkeypatch):
+  """As on an accelerator, where the loop must run ahead of the device."""
+  begun, read, lags = itertools.count(1), metrics.Recorder._read, []
+  latest, wait = 0, jax.block_until_ready
+
+  def compile_and_count(self, *args):
+    programs = compile_programs(self, *args)
+
+    def train(*args):
+      nonlocal latest
+      latest = next(begun)
+      return wait(programs.train(*args))  # Of fake devices only, each step is waited for: here.
+
+    return programs._replace(train=train)
+
+  def read_and_note(self, step, *args):
+    lags.append(latest - step)
+    read(self, step, *args)
+
+  def refuse(value):
+    raise AssertionError("the loop waits for a step")
+
+  compile_programs = loop.StageRun._compile
+  monkeypatch.setattr(loop.StageRun, "_compile", compile_and_count)
+  monkeypatch.setattr(metrics.Recorder, "_read", read_and_note)
+  make = loop.StageRun.__init__
+
+  def make_and_run_ahead(self, *args, **named):
+    make(self, *args, **named)
+    self._waits = False
+
+  monkeypatch.setattr(loop.StageRun, "__init__", make_and_run_ahead)
+  monkeypatch.setattr(jax, "block_until_ready", refuse)
+  config = make_config(inputs, train__steps=6, checkpoint__every=0, validation__every=0)
+  assert loop.train(config, epath.Path(tmp_path)) == 0
+  assert lags == [2, 2, 2, 2, 1, 0]  # The last are read before they are saved.
+
+
 @pytest.mark.parametrize(
   "change, message",
   [

@@ -84,15 +84,18 @@ def test_a_policy_may_save_what_the_backward_pass_needs(attend, loop):
   assert forward_loops(saved) == forward_loops(None) - 1
 
 
-def test_a_long_row_fits_scalar_memory_and_partial_gradients_their_share():
-  chip = splash.CHIPS["TPU v5"]
-  short, long = (splash.make_plan(tokens, 48, chip) for tokens in (17_776, 716_800))
-  assert short.tokens == 18 * 1024
+def test_long_rows_fit_scalar_memory_and_partial_gradients_their_share():
+  chip = splash.CHIPS["TPU v6 lite"]
+  short, middle, long = (splash.make_plan(tokens, 48, chip) for tokens in (17_776, 75_776, 716_800))
+  assert short.tokens == 9 * short.blocks.block_kv_dkv == 9 * 2048
   assert short.blocks.use_fused_bwd_kernel
-  assert short.groups == 2
+  partial_bytes = 2 * 128 * 9 * short.tokens * 48 // short.groups
+  assert chip.partial_bytes / 2 < partial_bytes <= chip.partial_bytes
+  for plan in middle, long:
+    assert not plan.blocks.use_fused_bwd_kernel
+    assert plan.groups == 1
+  assert (middle.blocks.block_q, middle.blocks.block_kv) == (1024, 1024)
   assert (long.blocks.block_q, long.blocks.block_kv) == (1024, 2048)
-  assert not long.blocks.use_fused_bwd_kernel
-  assert long.groups == 1
 
 
 def test_a_device_gets_its_own_attention_and_the_same_one_each_time():

@@ -51,7 +51,7 @@ def report(
     UserError: there is no such topology or stage, or the config cannot be placed on it.
   """
   topology = open_topology(topology_name)
-  made = programs.make(config, topology, program, programs.stage_named(config, stage), size)
+  made = programs.make(config, topology, program, stage, size)
   state = programs.bytes_per_device(made.state)
   if state > topology.chip.hbm_bytes:
     arguments = state + programs.bytes_per_device(made.arguments)
@@ -117,6 +117,8 @@ def as_object(
   attention = program.attention_flops / (devices * chip.peak * chip.attention_rate)
   rest = costs.cycles / chip.clock if costs else program.linear_flops / (devices * chip.peak)
   compute = program.model_flops / (devices * chip.peak)
+  state = programs.bytes_per_device(program.state)
+  wanted = (config, topology, program.name, program.stage, state, memory.total)
   num_frames, height, width = program.size
   return {
     "program": program.name,
@@ -124,6 +126,8 @@ def as_object(
     "topology": topology.name,
     "devices": devices,
     "devices_per_chip": chip.devices,
+    "mesh": dict(program.mesh),
+    "rows": program.rows,
     "num_frames": num_frames,
     "height": height,
     "width": width,
@@ -131,7 +135,7 @@ def as_object(
     "refusal": compiled.refusal.splitlines()[0] if compiled.refusal else "",
     "hbm_bytes": chip.hbm_bytes,
     "bytes_per_chip": {
-      "state": programs.bytes_per_device(program.state),
+      "state": state,
       "arguments": memory.arguments,
       "temporaries": memory.temporaries,
       "total": memory.total,
@@ -145,7 +149,7 @@ def as_object(
     "mfu_ceiling": compute / (attention + rest),
     "collectives": _collectives(costs),
     "compile_seconds": compiled.seconds,
-    "fixes": [] if fits else fixes.suggest(config, topology, program, memory),
+    "fixes": [] if fits else fixes.suggest(*wanted),
   }
 
 
@@ -162,6 +166,8 @@ def as_table(result: Mapping[str, Any]) -> str:
   where = f"{result['topology']}, {result['devices']} devices"
   lines = [
     f"{result['program']} of {result['stage']} on {where}: {answer}",
+    _line("mesh", " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())),
+    _line("rows", str(result["rows"])),
     _line("largest clip", f"{result['num_frames']} x {result['height']} x {result['width']}"),
     _line("parameters", f"{result['parameters']:,}"),
     *(_line(f"{kind}, GiB a {device}", f"{memory[kind] / GIB:.2f}") for kind in memory),
@@ -181,7 +187,7 @@ def as_table(result: Mapping[str, Any]) -> str:
     _line("compile seconds", f"{result['compile_seconds']:.0f}"),
   ]
   if result["refusal"]:
-    lines.append(f"The compiler says: {result['refusal']}")
+    lines.append(f"Why: {result['refusal']}")
   return "\n".join([*lines, *(f"- {fix}" for fix in result["fixes"])])
 
 

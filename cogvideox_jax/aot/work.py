@@ -7,6 +7,7 @@ the blocks (under 1%) do not.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -52,3 +53,31 @@ def attention_flops(model: DiTConfig, clips: Sequence[int], products: float) -> 
 def forward_flops(model: DiTConfig, clips: Sequence[int]) -> float:
   linear = linear_flops(model, sum(clips))
   return linear + attention_flops(model, clips, FORWARD_PRODUCTS)
+
+
+def traced_flops(jaxpr: Any) -> float:
+  """Of a traced function's products and convolutions; without loops, of branches the dearest."""
+  total = 0.0
+  for equation in jaxpr.eqns:
+    inner = [
+      getattr(value, "jaxpr", value)
+      for given in equation.params.values()
+      for value in (given if isinstance(given, tuple | list) else [given])
+      if hasattr(getattr(value, "jaxpr", value), "eqns")
+    ]
+    inner_flops = [traced_flops(each) for each in inner]
+    if equation.primitive.name == "cond":
+      total += max(inner_flops)
+    elif equation.primitive.name == "custom_vjp_call":
+      total += inner_flops[0]
+    else:
+      total += sum(inner_flops)
+    if equation.primitive.name == "conv_general_dilated":
+      kernel = equation.invars[1].aval
+      outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+      total += 2 * equation.outvars[0].aval.size * kernel.size / outputs
+    elif equation.primitive.name == "dot_general":
+      ((contracted, _), _) = equation.params["dimension_numbers"]
+      left = equation.invars[0].aval.shape
+      total += 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+  return total

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,8 +100,12 @@ def open_arrays(checkpoint: epath.Path) -> dict[str, Lazy]:
   Raises:
     UnusableError: names the first file that is not.
   """
-  described = digests.read(checkpoint)
-  return {path: _Stored(checkpoint / _ARRAYS / path.replace("/", ".")) for path in described}
+  return stored(checkpoint, digests.read(checkpoint))
+
+
+def stored(checkpoint: epath.Path, paths: Iterable[str]) -> dict[str, Lazy]:
+  """Path -> array of a checkpoint, whose files are not looked at first."""
+  return {path: _Stored(checkpoint / _ARRAYS / path.replace("/", ".")) for path in paths}
 
 
 class _Stored(Lazy):

@@ -6,7 +6,7 @@ word, and meets other damage with errors of every kind, so files are checked bef
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from typing import Any, cast
@@ -24,8 +24,10 @@ class UnusableError(Exception):
   """Why a checkpoint is passed over, in a line."""
 
 
-def describe(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-  """Path -> sha256, shape and type of each array."""
+Described = dict[str, dict[str, Any]]  # Path -> sha256, shape and type of an array.
+
+
+def describe(arrays: dict[str, np.ndarray]) -> Described:
   digests = _on_all_cores(_hash_array, arrays.values())
   return {
     path: {"sha256": digest, "shape": list(array.shape), "dtype": array.dtype.name}
@@ -33,24 +35,34 @@ def describe(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
   }
 
 
-def overall(arrays: dict[str, dict[str, Any]]) -> str:
+def overall(arrays: Described) -> str:
   """One sha256 over all arrays: over the lines `PATH SHA256`, in the order of paths."""
   lines = "".join(f"{path} {arrays[path]['sha256']}\n" for path in sorted(arrays))
   return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def write(folder: epath.Path, arrays: dict[str, dict[str, Any]]) -> None:
-  """Reads back the files of a checkpoint that is all written, and adds their digests."""
-  files = list(files_in(folder))
-  names = [file.relative_to(folder).as_posix() for file in files]
-  hashes = hash_files(files)
-  record = {"arrays": arrays, "files": dict(zip(names, hashes, strict=True))}
+def write(folder: epath.Path, arrays: Described, files: dict[str, str] | None = None) -> None:
+  """Adds the digests to a checkpoint that is all written.
+
+  files: what `describe_files` says of all of them; None reads them.
+  """
+  if files is None:
+    files = describe_files(folder, list(files_in(folder)))
+  record = {"arrays": arrays, "files": files}
   text = json.dumps({"sha256": _hash_json(record), **record}, indent=1)
   write_atomically(folder / NAME, text.encode())
 
 
-def read(folder: epath.Path) -> dict[str, dict[str, Any]]:
+def describe_files(folder: epath.Path, files: Sequence[epath.Path]) -> dict[str, str]:
+  """Path in the folder -> sha256."""
+  names = [file.relative_to(folder).as_posix() for file in files]
+  return dict(zip(names, hash_files(files), strict=True))
+
+
+def read(folder: epath.Path, share: slice = slice(None)) -> Described:
   """What `describe` said of the arrays, once every file of the checkpoint is found as it was.
+
+  share: of the files, in order, those to look at; others look at the rest.
 
   Raises:
     UnusableError: names the first file that is not.
@@ -64,11 +76,12 @@ def read(folder: epath.Path) -> dict[str, dict[str, Any]]:
     raise UnusableError(f"{NAME} is damaged: {error}") from error
   if not intact:
     raise UnusableError(f"{NAME} is damaged: its own sha256 differs")
-  files = [folder / name for name in record["files"]]
-  for name, file in zip(record["files"], files, strict=True):
+  names = list(record["files"])[share]
+  files = [folder / name for name in names]
+  for name, file in zip(names, files, strict=True):
     if not file.exists():
       raise UnusableError(f"{name} is missing")
-  for name, digest in zip(record["files"], hash_files(files), strict=True):
+  for name, digest in zip(names, hash_files(files), strict=True):
     if digest != record["files"][name]:
       raise UnusableError(f"{name} is damaged: its sha256 differs")
   return record["arrays"]

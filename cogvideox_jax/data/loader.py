@@ -1,14 +1,14 @@
 """The training input: this host's packed rows of batch k, for any k, read ahead by Grain.
 
-Rows are numbered from 0; batch k is rows [k * rows, (k + 1) * rows), whose h-th of H equal runs
-belongs to host h. The mixture says which dataset a row comes from and which row of it that is; a
-batch may hold the end of an epoch and the start of the next. Everything is a function of (seed,
+Rows are numbered from 0; batch k is rows [k * rows, (k + 1) * rows), of which a host reads those
+that its devices hold. The mixture says which dataset a row comes from and which row of it that is;
+a batch may hold the end of an epoch and the start of the next. Everything is a function of (seed,
 datasets, mixture, k), so a checkpoint needs no more than the step, and neither threads nor the
 number of hosts change what is read.
 """
 
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -16,7 +16,6 @@ import grain
 from cogvideox_jax.data import mixture, packing
 from cogvideox_jax.data.mixture import History
 from cogvideox_jax.data.rows import Row, Rows
-from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Batch
 
 
@@ -36,17 +35,12 @@ class Loader:
     history: History,  # Names these datasets, from the first row on that is read.
     *,
     rows: int,  # Of the global batch.
-    process_index: int = 0,
-    process_count: int = 1,
+    mine: Sequence[int] | None = None,  # Which of them this host reads; None is all.
     num_threads: int = 4,
     prefetch_batches: int = 2,  # Read ahead; 0 reads in the caller's thread.
   ):
-    """UserError if the hosts cannot share the batch."""
-    if rows % process_count:
-      raise UserError(f"a batch of {rows} rows cannot be shared equally by {process_count} hosts")
     self._datasets, self._history, self._rows = datasets, history, rows
-    self._local_rows = rows // process_count
-    self._first_row = process_index * self._local_rows
+    self._mine = tuple(range(rows) if mine is None else mine)
     self._num_threads, self._prefetch_batches = num_threads, prefetch_batches
 
   def batch(self, k: int) -> Batch:
@@ -58,20 +52,19 @@ class Loader:
 
     Close it (`.close()`, or let it go out of scope) to stop the threads.
     """
-    buffer = self._prefetch_batches * self._local_rows
+    buffer = self._prefetch_batches * len(self._mine)
     options = grain.ReadOptions(min(self._num_threads, buffer), buffer)
     rows = grain.MapDataset.source(_Source(self, start))
-    batches = rows.to_iter_dataset(options).batch(self._local_rows, batch_fn=packing.stack)
+    batches = rows.to_iter_dataset(options).batch(len(self._mine), batch_fn=packing.stack)
     iterator = iter(batches)
     try:
       yield from iterator
     finally:
       iterator.close()
 
-  def rows_of(self, k: int) -> range:
+  def rows_of(self, k: int) -> list[int]:
     """This host's rows of batch k, by their numbers in the training."""
-    first = k * self._rows + self._first_row
-    return range(first, first + self._local_rows)
+    return [k * self._rows + row for row in self._mine]
 
   def row(self, index: int) -> Placed:
     """What row `index` of the training is made of, from the plan alone."""
@@ -107,5 +100,5 @@ class _Source:
     return sys.maxsize  # Without end.
 
   def __getitem__(self, index: int) -> Batch:
-    batch, row = divmod(index, self._loader._local_rows)
+    batch, row = divmod(index, len(self._loader._mine))
     return self._loader._read(self._loader.rows_of(self._start + batch)[row])

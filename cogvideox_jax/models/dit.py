@@ -15,11 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from cogvideox_jax.models import positions
-from cogvideox_jax.models.layers import EPSILON, Attention, Block, layer_norm, per_token
+from cogvideox_jax.models.layers import EPSILON, LINEAR, Attention, Block, layer_norm, per_token
 from cogvideox_jax.types import TEXT
 
 # What a block's backward pass finds saved of the forward pass, by name; the rest is computed again.
-# `attention`: its outputs, so that its kernel runs once. `offload`: these and each block's input,
+# `attention`: its outputs, so that its kernel runs once. `linear`: these and the outputs of linear
+# layers, 11 tokens x width in place of 2. `offload`: what `attention` has and each block's input,
 # in the host's memory.
 REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
   # Inside a scan nothing can be shared between the passes, so CSE need not be prevented.
@@ -29,6 +30,11 @@ REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     jax.checkpoint,
     prevent_cse=False,
     policy=jax.checkpoint_policies.save_only_these_names("attention"),
+  ),
+  "linear": partial(
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names("attention", LINEAR),
   ),
   "offload": partial(
     jax.checkpoint,

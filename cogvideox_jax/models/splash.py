@@ -25,6 +25,10 @@ LANES = 128  # Every block is a multiple of the registers' lanes.
 # Even to skip a pair of blocks takes time, and in rows of this many or more nearly all are skipped:
 # there the grid is narrowed to the longest clip.
 MANY_BLOCKS = 128
+# Adding up the partial gradients of a fused backward pass grows with the square of a row, of which
+# packed rows run a small part: on a v5p it takes 16 ms of a layer of 25,600 tokens and saves 9, and
+# 8 of one of 17,776, of one clip, and saves 21.
+MOST_FUSED = 20_480
 COMPUTE = 512  # Tokens of keys that a kernel takes at a time: more spill registers.
 # Two numbers a pair of blocks, of int16 and int8, stand in the scalar memory of 1 MiB.
 MOST_PAIRS = 300_000
@@ -78,9 +82,16 @@ def attention(
     return rearrange(x, "b n (groups heads) e -> (b groups) heads n e", groups=plan.groups)
 
   parts = by_head(q * head_dim**-0.5), by_head(k), by_head(v), jnp.repeat(ids, plan.groups, 0)
-  out = jax.lax.map(lambda part: _attend(*part, plan.blocks, interpret), parts)
+  out = _map(lambda *part: attend_row(*part, plan.blocks, interpret), parts)
   out = rearrange(out, "(b groups) heads n e -> b n (groups heads) e", groups=plan.groups)
   return out[:, :tokens]
+
+
+def _map(function: Callable[..., Array], parts: tuple[Array, ...]) -> Array:
+  """`jax.lax.map`, but one part is not copied in and out of a loop."""
+  if len(parts[0]) == 1:
+    return function(*(x[0] for x in parts))[None]
+  return jax.lax.map(lambda part: function(*part), parts)
 
 
 class Plan(NamedTuple):
@@ -94,33 +105,36 @@ class Plan(NamedTuple):
 def make_plan(tokens: int, heads: int, chip: Chip) -> Plan:
   """The plan for a row of so many tokens.
 
-  Queries and keys are cut alike, but in rows too long for the scalar memory. The backward pass is
-  one kernel, of 5 matrix products instead of 7, where its partial gradients fit: a whole gradient
-  of the queries for each block of keys. Heads are then taken in groups as large as fit.
+  Queries and keys are cut alike, but in rows too long for the scalar memory. The backward pass of
+  short rows is one kernel, of 5 matrix products instead of 7. It leaves a whole gradient of the
+  queries for each block of keys: these blocks are twice as long, and heads are taken in groups as
+  large as their partial gradients fit.
   """
   count = math.ceil(tokens / chip.block)
   size = LANES * math.ceil(tokens / count / LANES)
   size_kv = size * math.ceil(count**2 / MOST_PAIRS)
-  padded = tokens + -tokens % size_kv
   compute = COMPUTE if size % COMPUTE == 0 else size
-  head_bytes = 2 * LANES * padded * (padded // size_kv)  # A head of 64 takes all lanes, too.
-  groups = [
-    groups
-    for groups in range(1, heads + 1)
-    if heads % groups == 0 and heads // groups * head_bytes <= chip.partial_bytes
-  ]
+  groups = _groups(tokens, heads, 2 * size, chip) if tokens <= MOST_FUSED else 0
+  size_dkv = min(2, count) * size if groups else size_kv
   blocks = splash.BlockSizes(
     block_q=size,
     block_kv=size_kv,
     block_kv_compute=compute,
     block_q_dkv=size,
-    block_kv_dkv=size_kv,
+    block_kv_dkv=size_dkv,
     block_kv_dkv_compute=compute,
     block_q_dq=None if groups else size,
     block_kv_dq=None if groups else size_kv,
-    use_fused_bwd_kernel=bool(groups),
+    use_fused_bwd_kernel=groups > 0,
   )
-  return Plan(padded, groups[0] if groups else 1, blocks)
+  return Plan(tokens + -tokens % size_dkv, max(1, groups), blocks)
+
+
+def _groups(tokens: int, heads: int, block_kv: int, chip: Chip) -> int:
+  """The fewest groups of heads whose partial gradients fit; 0 if those of one do not."""
+  head_bytes = 2 * LANES * tokens * math.ceil(tokens / block_kv)  # 64 numbers take all lanes, too.
+  groups = (groups for groups in range(1, heads + 1) if heads % groups == 0)
+  return next((n for n in groups if heads // n * head_bytes <= chip.partial_bytes), 0)
 
 
 class Residuals(NamedTuple):
@@ -135,7 +149,7 @@ class Residuals(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(
+def attend_row(
   q: Float[Array, "heads n head_dim"],  # Scaled.
   k: Float[Array, "heads n head_dim"],
   v: Float[Array, "heads n head_dim"],
@@ -149,7 +163,7 @@ def _attend(
 def _forward(
   q: Array, k: Array, v: Array, ids: Array, blocks: splash.BlockSizes, interpret: bool
 ) -> tuple[Array, Residuals]:
-  def run(divisor: int) -> tuple[Array, tuple[Array]]:
+  def run(divisor: int) -> Any:
     kernel = splash.SplashAttentionKernel(
       block_grid(ids, blocks.block_q, blocks.block_kv, divisor),
       dq_mask_info=None,
@@ -169,11 +183,11 @@ def _backward(
   blocks: splash.BlockSizes, interpret: bool, residuals: Residuals, g: Array
 ) -> tuple[Array, Array, Array, None]:
   q, k, v, ids, out, log_sum = residuals
-  sizes, fused = (blocks.block_q, blocks.block_kv), blocks.use_fused_bwd_kernel
+  fused, block_kv = blocks.use_fused_bwd_kernel, blocks.block_kv_dkv or blocks.block_kv
 
   def run(divisor: int) -> tuple[Array, Array, Array]:
-    by_query = None if fused else block_grid(ids, *sizes, divisor)
-    by_key = block_grid(ids, *sizes, divisor, by_key=True, whole=fused)
+    by_query = None if fused else block_grid(ids, blocks.block_q, blocks.block_kv, divisor)
+    by_key = block_grid(ids, blocks.block_q, block_kv, divisor, by_key=True, whole=fused)
     ids_of_both = splash.SegmentIds(ids, ids)
     # JAX has no public name for the backward pass without the forward one.
     grads = splash._splash_attention_bwd(
@@ -188,7 +202,7 @@ def _backward(
   return *_on_narrowest_grid(run, ids, blocks), None
 
 
-_attend.defvjp(_forward, _backward)
+attend_row.defvjp(_forward, _backward)
 
 
 def _options(blocks: splash.BlockSizes, interpret: bool) -> dict[str, Any]:

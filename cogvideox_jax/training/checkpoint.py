@@ -4,24 +4,27 @@
 them. A step counts only once its digests are written, and is used only if they hold.
 """
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from cogvideox_jax import hosts
 from cogvideox_jax.conversion import orbax, tensors
 from cogvideox_jax.data import digests
-from cogvideox_jax.data.digests import UnusableError
+from cogvideox_jax.data.digests import Described, UnusableError
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import path_name
+from cogvideox_jax.training import parts
 from cogvideox_jax.training.state import Params, TrainState
 
+T = TypeVar("T")
 Arrays = dict[str, Any]  # Path -> array.
 
 
@@ -46,24 +49,26 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, kind: object, *_: object) -> None:
+  def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
     """Waits for a save under way; its failure is not raised over another error."""
     if kind is None:
       self.wait()
-    self._worker.shutdown()
+    lost = error is not None and hosts.is_loss(error)  # Then no save will ever be whole.
+    self._worker.shutdown(wait=not lost)
 
   def save(self, step: int, state: TrainState) -> None:
     """Copies the state and returns; hashing and writing go on beside the next steps."""
     self.wait()
+    hosts.wait("saved before")
     orbax.quieten()
     arrays = flatten(state)
-    host = dict(zip(arrays, _host_copies(arrays.values()), strict=True))
+    held = _host_copies(arrays) if _alone() else parts.copies(arrays)
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     context = ocp.Context()
     context.array.saving.use_ocdbt = False  # A folder for each array, so that damage has a name.
     with context:
       response = ocp.save_async(self._folder / str(step), tree, overwrite=True)
-    self._pending = step, self._worker.submit(self._commit, step, response.result, host)
+    self._pending = step, self._worker.submit(self._commit, step, response.result, held)
 
   def check(self) -> None:
     """Raises the UserError of a save that has failed, without waiting for one under way."""
@@ -80,7 +85,7 @@ class Checkpoints:
       (step, future), self._pending = self._pending, None
       try:
         future.result()
-      except (ValueError, OSError) as error:  # The former from Orbax's store.
+      except (ValueError, OSError, UnusableError) as error:  # The first from Orbax's store.
         good = good_steps(self._folder)
         raise UserError(
           f"The checkpoint of step {step} could not be written to {self._folder}:\n"
@@ -99,7 +104,9 @@ class Checkpoints:
     """
     skipped: dict[int, str] = {}
     good = None
-    for step in reversed(_steps(self._folder)):
+    # As the first process lists them: another may not see yet what was done a moment ago.
+    steps = json.loads(hosts.each(json.dumps(_steps(self._folder)))[0])
+    for step in reversed(steps):
       try:
         good = _load_state(self._folder / str(step), abstract)
         break
@@ -111,18 +118,24 @@ class Checkpoints:
         f"None of the checkpoints in {self._folder} can be used:\n{reasons}\n"
         "Restore them from a copy, or start again in a new workdir."
       )
-    if jax.process_index() == 0:
+    if hosts.is_first():
       for step in skipped:
         _set_aside(self._folder / str(step))
     return Restored(good, skipped) if good else None
 
-  def _commit(self, step: int, written: Callable[[], None], host: Arrays) -> None:
-    arrays = digests.describe(host)
+  def _commit(self, step: int, written: Callable[[], None], held: Any) -> None:
+    path = self._folder / str(step)
+    arrays, files = digests.describe(held) if _alone() else {}, None
     written()
-    if jax.process_index() == 0:
-      digests.write(self._folder / str(step), arrays)
-      for old in good_steps(self._folder)[: -self._keep]:
-        _remove(self._folder / str(old))
+    if not _alone():
+      parts.give(path, held)
+    if not hosts.is_first():
+      return
+    if not _alone():
+      arrays, files = parts.take(path)
+    digests.write(path, arrays, files)
+    for old in good_steps(self._folder)[: -self._keep]:
+      _remove(self._folder / str(old))
     self._on_saved(step, digests.overall(arrays))
 
 
@@ -175,7 +188,8 @@ def good_steps(folder: epath.Path) -> list[int]:
 
 
 def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
-  described, targets = digests.read(path), flatten(abstract)
+  share = slice(jax.process_index(), None, jax.process_count())
+  described, targets = _agreed(lambda: digests.read(path, share)), flatten(abstract)
   if odd := sorted(described.keys() ^ targets.keys()):
     raise UnusableError(
       f"its arrays are not this model's: {', '.join(odd[:3])} ({len(odd)} in all)"
@@ -184,29 +198,47 @@ def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
   return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in targets])
 
 
-def _load(path: epath.Path, targets: Arrays, described: dict[str, dict[str, Any]]) -> Arrays:
+def _load(path: epath.Path, targets: Arrays, described: Described) -> Arrays:
   """Arrays by path, placed as `targets`, that are what was saved."""
   orbax.quieten()
   arrays = flatten(ocp.load(path, traverse_util.unflatten_dict(targets, sep="/")))
-  found = digests.describe(dict(zip(arrays, _host_copies(arrays.values()), strict=True)))
-  for name, about in found.items():
-    if about != described[name]:
-      raise UnusableError(f"{name} is not what was saved: its sha256 differs")
+
+  def check() -> None:
+    found = (
+      digests.describe(_host_copies(arrays))
+      if _alone()
+      else parts.describe(path, parts.copies(arrays))
+    )
+    for name, about in found.items():
+      if about != described[name]:
+        raise UnusableError(f"{name} is not what was saved: its sha256 differs")
+
+  _agreed(check)
   return arrays
 
 
-def _host_copies(arrays: Iterable[jax.Array | np.ndarray]) -> list[np.ndarray]:
-  """Whole arrays on every host; copies, since the next step is given the buffers to write to."""
-  arrays = list(arrays)
-  for array in arrays:
+def _agreed(check: Callable[[], T]) -> T:
+  """What a check returns where no process finds a fault; else all raise the first one's."""
+  found, fault = None, ""
+  try:
+    found = check()
+  except UnusableError as error:
+    fault = str(error)
+  if faults := [one for one in hosts.each(fault) if one]:
+    raise UnusableError(faults[0])
+  return cast(T, found)
+
+
+def _alone() -> bool:
+  return jax.process_count() == 1
+
+
+def _host_copies(arrays: Arrays) -> dict[str, np.ndarray]:
+  """Copies, since the next step is given the buffers to write to."""
+  for array in arrays.values():
     if isinstance(array, jax.Array):
       array.copy_to_host_async()
-  return [
-    np.array(array)
-    if not isinstance(array, jax.Array) or array.is_fully_addressable
-    else multihost_utils.process_allgather(array, tiled=True)
-    for array in arrays
-  ]
+  return {path: np.array(array) for path, array in arrays.items()}
 
 
 def _steps(folder: epath.Path) -> list[int]:

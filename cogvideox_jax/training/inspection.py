@@ -94,14 +94,20 @@ def list_rows(
 ) -> list[dict[str, Any]]:
   """Rows of a training's stage in their global order, with the host that reads each.
 
+  Where no row is on several hosts, and hosts have their devices in turn: the h-th of the equal runs
+  of a batch is host h's.
+
   Raises:
     UserError: the hosts cannot share the global batch.
   """
   count = config.stages[stage].rows
+  if count % hosts:
+    raise UserError(f"a batch of {count} rows cannot be shared equally by {hosts} hosts")
   history = mixture.begin({"": 1})
   found = []
   for host in range(hosts):
-    loader = Loader({"": rows}, history, rows=count, process_index=host, process_count=hosts)
+    mine = range(host * count // hosts, (host + 1) * count // hosts)
+    loader = Loader({"": rows}, history, rows=count, mine=mine)
     for k in range(wanted.start // count, -(-wanted.stop // count)):
       for index in loader.rows_of(k):
         if index in wanted:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cogvideox_jax import sharding
+from cogvideox_jax import hosts, sharding
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
@@ -21,13 +22,14 @@ from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.rows import DroppedCaption
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.interrupts import Interrupts
-from cogvideox_jax.training import checkpoint, resume, setup, stages
+from cogvideox_jax.training import checkpoint, placement, resume, setup, stages
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import Recorder, RunLog
 from cogvideox_jax.training.preview import Previewer
 from cogvideox_jax.training.programs import jit_train
 from cogvideox_jax.training.stages import Stage
 from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.stopping import Stopping
 from cogvideox_jax.types import Batch
 
 # Where on the noise schedule the validation loss is taken, as fractions of its steps; ours.
@@ -50,7 +52,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
   open_model(config.components)  # Refused here if there is none: its VAE's scale is trained for.
   run = Run(config, workdir)
   with disk_errors(workdir):
-    resume.store(workdir, config, run.data_digests)
+    if hosts.is_first():
+      resume.store(workdir, config, run.data_digests)
     log = RunLog(workdir)
 
   def on_saved(step: int, digest: str) -> None:
@@ -63,13 +66,15 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
     Interrupts() as interrupts,
     Checkpoints(folder, keep=config.checkpoint.keep, on_saved=on_saved) as checkpoints,
   ):
+    stopping = Stopping(interrupts, run.mesh)
     value = run.start(checkpoints, log)
-    step = run.go(value, checkpoints, log, interrupts)
-  if interrupts.exit_code is None or step == config.train.steps:
+    step = run.go(value, checkpoints, log, stopping)
+    hosts.wait("trained")  # Until the first has written all that is left.
+  if stopping.exit_code is None or step == config.train.steps:
     say(f"Trained for {step} steps: {folder / str(step)}")
     return 0
   say(f"Stopped at step {step}, which is saved. The same command goes on from there.")
-  return interrupts.exit_code
+  return stopping.exit_code
 
 
 class Programs(NamedTuple):
@@ -85,7 +90,7 @@ class Outlets(NamedTuple):
   checkpoints: Checkpoints
   log: RunLog
   previewer: Previewer | None
-  interrupts: Interrupts
+  stopping: Stopping
 
 
 class Run:
@@ -99,13 +104,18 @@ class Run:
     if config.preview.every and config.preview.prompts:
       self._previewer = Previewer(config, workdir / "previews")
     setup.make_data(config, workdir)
-    self._drop = setup.dropped_caption(config)
+    self._drop: DroppedCaption = setup.dropped_caption(config)
     saved = checkpoint.good_steps(workdir / "checkpoints")
     self._next = stages.going_on_at(self._plan, saved[-1] if saved else 0)
     self._prepared: dict[str, StageRun] = {}
     for stage in self._plan[self._plan.index(self._next) :]:
       self._prepare(stage)
     self._create_key, *_ = _keys(config)
+
+  @property
+  def mesh(self) -> Mesh:
+    """Of the stage that the run goes on with."""
+    return self._prepare(self._next).mesh
 
   @property
   def data_digests(self) -> dict[str, str]:
@@ -126,19 +136,17 @@ class Run:
     say(f"resumed at step {step} of {self._steps}" if restored else f"new run, {self._steps} steps")
     return value
 
-  def go(
-    self, value: TrainState, checkpoints: Checkpoints, log: RunLog, interrupts: Interrupts
-  ) -> int:
+  def go(self, value: TrainState, checkpoints: Checkpoints, log: RunLog, stopping: Stopping) -> int:
     """Takes the steps that are left. Returns the last one taken, which is saved by then."""
     step = int(value.step)
-    outlets = Outlets(checkpoints, log, self._previewer, interrupts)
+    outlets = Outlets(checkpoints, log, self._previewer, stopping)
     while step < self._steps:
       stage = stages.going_on_at(self._plan, step)
       if step == stage.start > 0:
         log.event("stage", step=step, stage=stage.name)
         say(f"stage {stage.name}, to step {stage.end}")
       value, step = self._prepare(stage).go(value, outlets)
-      if interrupts.exit_code is not None:
+      if stopping.exit_code is not None:
         break
     checkpoints.wait()
     return step
@@ -155,9 +163,12 @@ class StageRun:
   def __init__(self, config: ConfigDict, stage: Stage, workdir: epath.Path, drop: DroppedCaption):
     self._config, self._stage, self._workdir = config, stage, workdir
     self._settings = config.stages[stage.name]
-    self._mesh, rules = setup.make_mesh(config, stage.name)
-    self._places = partial(sharding.batch_shardings, mesh=self._mesh, rules=rules)
-    self.functions = setup.make_functions(config, stage.name, self._mesh, rules)
+    self.mesh, rules = setup.make_mesh(config, stage.name)
+    batch = setup.abstract_batch(config, stage.name, self.mesh, rules)
+    self._places = jax.tree.map(lambda x: x.sharding, batch)
+    rows = self._settings.rows
+    self._mine = placement.rows_here(sharding.row_sharding(self.mesh, rules, rows), rows)
+    self.functions = setup.make_functions(config, stage.name, self.mesh, rules)
     datasets = setup.open_data(config, stage.name, workdir)
     self.data_digests = setup.data_digests(config, stage.name, datasets)
     resume.check_data(workdir, self.data_digests)
@@ -167,12 +178,14 @@ class StageRun:
       held_out = setup.make_rows(config, stage.name, datasets, "validation", drop)
       sizes = {name: rows.per_epoch for name, rows in held_out.items()}
       # Every held-out clip equally often, whatever the weights of the mixture.
-      self._held_out = setup.make_loader(config, stage.name, held_out, mixture.begin(sizes))
+      self._held_out = setup.make_loader(
+        config, stage.name, held_out, mixture.begin(sizes), self._mine
+      )
       self._held_out_batches = min(
         config.validation.batches, -(-sum(sizes.values()) // self._settings.rows)
       )
     # On CPU, steps that are not waited for can deadlock where devices are many.
-    self._waits = self._mesh.devices.flat[0].platform == "cpu"
+    self._waits = self.mesh.devices.flat[0].platform == "cpu"
     _, self._train_key, self._validation_key = _keys(config)
 
   def go(self, value: TrainState, outlets: Outlets) -> tuple[TrainState, int]:
@@ -182,15 +195,16 @@ class StageRun:
     done = int(value.step) - stage.start
     weights = setup.weights(config, stage.name)
     history = resume.go_on_mixing(self._workdir, stage.name, weights, done * self._settings.rows)
-    loader = setup.make_loader(config, stage.name, self._datasets, history)
+    loader = setup.make_loader(config, stage.name, self._datasets, history, self._mine)
     with closing(loader.iterate(done)) as rows:
       batches = self._read_ahead(rows)
       first = next(batches)
       programs = self._compile(value, first)
       before, steps = stage.start + done, config.train.steps
-      with tqdm(desc="train", initial=before, total=steps, disable=not is_first()) as bar:
+      with tqdm(desc="train", initial=before, total=steps, disable=not hosts.is_first()) as bar:
         recorder = self._recorder(outlets.log, loader, bar)
         for step, batch in enumerate(itertools.chain([first], batches), start=before + 1):
+          outlets.stopping.ask()
           value, metrics = programs.train(value, batch, self._train_key)
           if self._waits:
             jax.block_until_ready(value)
@@ -198,7 +212,7 @@ class StageRun:
           if self._held_out and is_due(step, config.validation.every):
             measure = partial(self._validate, programs, self._held_out, value.ema)
           recorder.add(step, metrics, measure)
-          stops = step == stage.end or outlets.interrupts.exit_code is not None
+          stops = outlets.stopping.is_due() or step == stage.end
           if stops or is_due(step, config.checkpoint.every):
             recorder.drain()  # So that nothing is saved that is not finite.
             outlets.checkpoints.save(step, value)
@@ -262,7 +276,7 @@ class StageRun:
 
   def _place(self, batch: Batch) -> Batch:
     """This host's rows as its part of the global batch."""
-    return jax.tree.map(jax.make_array_from_process_local_data, self._places(batch), batch)
+    return placement.place(batch, self._mine, self._settings.rows, self._places)
 
 
 def _keys(config: ConfigDict) -> jax.Array:
@@ -275,11 +289,7 @@ def is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def is_first() -> bool:
-  return jax.process_index() == 0
-
-
 def say(text: str) -> None:
   """A line in the terminal, once for all processes of a job."""
-  if is_first():
+  if hosts.is_first():
     print(text, flush=True)

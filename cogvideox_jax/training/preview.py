@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from cogvideox_jax import hosts, sharding
 from cogvideox_jax.data.media import VideoError
 from cogvideox_jax.data.video import contact_sheet, read, write_mp4
 from cogvideox_jax.errors import UserError
@@ -19,15 +21,27 @@ from cogvideox_jax.training.workdir import load_frozen, with_transformer
 
 
 class Previewer:
-  """Samples the config's prompts with fixed seeds, so that previews differ by the weights alone."""
+  """Samples the config's prompts with fixed seeds, so that previews differ by the weights alone.
+
+  Of several processes the first samples, on its own devices, and the others only give it their
+  parts of the weights.
+  """
 
   def __init__(self, config: ConfigDict, folder: epath.Path):
     """Loads the frozen networks and the images; a UserError if one is missing or damaged."""
-    self._config, self._folder, self._frozen = config, folder, load_frozen(config)
+    self._config, self._folder = config, folder
+    if not hosts.is_first():
+      return
+    self._frozen = load_frozen(config)
     self._images = [_read_image(path, config) for path in config.preview.images]
 
   def write(self, step: int, model: DiTConfig, params: Params) -> None:
     """Adds FOLDER/step_NNNNNN.mp4, the videos side by side, and a contact sheet of them, .png."""
+    if jax.process_count() > 1:
+      params = jax.tree.map(hosts.whole, params)
+      if not hosts.is_first():
+        return
+      params = sharding.share_out(params)
     config = self._config.preview
     kind = ImageToVideo if self._images else Pipeline
     transformer = model, params

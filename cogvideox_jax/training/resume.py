@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from cogvideox_jax import hosts
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import write_atomically
 from cogvideox_jax.errors import UserError
@@ -90,7 +91,8 @@ def go_on_mixing(
     ) from error
   history = mixture.go_on(kept or mixture.begin(weights), weights, row)
   known[stage] = [stretch._asdict() for stretch in history]
-  write_atomically(path, (json.dumps(known) + "\n").encode())
+  if hosts.is_first():
+    write_atomically(path, (json.dumps(known) + "\n").encode())
   return history
 
 

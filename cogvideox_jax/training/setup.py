@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from cogvideox_jax import encoding, sharding
+from cogvideox_jax import encoding, hosts, sharding
 from cogvideox_jax.conversion import configs, diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import shapes
@@ -65,7 +65,8 @@ def make_data(config: ConfigDict, workdir: epath.Path) -> None:
   if config.data.path or config.data.mixture:
     return
   largest = max(config.stages.values(), key=lambda stage: max(h * w for h, w in stage.sizes))
-  manifest = shapes.render_dataset(
+  render = partial(
+    shapes.render_dataset,
     workdir / "data" / "clips",
     config.data.clips,
     config.seed,
@@ -73,6 +74,10 @@ def make_data(config: ConfigDict, workdir: epath.Path) -> None:
     durations=largest.durations,
     fps=config.data.fps,
   )
+  if hosts.is_first():
+    render()
+  hosts.wait("rendered")
+  manifest = render()  # Which finds it done.
   encoding.encode(config, manifest, workdir / ENCODED, config.components)
 
 
@@ -140,16 +145,14 @@ def make_rows(
 
 
 def make_loader(
-  config: ConfigDict, stage: str, datasets: Mapping[str, Rows], history: History
+  config: ConfigDict,
+  stage: str,
+  datasets: Mapping[str, Rows],
+  history: History,
+  mine: Sequence[int] | None = None,
 ) -> Loader:
-  """Batches of this host's rows of a stage."""
-  return Loader(
-    datasets,
-    history,
-    rows=config.stages[stage].rows,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  """Batches of a stage, of the rows that this host reads: `mine`; None is all of the batch."""
+  return Loader(datasets, history, rows=config.stages[stage].rows, mine=mine)
 
 
 def dropped_caption(config: ConfigDict) -> DroppedCaption:
