@@ -62,6 +62,16 @@ CASES = (
   Case("2b", "v6e:4x4", 1),
   Case("5b", "v5p:2x2x4", 1),
   Case("1_5_5b", "v5p:2x2x4", 1),
+  Case("2b", "v5e:1x1", program="sample"),
+  Case("5b", "v5e:1x1", program="sample"),
+  Case("5b", "v6e:1x1", program="sample"),
+  Case(
+    "1_5_5b",
+    "v6e:2x4",
+    program="sample",
+    flags=("--num_frames=81", "--height=768", "--width=1360"),
+  ),
+  *(Case(config, "v5p:4x4x8", 3) for config in ("2b", "5b", "1_5_5b")),
   *(
     Case(config, topology, 2, flags=flags)
     for config in ("2b", "5b", "1_5_5b")
@@ -72,7 +82,6 @@ CASES = (
       ("tpu7x:4x4x4", ()),
     )
   ),
-  *(Case(config, "v5p:4x4x8", 3) for config in ("2b", "5b", "1_5_5b")),
   Case("5b", "v5e:4x4", 2),
   Case("5b", "v5p:2x2x4", 1, flags=("--config.remat=linear",), tag="linear"),
   Case("5b", "v5p:4x4x4", 2, flags=("--config.remat=linear", *context(4)), tag="linear"),
@@ -82,15 +91,6 @@ CASES = (
     for topology in ("v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x4")
   ),
   Case("5b", "v5p:2x2x4:2", 1, tag="slices"),
-  Case("2b", "v5e:1x1", program="sample"),
-  Case("5b", "v5e:1x1", program="sample"),
-  Case("5b", "v6e:1x1", program="sample"),
-  Case(
-    "1_5_5b",
-    "v6e:2x4",
-    program="sample",
-    flags=("--num_frames=81", "--height=768", "--width=1360"),
-  ),
 )
 
 
