@@ -256,6 +256,9 @@ def test_the_published_steps_are_shared_out_exactly_and_a_short_run_has_every_st
     plan = stages.plan(config)
     assert [stage.end for stage in plan] == expected
     assert [stage.start for stage in plan] == [0, *expected[:-1]]
+  config.train.steps = 10
+  config.stages.stage1.share = config.stages.stage2.share = 1
+  assert [stage.end for stage in stages.plan(config)] == [1, 2, 9, 10]
   config.train.steps = 3
   with pytest.raises(UserError, match=r"config.train.steps is 3, but .* 4 stages"):
     stages.plan(config)
