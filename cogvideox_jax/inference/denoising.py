@@ -192,7 +192,10 @@ def grid_of(shape: tuple[int, ...], patch: tuple[int, int, int]) -> tuple[int, i
 
 
 def row_layout(
-  shape: tuple[int, ...], text_length: int, patch: tuple[int, int, int], row_tokens: int
+  shape: tuple[int, ...],
+  text_length: int,
+  patch: tuple[int, int, int],
+  row_tokens: int | None = None,  # By default as many as the clip has.
 ) -> Batch:
   """A row of one clip of these latents (f, h, w, ...), packed as in training.
 
@@ -201,4 +204,5 @@ def row_layout(
   nothing = np.zeros((*shape[:3], 0), np.float32)
   text = np.zeros((text_length, 0), np.float32)
   example = Example(nothing, nothing, text, "", "", num_frames=0, height=0, width=0, fps=0.0)
-  return pack([example], patch=patch, row_tokens=row_tokens, max_clips=1)
+  used = text_length + math.prod(grid_of(shape, patch))
+  return pack([example], patch=patch, row_tokens=row_tokens or used, max_clips=1)
