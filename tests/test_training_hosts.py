@@ -107,6 +107,7 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(inputs, alone,
   assert losses(workdir) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_both_go_on_from_what_was_saved(
   inputs, alone, tmp_path
 ):
