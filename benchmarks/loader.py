@@ -3,7 +3,7 @@
 python benchmarks/loader.py --json
 
 Two datasets of records of real sizes (float16 latents, bfloat16 text states): `mix`, that of
-benchmarks/packing.py, and `480p`, 49x480x720 alone. The files are new, so they come from the
+benchmarks/mix.py, and `480p`, 49x480x720 alone. The files are new, so they come from the
 system's cache: what is measured is the host's work, not its disk. With one worker the process is
 kept to one core, with two to two. Top-level figures are the slower dataset's with one.
 
@@ -23,15 +23,8 @@ import jax
 import measure
 import numpy as np
 from etils import epath
-from packing import (
-  ROWS,
-  TEXT_SHAPE,
-  TOP,
-  draw_mix,
-  latent_shapes,
-  repeat_index,
-  write_dataset,
-)
+from mix import ROWS, TEXT_SHAPE, draw_mix, latent_shapes
+from packing import TOP, repeat_index, write_dataset
 
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.loader import Loader

@@ -15,19 +15,20 @@ from cogvideox_jax.conversion.folder import TEXT_DROPS, open_model
 from cogvideox_jax.data import buckets
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models import graphs
+from cogvideox_jax.models import graphs, positions
 from cogvideox_jax.models.dit import REMAT
 from cogvideox_jax.models.vae import IMAGE_SCALES
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "dtype": graphs.DTYPES,
   "image.scale": IMAGE_SCALES,
-  "model.positions": configs.POSITIONS,
+  "model.positions": positions.RULES,
   "remat": tuple(REMAT),
   "text.drop": TEXT_DROPS,
+  "train.growth": ("extrapolate", "interpolate"),
   "preview.solver": tuple(SOLVERS),
 }
-# Every number is above 0, but for these.
+# Every number is above 0, but for these. The * stands for the name of any stage.
 MAY_BE_ZERO = {
   "seed",
   "data.clips",
@@ -37,6 +38,8 @@ MAY_BE_ZERO = {
   "optimizer.weight_decay",
   "preview.every",
   "preview.guidance_scale",
+  "stages.*.learning_rate",
+  "stages.*.rows_at_once",
   "validation.every",
 }
 FRACTIONS = {
@@ -74,6 +77,7 @@ def check(config: ConfigDict, model: str) -> None:
   _check_mixture(config)
   for name, stage in config.stages.items():
     _check_stage(f"config.stages.{name}", stage, multiple)
+    _check_source(name, config.stages)
   if config.preview.every:
     size, num_frames = (config.preview.height, config.preview.width), config.preview.num_frames
     _check_buckets("config.preview", [size], [num_frames], multiple)
@@ -86,6 +90,12 @@ def check_values(config: ConfigDict) -> None:
   """Raises UserError for the first value of any config that is out of its range."""
   for key, value in leaves(config):
     _check_value(key, value)
+
+
+def _pattern(key: str) -> str:
+  """A key with * for the name of its stage."""
+  first, *rest = key.split(".")
+  return ".".join([first, "*", *rest[1:]]) if first == "stages" else key
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -118,7 +128,7 @@ def _check_value(key: str, value: Any) -> None:
     fits, wanted = 0 <= value <= 1, "from 0 to 1"
   elif key in ANY_NUMBER:
     fits, wanted = isfinite(value), "finite"
-  elif key in MAY_BE_ZERO or key.startswith(MIXTURE) or key.endswith(".rows_at_once"):
+  elif _pattern(key) in MAY_BE_ZERO or key.startswith(MIXTURE):
     fits, wanted = 0 <= value < float("inf"), "at least 0"
   else:
     fits, wanted = 0 < value < float("inf"), "above 0"
@@ -150,6 +160,27 @@ def _check_stage(name: str, stage: ConfigDict, multiple: int) -> None:
       "((64, 64), (48, 80))."
     )
   _check_buckets(name, stage.sizes, stage.durations, multiple)
+
+
+def _check_source(name: str, stages: ConfigDict) -> None:
+  """Of a stage that reads the clips of another."""
+  stage, key = stages[name], f"config.stages.{name}"
+  if stage.best > 1:
+    raise UserError(f"{key}.best is {stage.best}; it must be a fraction, above 0 and at most 1.")
+  if not stage.data:
+    return
+  own = sorted(other for other in stages if not stages[other].data)
+  if stage.data not in own:
+    raise UserError(
+      f"{key}.data is {stage.data!r}; it must be empty, for clips of its own, or name a stage that "
+      f"has some: {', '.join(own) or 'there is none'}."
+    )
+  for part in ("sizes", "durations"):
+    if stage[part] != stages[stage.data][part]:
+      raise UserError(
+        f"{key}.{part} is {stage[part]}, but it reads the clips of {stage.data}, whose {part} are "
+        f"{stages[stage.data][part]}.\nMake them the same, or give it clips of its own: data ''."
+      )
 
 
 def _is_size(size: Any) -> bool:

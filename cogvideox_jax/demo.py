@@ -23,7 +23,7 @@ from cogvideox_jax.evaluation.shapes import score
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.sharding import split_cpu
-from cogvideox_jax.training import loop, setup, workdir
+from cogvideox_jax.training import loop, stages, workdir
 
 CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.", required=True)
@@ -66,10 +66,10 @@ def main() -> int:
 
 
 def untrained(cfg: ConfigDict) -> Pipeline:
-  """The model where training begins: every weight as drawn."""
-  model = DiT(setup.model_config(cfg), rngs=nnx.Rngs(cfg.seed))
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  return workdir.with_transformer(cfg, params, workdir.load_frozen(cfg))
+  """The model where training begins, with the positions of its end: every weight as drawn."""
+  model = stages.stage_model(cfg, stages.plan(cfg)[-1].name)
+  params = nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(cfg.seed)), nnx.Param))
+  return workdir.with_transformer(cfg, (model, params), workdir.load_frozen(cfg))
 
 
 def sample(pipe: Pipeline, prompts: Sequence[str]) -> list[UInt8[np.ndarray, "F H W 3"]]:

@@ -62,6 +62,8 @@ def encode(
 ) -> Counts:
   """Encodes the clips of a manifest or folder into OUTPUT/STAGE, for each stage of the config.
 
+  A stage that reads the clips of another (its `data`) has none of its own.
+
   A file is decoded once for all stages, and what cannot be used of it gets its line in
   OUTPUT/quarantine.jsonl. Called again, it finishes what is missing. Every host of a job calls it
   (see hosts.py): each writes a share of the shards, and all return when everything is written.
@@ -80,7 +82,8 @@ def encode(
   items, refusals = read_manifest(source)
   encoders, output = Encoders(open_model(model), config), epath.Path(output)
   runs = _runs(items)
-  stages = [_Stage(config, name, output, runs, encoders.digest) for name in config.stages]
+  own = [name for name, stage in config.stages.items() if not stage.data]
+  stages = [_Stage(config, name, output, runs, encoders.digest) for name in own]
   lacking = hosts.agree([any(stage.lacks(run) for stage in stages) for run in range(len(runs))])
   missing = [run for run, lacks in enumerate(lacking) if lacks]
   mine = missing[jax.process_index() :: jax.process_count()]

@@ -73,7 +73,7 @@ def is_first() -> bool:
 
 def is_loss(error: BaseException) -> bool:
   """Whether an error says that another process of the job is gone."""
-  return isinstance(error, jax.errors.JaxRuntimeError) and any(
+  return isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and any(
     sign in str(error) for sign in SIGNS_OF_LOSS
   )
 

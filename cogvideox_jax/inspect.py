@@ -7,7 +7,9 @@ stage, and writes two pictures beside it: packing.png, rows as bars of clips, an
 first frames of some clips, decoded by the VAE of --model. Without a model, clips.png shows the
 latents in false colours.
 
-Without --config, the config is the one that `encode` kept, or that of the workdir it is in.
+Without --config, the config is the one that `encode` kept, or that of the workdir it is in. A
+dataset is read by the stage of its name; --stage=NAME tells of another that reads it, as the last
+of the published stages reads the best clips of the one before.
 
 --rows=START:STOP --hosts=N --json prints instead which clips stand in those rows of a training on
 this dataset alone, by the code that reads them, as one JSON object:
@@ -24,6 +26,7 @@ from ml_collections import ConfigDict
 from cogvideox_jax import command, config
 from cogvideox_jax.data import pictures, summary
 from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.rows import Rows
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import inspection
 
@@ -32,17 +35,20 @@ MODEL = flags.DEFINE_string(
   "model", None, "Whose VAE decodes clips.png; by default the config's components. Empty: none."
 )
 OUTPUT = flags.DEFINE_string("output", "", "Where the pictures go; by default beside the clips.")
+STAGE = flags.DEFINE_string(
+  "stage", "", "Stage of the config to tell of; by default each that has a dataset here."
+)
 ROWS = flags.DEFINE_string("rows", "", "START:STOP, rows of a training, from 0, to list.")
 HOSTS = flags.DEFINE_integer("hosts", 1, "That share each batch of the rows.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
 
 class Stage(NamedTuple):
-  """A dataset, and the config of a training on it, if there is one."""
+  """A dataset, and the rows that a stage of a training reads of it, if a config says."""
 
-  name: str
+  name: str  # Of the stage; of the dataset, where no stage is known.
   dataset: Dataset
-  config: ConfigDict | None
+  rows: Rows | None
 
 
 def main(dataset: str) -> None:
@@ -51,25 +57,32 @@ def main(dataset: str) -> None:
   cfg = CONFIG.value or inspection.kept_config(path)
   if cfg:
     config.check(cfg, "")
+  if STAGE.value and not cfg:
+    raise UserError(f"--stage={STAGE.value} is a stage of a config: give a --config=FILE.")
+  read_by = inspection.readers(cfg, found, STAGE.value) if cfg else {}
   stages = [
-    Stage(name, data, cfg and inspection.stage_config(cfg, name, any_name=len(found) == 1))
+    Stage(
+      read_by.get(name, name),
+      data,
+      inspection.training_rows(cfg, read_by[name], data) if cfg and name in read_by else None,
+    )
     for name, data in found.items()
+    if name in read_by or not STAGE.value
   ]
   if ROWS.value:
-    result = {"rows": list_rows(stages, parse_range(ROWS.value))}
+    result = {"rows": list_rows(cfg, stages, parse_range(ROWS.value))}
     if not JSON.value:
       print(*result["rows"], sep="\n")
   else:
-    result = {"stages": {stage.name: show(stage) for stage in stages}}
+    result = {"stages": {stage.name: show(cfg, stage) for stage in stages}}
   if JSON.value:
     print(json.dumps(result))
 
 
-def show(stage: Stage) -> dict:
+def show(cfg: ConfigDict | None, stage: Stage) -> dict:
   """Prints a stage's table and writes its pictures; returns its numbers."""
-  name, dataset, cfg = stage
+  name, dataset, rows = stage
   folder = epath.Path(OUTPUT.value) / name if OUTPUT.value else dataset.directory
-  rows = inspection.training_rows(cfg, dataset) if cfg else None
   contents, packed = summary.contents(dataset), summary.packed(rows) if rows else None
   print(summary.as_text(name, contents, packed))
   if rows and packed:
@@ -85,17 +98,16 @@ def show(stage: Stage) -> dict:
   return summary.as_numbers(contents, packed)
 
 
-def list_rows(stages: list[Stage], wanted: range) -> list[dict]:
+def list_rows(cfg: ConfigDict | None, stages: list[Stage], wanted: range) -> list[dict]:
   """The rows of the one stage that the config can train on."""
-  known = [(stage.dataset, stage.config) for stage in stages if stage.config]
-  if len(known) != 1:
+  known = [(stage.name, stage.rows) for stage in stages if stage.rows]
+  if not cfg or len(known) != 1:
     raise UserError(
       f"--rows lists the rows of one stage, but {len(known)} of the stages here "
       f"({', '.join(stage.name for stage in stages)}) are in the config.\n"
-      "Give the folder of one stage, DATASET/STAGE, and a --config=FILE that has this stage."
+      "Give --stage=NAME or the folder DATASET/STAGE of one stage; and a --config=FILE that has it."
     )
-  dataset, cfg = known[0]
-  return inspection.list_rows(cfg, inspection.training_rows(cfg, dataset), wanted, HOSTS.value)
+  return inspection.list_rows(cfg, *known[0], wanted, HOSTS.value)
 
 
 def parse_range(text: str) -> range:

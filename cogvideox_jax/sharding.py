@@ -13,12 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cogvideox_jax.errors import UserError
 
 Rules = Mapping[str, tuple[str, ...]]  # Logical axis -> the mesh axes that split it.
+
+TILE = 16  # Tokens of bfloat16 that a TPU's registers hold together.
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
@@ -31,7 +34,7 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"(modulation|out_modulation|time_out|ofs_in|ofs_out)/kernel": ("time", "output"),
   r"(vision_in|text_in)/kernel": ("input", "embed"),
   r"(time_in|(?<!attention/)out)/kernel": ("embed", "output"),
-  r"position_table": ("tokens", "embed"),
+  r"position_table": ("positions", "embed"),
   r"(bias|scale|count|step)": (),
 }
 
@@ -97,12 +100,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       "The sizes must multiply to that number; one of them may be -1, for all that are left."
     )
   types = (AxisType.Auto,) * len(MESH_AXES)
+  # An axis of a pod may have to be shared by two of ours, such as 8 by 4 and 2.
   if slices == 1:
-    return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
-  across = [slices if axis == "data" else 1 for axis in MESH_AXES]
-  array = mesh_utils.create_hybrid_device_mesh(
-    shape, across, devices, allow_split_physical_axes=True
-  )
+    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    across = [slices if axis == "data" else 1 for axis in MESH_AXES]
+    array = mesh_utils.create_hybrid_device_mesh(
+      shape, across, devices, allow_split_physical_axes=True
+    )
   return Mesh(array, MESH_AXES, axis_types=types)
 
 
@@ -117,6 +122,15 @@ def with_context(sizes: Mapping[str, int], most: int, devices: Sequence[Any]) ->
   free = max(1, len(devices) // _slices(devices) // others)
   context = max(size for size in range(1, min(most, free) + 1) if free % size == 0)
   return {**sizes, "context": context}
+
+
+def mesh_of_rows(rows: int, devices: Sequence[Any]) -> Mesh:
+  """A mesh over the devices, in their order, for so many rows: one for each as far as they divide,
+  and where devices are left, several to a row."""
+  data = math.gcd(rows, len(devices))
+  shape = [{"data": data, "context": len(devices) // data}.get(axis, 1) for axis in MESH_AXES]
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=types)
 
 
 def local_mesh() -> Mesh:
@@ -193,12 +207,7 @@ def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
   """
   rows, tokens = batch.segment_ids.shape
   row_sharding(mesh, rules, rows)
-  if tokens % (shards := _size(mesh, rules["tokens"])):
-    raise UserError(
-      f"a row of {tokens} tokens does not divide over {' x '.join(rules['tokens'])} of the mesh "
-      f"({_text(mesh.shape)}).\nMake the stage's `row_tokens` a multiple of {shards}, or lower its "
-      "`context`."
-    )
+  _check_tokens(tokens, mesh, rules)
 
   def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
     axes = BATCH_AXES[path_name(path)]
@@ -229,18 +238,70 @@ def row_shards(mesh: Mesh, rules: Rules) -> int:
   return _size(mesh, rules["rows"])
 
 
+def head_shards(mesh: Mesh, rules: Rules) -> int:
+  """Over how many devices the heads of a row are spread in attention."""
+  return _size(mesh, rules.get("tokens", ())) * _size(mesh, rules.get("heads", ()))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Of an array that every device holds wholly."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> Callable[..., Any]:
-  """Runs `attention(q, k, v, segment_ids)` on each device's own rows and heads."""
-  tokens = PartitionSpec(rules["rows"], None, rules.get("heads"))
-  segments = PartitionSpec(rules["rows"])
-  return jax.shard_map(
-    attention, mesh=mesh, in_specs=(tokens, tokens, tokens, segments), out_specs=tokens
+  """Runs `attention(q, k, v, segment_ids)` on each device's own rows and heads, over whole rows.
+
+  Where a row's tokens are split too, the devices that share it swap tokens for heads before, and
+  back after (Ulysses, arXiv:2309.14509). Heads that do not divide are filled up with zeros: 2B's 30
+  become 32, which costs less than to gather all keys and values (benchmarks/README.md).
+
+  Raises, when it is called:
+    UserError: the tokens do not divide over the mesh.
+  """
+  tokens = rules["tokens"]
+  shards = _size(mesh, tokens)
+
+  def by_head(x: jax.Array) -> jax.Array:
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % shards), (0, 0)))
+    return jax.lax.all_to_all(x, tokens, split_axis=2, concat_axis=1, tiled=True)
+
+  def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    out = attention(by_head(q), by_head(k), by_head(v), segment_ids)
+    out = jax.lax.all_to_all(out, tokens, split_axis=1, concat_axis=2, tiled=True)
+    return out[:, :, : q.shape[2]]
+
+  split = PartitionSpec(rules["rows"], tokens, rules.get("heads"))
+  sharded = jax.shard_map(
+    attend_whole if shards > 1 else attention,
+    mesh=mesh,
+    in_specs=(split, split, split, PartitionSpec(rules["rows"])),
+    out_specs=split,
+    check_vma=False,  # The kernel's outputs do not say over which axes they vary.
   )
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    _check_tokens(q.shape[1], mesh, rules)
+    return sharded(q, k, v, segment_ids)
+
+  return attend
+
+
+def padded_tokens(tokens: int, mesh: Mesh, rules: Rules) -> int:
+  """The length to give a row of so many tokens, the rest being padding, so that it can be split.
+
+  Every device gets whole tiles of TILE tokens. Attention pads to its own blocks by itself.
+  """
+  shards = _size(mesh, rules["tokens"])
+  return tokens if shards == 1 else tokens + -tokens % (TILE * shards)
+
+
+def _check_tokens(tokens: int, mesh: Mesh, rules: Rules) -> None:
+  if tokens % _size(mesh, rules["tokens"]):
+    raise UserError(
+      f"a row of {tokens} tokens does not divide over {' x '.join(rules['tokens'])} of the mesh "
+      f"({_text(mesh.shape)}).\nMake the stage's `row_tokens` "
+      f"{padded_tokens(tokens, mesh, rules)}, or lower its `context`."
+    )
 
 
 def _logical_axes(name: str, ndim: int) -> list[str]:

@@ -2,6 +2,9 @@
 
 The same command goes on where an earlier one, of any fate, had last saved.
 
+--dry_run=TOPOLOGY trains nothing and writes nothing: it compiles the first stage's step for TPUs
+that are not there, as `compile` does. Exit code 0: it fits. 1: it does not.
+
 On several hosts, run it once on each; all must see the same files. TPU pods and clusters that JAX
 knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --process_id=0 to N-1.
 """
@@ -10,18 +13,29 @@ from absl import flags
 from etils import epath
 
 from cogvideox_jax import command, config, hosts, job
+from cogvideox_jax.aot.report import as_table, report
+from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import split_cpu
 from cogvideox_jax.training.loop import train
 
 CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of checkpoints, previews and metrics; may be a bucket.", required=True
+  "workdir", None, "Folder of checkpoints, previews and metrics; may be a bucket."
+)
+DRY_RUN = flags.DEFINE_string(
+  "dry_run", None, "Compile for a topology, such as v5p:4x4x4, and say whether it fits."
 )
 job.declare_flags()
 
 
 def main() -> int:
   config.check(CONFIG.value, CONFIG.value.components)
+  if DRY_RUN.value is not None:
+    result = report(CONFIG.value, DRY_RUN.value)
+    print(as_table(result))
+    return 0 if result["fits"] else 1
+  if WORKDIR.value is None:
+    raise UserError("Missing flag: --workdir=...\nSee --help for the flags.")
   split_cpu(CONFIG.value.cpu_devices)
   with job.joined():
     hosts.check_same("config", CONFIG.value.to_json())

@@ -19,4 +19,11 @@ def get_config() -> ConfigDict:
     sample_width=300,  # C, S; later copies of D say 170, the width of 1360 pixels.
     text_length=226,  # D; S says 224.
   )
+  config.data.fps = 16.0
+  # Six seconds, and in the last two stages ten, as of P Table 5, at this frame rate.
+  six_seconds = (1, 17, 33, 65, 97)
+  for name in ("stage1", "stage2"):
+    config.stages[name].durations = six_seconds
+  for name in ("stage3", "stage4"):
+    config.stages[name].durations = (*six_seconds, 161)
   return config.lock()

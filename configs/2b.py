@@ -1,4 +1,4 @@
-"""CogVideoX-2B: 30 layers of width 1920, added positions.
+"""CogVideoX-2B: 30 layers of width 1920, added positions. Trains in the four stages of base.py.
 
 Sources: P the paper, Table 6; D the published transformer/config.json and
 scheduler/scheduler_config.json in diffusers' layout; S SAT's configs/cogvideox_2b.yaml.
@@ -21,5 +21,7 @@ def get_config() -> ConfigDict:
     sample_height=60,  # D
     sample_width=90,  # D
   )
+  # Its 1.875 is the interpolation of stage 2 from stage 1. P 2.4 prefers to extrapolate.
+  config.train.growth = "interpolate"
   config.noise.snr_shift = 3.0  # D snr_shift_scale, S shift_scale.
   return config.lock()

@@ -1,4 +1,7 @@
-"""CogVideoX-5B: 42 layers of width 3072, rotary positions.
+"""CogVideoX-5B: 42 layers of width 3072, rotary positions. Trains in the four stages of base.py.
+
+The stages train with `rope_index`, the extrapolation of P 2.4. At 480x720, the size of the
+published model, its rule, `rope`, gives the same positions.
 
 Sources: P the paper, Table 6; D the published transformer/config.json and
 scheduler/scheduler_config.json in diffusers' layout; S SAT's configs/cogvideox_5b.yaml.

@@ -8,14 +8,15 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """CogVideoX's published training, sized as the 2B model's first stage."""
+  """CogVideoX's published training in four stages, of a model of the 2B's size."""
   config = ConfigDict()
   config.seed = 0
   config.components = ""  # Model folder, or shipped name, of VAE, text encoder and tokenizer.
   config.init_from = ""  # Model folder or workdir whose transformer to start from; "": none.
   config.dtype = "auto"  # Compute: bfloat16, float32; auto is float32 on CPU, else bfloat16.
-  # What each layer's backward pass computes again: none of the forward pass, full, all but
-  # attention's outputs, or offload: the same, with these and the layers' inputs in host memory.
+  # What each layer's backward pass computes again of the forward one. none: nothing; full: all;
+  # attention: all but attention; linear: neither that nor linear layers; offload: as attention,
+  # with what is kept for it in the host's memory.
   config.remat = "attention"
 
   config.model = ConfigDict()  # Fields of models.dit.DiTConfig.
@@ -64,22 +65,49 @@ def get_config() -> ConfigDict:
   config.data.fps = 8.0
   config.data.validation_fraction = 0.01  # Of the clips, chosen by their names; ours.
 
-  config.stages = ConfigDict()  # Name -> what that stage trains on; in the order of names.
+  # Name -> what that stage trains on, one after the other in the order of names. P Table 5: largest
+  # size, seconds (at 8 frames a second), row_tokens (25k, 75k, 700k), share, and a batch of 2000,
+  # 1000, 250 and 100 clips (our reading). Rows are ours: clips of full length would need 408, 235,
+  # 30 and 12 for such a batch, a mix of which half are images 130, 70, 7 and 3. The other sizes and
+  # the learning rates are ours, too.
+  config.stages = ConfigDict()
   config.stages.stage1 = stage(
-    sizes=((256, 384), (384, 256), (320, 320)),
+    sizes=sizes(256, 384),
     durations=(1, 9, 17, 33, 49),
     rows=256,
-    row_tokens=25_600,  # P Table 5: 25k.
+    row_tokens=25_600,
     max_clips=32,
+    share=400_000,
+  )
+  config.stages.stage2 = stage(
+    sizes=sizes(480, 720),
+    durations=(1, 9, 17, 33, 49),
+    rows=128,
+    row_tokens=75_776,
+    max_clips=32,
+    share=220_000,
+  )
+  third = {
+    "sizes": sizes(768, 1360),
+    "durations": (1, 9, 17, 33, 49, 81),
+    "row_tokens": 716_800,
+    "max_clips": 64,
+    "context": 16,  # Ours, as in all stages.
+  }
+  config.stages.stage3 = stage(**third, rows=16, share=120_000, learning_rate=5e-5)
+  config.stages.stage4 = stage(  # P 3.1: the best fifth of the same clips.
+    **third, rows=8, share=10_000, learning_rate=1e-5, data="stage3", best=0.2
   )
 
   config.train = ConfigDict()
-  config.train.steps = 400_000  # Updates in all, over all stages. P Table 5, stage 1.
+  config.train.steps = 750_000  # Updates in all, over all stages. P Table 5.
+  config.train.carry_optimizer = True  # To the next stage; else it begins with no moments. Ours.
+  config.train.growth = "extrapolate"  # P 2.4. Of positions, from stage to stage; or interpolate.
   config.train.explicit_uniform = True  # P 2.5.
 
   config.optimizer = ConfigDict()
-  config.optimizer.learning_rate = 1e-4  # ours
-  config.optimizer.warmup_steps = 1000  # ours
+  config.optimizer.learning_rate = 1e-4  # Its peak, of stages that name no other; ours.
+  config.optimizer.warmup_steps = 1000  # Of each stage; of several, a tenth of each at most. Ours.
   config.optimizer.final_fraction = 0.0  # Of the peak, where the cosine ends; ours.
   config.optimizer.b1 = 0.9  # P Table 6, as the next four.
   config.optimizer.b2 = 0.95
@@ -124,8 +152,30 @@ def source(path: str, weight: float) -> ConfigDict:
   return ConfigDict({"path": path, "weight": float(weight)})
 
 
+def sizes(short_side: int, longest: int) -> tuple[tuple[int, int], ...]:
+  """(height, width) from square to the longest side, lying and standing, by steps of an aspect.
+
+  Sides are multiples of 16: the VAE's compression times the patch.
+  """
+  longs = [round(short_side * aspect / 16) * 16 for aspect in (1, 4 / 3, 3 / 2)]
+  longs = sorted({*longs, longest})
+  lying = [(short_side, long) for long in longs]
+  return (*lying, *((long, short) for short, long in lying[1:]))
+
+
 def stage(
-  *, sizes, durations, rows, row_tokens, max_clips, rows_at_once=1, context=1
+  *,
+  sizes,
+  durations,
+  rows,
+  row_tokens,
+  max_clips,
+  rows_at_once=1,
+  context=1,
+  share=1.0,
+  learning_rate=0.0,
+  data="",
+  best=1.0,
 ) -> ConfigDict:
   """What one stage trains on.
 
@@ -134,6 +184,11 @@ def stage(
   max_clips clips. rows_at_once: that a device computes with; the gradients of the others of its
   rows are added in turn. 0: all of them. context: the most devices that share a row; the mesh takes
   the largest number that divides what its other axes leave, where config.mesh.context is 0.
+  share: of config.train.steps, times any number; each stage has one step at least.
+  learning_rate: its peak; 0 is that of config.optimizer. Each stage has a warm-up and a cosine of
+  its own.
+  data: the stage whose encoded clips it reads; "" is its own. best: the fraction of the clips that
+  it trains on, those of the highest scores (the manifest's `score`), of each dataset.
   """
   return ConfigDict(
     {
@@ -144,5 +199,9 @@ def stage(
       "max_clips": max_clips,
       "rows_at_once": rows_at_once,
       "context": context,
+      "share": share,
+      "learning_rate": learning_rate,
+      "data": data,
+      "best": best,
     }
   )

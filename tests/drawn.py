@@ -51,7 +51,7 @@ def draw(model, config, seed=0):
 
 
 def make_pipeline(
-  transformer=None, settings=ZEROS, kind=Pipeline, vae_config=VAE_CONFIG, **changes
+  transformer=None, settings=ZEROS, kind=Pipeline, vae_config=VAE_CONFIG, devices=None, **changes
 ):
   """A silent pipeline, of a given transformer or of one drawn with changes of its config."""
   return kind(
@@ -62,4 +62,5 @@ def make_pipeline(
     NOISE,
     settings,
     progress=Progress(show=False),
+    devices=devices,
   )

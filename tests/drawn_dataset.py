@@ -11,19 +11,20 @@ ROW_TOKENS, MAX_CLIPS = 120, 5
 SIZES = [(8, 8), (6, 10), (10, 6)]
 
 
-def draw_example(number: int) -> Example:
+def draw_example(number: int, score: float | None = None) -> Example:
   """A clip whose latents and text states are its number + 1."""
   frames, (height, width) = (1, 3, 5)[number % 3], SIZES[number // 3 % 3]
   mean = np.full((frames, height, width, 2), number + 1, np.float32)
   text = np.full((8, 4), number + 1, np.float32)
   source = f"clip-{number}"
-  return Example(mean, -mean, text, "", source, 4 * frames - 3, 8 * height, 8 * width, 8.0)
+  return Example(mean, -mean, text, "", source, 4 * frames - 3, 8 * height, 8 * width, 8.0, score)
 
 
-def make_dataset(directory, numbers, shards: int = 1) -> Dataset:
+def make_dataset(directory, numbers, shards: int = 1, scores=None) -> Dataset:
+  """scores: of the clips, by their numbers."""
   writer = ShardWriter(directory, shards, "test")
   for shard, part in enumerate(np.array_split(numbers, shards)):
-    writer.write_shard(shard, [draw_example(int(n)) for n in part])
+    writer.write_shard(shard, [draw_example(int(n), scores and scores[n]) for n in part])
   writer.finalize()
   return Dataset(directory)
 

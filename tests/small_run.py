@@ -15,16 +15,24 @@ GRIDS = ((1, 4, 4), (2, 4, 6), (3, 4, 4), (3, 6, 4))  # Latent frames, height, w
 
 def make_inputs(folder, seed=0, clips=48):
   """FOLDER/data, an encoded dataset of stage `tiny`, and FOLDER/model, the config of its VAE."""
-  rng = np.random.default_rng(seed)
-  writer = ShardWriter(folder / "data" / "tiny", 1, f"seed {seed}")
-  writer.write_shard(0, [_example(rng, number) for number in range(clips)])
-  writer.finalize()
+  write_dataset(folder / "data" / "tiny", seed, clips)
   diffusers.write_fields(folder / "model" / "vae", "config.json", configs.write_vae(VAE_CONFIG))
   return folder
 
 
-def _example(rng, number):
-  frames, height, width = GRIDS[number % len(GRIDS)]
+def write_dataset(folder, seed, clips=48, grids=GRIDS, scores=None):
+  """An encoded dataset of random clips, the n-th of which has the n-th score if there are any."""
+  rng = np.random.default_rng(seed)
+  writer = ShardWriter(folder, 1, f"seed {seed}")
+  examples = [_example(rng, number, grids[number % len(grids)]) for number in range(clips)]
+  if scores is not None:
+    examples = [one._replace(score=float(s)) for one, s in zip(examples, scores, strict=True)]
+  writer.write_shard(0, examples)
+  writer.finalize()
+
+
+def _example(rng, number, grid):
+  frames, height, width = grid
   shape = (frames, height, width, CHANNELS)
   return Example(
     mean=rng.normal(size=shape).astype(np.float32),

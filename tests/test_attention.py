@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from cogvideox_jax.models.attention import BLOCK, attention
+from cogvideox_jax.models.attention import BLOCK, _in_tiles, attention
 
 
 def dense_attention(q, k, v, segment_ids):
@@ -29,6 +29,10 @@ def row(*lengths, n):
 SHORT = np.stack([row(30, 10, n=47), row(47, n=47), row(1, n=47), row(n=47)])
 LONG = np.stack(
   [row(40, 72, 1, 104, 33, n=251), row(251, n=251), row(*[3] * 60, n=251), row(20, 200, n=251)]
+)
+# Long enough to be taken in tiles, of which one row has several; blocks suit the last two better.
+TILES = np.stack(
+  [row(1600, n=1600), row(1000, 599, n=1600), row(*[50] * 30, n=1600), row(300, 9, 640, n=1600)]
 )
 WHOLE = np.stack([row(BLOCK, 2 * BLOCK, n=4 * BLOCK), row(2 * BLOCK, BLOCK - 1, n=4 * BLOCK)])
 
@@ -50,7 +54,9 @@ def value_and_grads(attend, q, k, v, segment_ids):
   return (out, *grads)
 
 
-@pytest.mark.parametrize("segment_ids", [SHORT, LONG, WHOLE], ids=["short", "long", "whole"])
+@pytest.mark.parametrize(
+  "segment_ids", [SHORT, LONG, WHOLE, TILES], ids=["short", "long", "whole", "tiles"]
+)
 def test_equals_dense_masked_softmax_in_values_and_gradients(segment_ids):
   q, k, v = drawn(segment_ids)
   ours = value_and_grads(attention, q, k, v, segment_ids)
@@ -86,6 +92,14 @@ def test_blocks_that_share_no_segment_are_never_computed():
   for a, b in zip(value_and_grads(attention, *poisoned, segment_ids), clean, strict=True):
     assert np.isnan(a[second]).all()
     np.testing.assert_array_equal(a[~second], b[~second])
+
+
+@pytest.mark.parametrize(
+  "lengths, tiles", [([2048], 2), ([1000, 1048], 2), ([512] * 4, 32), ([32] * 64, 32)]
+)
+def test_long_clips_are_taken_in_tiles_and_short_ones_in_blocks(lengths, tiles):
+  ids = jnp.asarray(row(*lengths, n=2048)).reshape(32, BLOCK)
+  assert _in_tiles(lambda queries, keys: jnp.int32(len(queries)), 16, ids) == tiles
 
 
 def test_memory_grows_with_the_tokens_not_their_square():

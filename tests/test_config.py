@@ -10,7 +10,7 @@ from cogvideox_jax.conversion import configs as model_configs
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.vae import VAEConfig
-from configs import base, tiny, tiny_i2v
+from configs import base, tiny, tiny_i2v, tiny_stages
 
 
 def check(config: ConfigDict, model: str = "") -> None:
@@ -24,7 +24,9 @@ def changed(key: str, value) -> ConfigDict:
   return config
 
 
-@pytest.mark.parametrize("config", [base.get_config(), tiny.get_config(), tiny_i2v.get_config()])
+@pytest.mark.parametrize(
+  "config", [base.get_config(), tiny.get_config(), tiny_i2v.get_config(), tiny_stages.get_config()]
+)
 def test_our_own_configs_pass(config):
   check(config)
 
@@ -46,6 +48,12 @@ def test_our_own_configs_pass(config):
     ("data.clips", -1, "at least 0"),
     ("preview.every", -1, "at least 0"),
     ("stages.tiny.rows", 0, "above 0"),
+    ("stages.tiny.share", 0, "above 0"),
+    ("stages.tiny.learning_rate", -1e-4, "at least 0"),
+    ("stages.tiny.best", 0.0, "above 0"),
+    ("stages.tiny.best", 1.5, "above 0 and at most 1"),
+    ("stages.tiny.data", "stage1", "there is none"),
+    ("train.growth", "stretch", "extrapolate, interpolate"),
     ("stages.tiny.durations", (1, 0), "above 0"),
     ("stages.tiny.durations", (1, 12), "12"),
     ("stages.tiny.durations", (), "(1, 9, 17)"),
@@ -80,6 +88,24 @@ def test_a_config_without_stages_is_refused():
     config.stages = ConfigDict()
   with pytest.raises(UserError, match=r"config\.stages"):
     check(config)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "wanted"),
+  [
+    ("stages.stage4.data", "stage9", "that has some: stage1, stage2, stage3"),
+    ("stages.stage4.data", "stage4", "that has some: stage1, stage2, stage3"),
+    ("stages.stage4.data", "stage2", "sizes are"),
+    ("stages.stage4.durations", (1, 9), "config.stages.stage4.durations is (1, 9), but it reads"),
+  ],
+)
+def test_a_stage_reads_the_clips_of_a_stage_that_has_such(key, value, wanted):
+  config = tiny_stages.get_config()
+  check(config)
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError) as caught:
+    check(config)
+  assert wanted in str(caught.value)
 
 
 def test_sizes_must_suit_the_vae_of_the_model(tmp_path):

@@ -40,9 +40,9 @@ def last_object(result):
 
 def test_listed_rows_are_those_that_training_reads(inputs, tmp_path):
   config = make_config(inputs)
-  datasets = setup.open_data(config, epath.Path(tmp_path))
-  rows = setup.make_rows(config, datasets, "train", "zeros")
-  loader = setup.make_loader(config, rows, mixture.begin(setup.weights(config)))
+  datasets = setup.open_data(config, "tiny", epath.Path(tmp_path))
+  rows = setup.make_rows(config, "tiny", datasets, "train", "zeros")
+  loader = setup.make_loader(config, "tiny", rows, mixture.begin(setup.weights(config, "tiny")))
   expected = []
   for index in range(3, 45):
     name, row = loader.row(index)
@@ -59,11 +59,11 @@ def test_listed_rows_are_those_that_training_reads(inputs, tmp_path):
 def test_hosts_share_the_same_rows(inputs, hosts):
   config = make_config(inputs)
   (dataset,) = inspection.open_stages(epath.Path(inputs) / "data").values()
-  rows = inspection.training_rows(config, dataset)
-  listed = inspection.list_rows(config, rows, range(20), hosts)
+  rows = inspection.training_rows(config, "tiny", dataset)
+  listed = inspection.list_rows(config, "tiny", rows, range(20), hosts)
   assert [row["row"] for row in listed] == list(range(20))
   assert [row["host"] for row in listed] == [index % 8 * hosts // 8 for index in range(20)]
-  alone = inspection.list_rows(config, rows, range(20), 1)
+  alone = inspection.list_rows(config, "tiny", rows, range(20), 1)
   assert [row["clips"] for row in listed] == [row["clips"] for row in alone]
 
 
@@ -147,5 +147,10 @@ def test_rows_of_several_stages_must_be_asked_for_one_by_one(inputs, tmp_path):
   with pytest.raises(UserError, match="holds no encoded dataset"):
     inspection.open_stages(epath.Path(tmp_path / "empty"))
   config = make_config(inputs)
-  assert inspection.stage_config(config, "other", any_name=False) is None
-  assert list(inspection.stage_config(config, "other", any_name=True).stages) == ["tiny"]
+  assert inspection.readers(config, ["tiny", "other"], "") == {"tiny": "tiny"}
+  assert inspection.readers(config, ["other"], "") == {"other": "tiny"}
+  assert inspection.readers(config, ["tiny", "other"], "tiny") == {"tiny": "tiny"}
+  with pytest.raises(UserError, match=r"--stage=stage9: config\.stages has tiny"):
+    inspection.readers(config, ["tiny"], "stage9")
+  with pytest.raises(UserError, match="--stage=tiny reads tiny, but here there are a, b"):
+    inspection.readers(config, ["a", "b"], "tiny")

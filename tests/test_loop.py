@@ -167,7 +167,7 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
   train_and_stop(mix(inputs, {"first": 1, "second": 1}), workdir, at=1)
   config, kept = mix(inputs, {"first": 3, "second": 1}), workdir / "mixture.json"
   before = kept.read_text()
-  kept.write_text("[{}]")
+  kept.write_text('{"tiny": [{}]}')
   with pytest.raises(UserError, match=r"mixture\.json is damaged"):
     loop.train(config, workdir)
   kept.write_text(before)
@@ -175,15 +175,57 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
 
   rows = [placed[index] for index in range(4 * 8)]
   assert [dataset for dataset, _ in rows].count("first") == 4 + 18
-  datasets = setup.make_rows(config, setup.open_data(config, workdir), "train", "zeros")
+  datasets = setup.make_rows(
+    config, "tiny", setup.open_data(config, "tiny", workdir), "train", "zeros"
+  )
   for name, planned in datasets.items():
     mine = [row.clips.tolist() for dataset, row in rows if dataset == name]
     assert mine == [planned[number].clips.tolist() for number in range(len(mine))]
   history = json.loads(kept.read_text())
-  assert history == [
-    {"start": 0, "weights": {"first": 1, "second": 1}, "offsets": {}},
-    {"start": 8, "weights": {"first": 3, "second": 1}, "offsets": {"first": 4, "second": 4}},
-  ]
+  assert history == {
+    "tiny": [
+      {"start": 0, "weights": {"first": 1, "second": 1}, "offsets": {}},
+      {"start": 8, "weights": {"first": 3, "second": 1}, "offsets": {"first": 4, "second": 4}},
+    ]
+  }
+
+
+def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_path, monkeypatch):
+  """As on an accelerator, where the loop must run ahead of the device."""
+  begun, read, lags = itertools.count(1), metrics.Recorder._read, []
+  latest, wait = 0, jax.block_until_ready
+
+  def compile_and_count(self, *args):
+    programs = compile_programs(self, *args)
+
+    def train(*args):
+      nonlocal latest
+      latest = next(begun)
+      return wait(programs.train(*args))  # Of fake devices only, each step is waited for: here.
+
+    return programs._replace(train=train)
+
+  def read_and_note(self, step, *args):
+    lags.append(latest - step)
+    read(self, step, *args)
+
+  def refuse(value):
+    raise AssertionError("the loop waits for a step")
+
+  compile_programs = loop.StageRun._compile
+  monkeypatch.setattr(loop.StageRun, "_compile", compile_and_count)
+  monkeypatch.setattr(metrics.Recorder, "_read", read_and_note)
+  make = loop.StageRun.__init__
+
+  def make_and_run_ahead(self, *args, **named):
+    make(self, *args, **named)
+    self._waits = False
+
+  monkeypatch.setattr(loop.StageRun, "__init__", make_and_run_ahead)
+  monkeypatch.setattr(jax, "block_until_ready", refuse)
+  config = make_config(inputs, train__steps=6, checkpoint__every=0, validation__every=0)
+  assert loop.train(config, epath.Path(tmp_path)) == 0
+  assert lags == [2, 2, 2, 2, 1, 0]  # The last are read before they are saved.
 
 
 @pytest.mark.parametrize(
@@ -216,14 +258,14 @@ def test_a_workdir_that_is_a_file_is_named(inputs, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
   inputs, tmp_path, monkeypatch
 ):
-  place, placed = loop.Run._place, itertools.count(1)
+  place, placed = loop.StageRun._place, itertools.count(1)
 
   def place_and_spoil(self, batch):
     spoils = next(placed) == 4
     nothing = np.full_like(batch.mean, np.nan)
     return place(self, batch._replace(mean=nothing) if spoils else batch)
 
-  monkeypatch.setattr(loop.Run, "_place", place_and_spoil)
+  monkeypatch.setattr(loop.StageRun, "_place", place_and_spoil)
   workdir = epath.Path(tmp_path)
   with pytest.raises(UserError, match=r"at step 4: .*loss not finite. Earlier .* intact"):
     loop.train(make_config(inputs, validation__every=0), workdir)

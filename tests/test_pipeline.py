@@ -271,3 +271,22 @@ def test_slices_are_decoded_alone_to_the_same_frames(pipe):
 def test_a_model_that_also_wants_an_image_is_refused():
   with pytest.raises(UserError, match="8 channels and makes 4"):
     make_pipeline(in_channels=8)
+
+
+@pytest.mark.parametrize(("prompts", "devices"), [(["a circle"], 4), (["a circle", "a square"], 4)])
+def test_devices_share_rows_and_then_tokens_and_make_the_same_video(pipe, prompts, devices):
+  """One video is two rows, on two devices each; two are four, each on its own."""
+  denoise_step.clear_cache()
+  several = make_pipeline(devices=jax.devices()[:devices])
+  latents = several(prompts, **QUICK).frames
+  assert denoise_step._cache_size() == 1
+  np.testing.assert_allclose(latents, pipe(prompts, **QUICK).frames, atol=1e-4)
+  several("a circle", num_inference_steps=1, output_type="np")  # The VAE's weights move along.
+
+
+def test_tokens_are_split_among_devices_that_share_a_row():
+  one, several = (denoising.spread(2, jax.devices()[:count]) for count in (1, 4))
+  x, text = np.zeros((1, 3, 4, 6, 4), np.float32), np.zeros((2, 1, 6, 8), np.float32)
+  rows = jax.jit(denoising.as_rows, static_argnums=(2, 3))(x, text, (1, 2, 2), several)
+  assert rows.mean.sharding.shard_shape(rows.mean.shape) == (1, 16, 16)
+  assert one.tokens(24) == 24 and several.tokens(24) == 32

@@ -30,7 +30,7 @@ def test_previews_are_the_prompts_side_by_side_and_a_sheet_of_them(tmp_path):
     **{f"model__{key}": value for key, value in asdict(DIT_CONFIG).items()},
   )  # fmt: skip
   folder = epath.Path(tmp_path) / "previews"
-  Previewer(config, folder).write(40, draw(DiT, DIT_CONFIG)[1])
+  Previewer(config, folder).write(40, *draw(DiT, DIT_CONFIG))
 
   info = probe(folder / "step_000040.mp4")
   assert (info.num_frames, info.height, info.width, info.fps) == (9, 16, 48, 8.0)

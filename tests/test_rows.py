@@ -132,3 +132,31 @@ def test_clips_longer_than_a_row_are_left_out_and_reported(dataset, caplog):
 def test_numbers_that_do_not_fit_the_dataset_are_a_clear_message(dataset, changes, message):
   with pytest.raises(UserError, match=message):
     make_rows(dataset, **changes)
+
+
+def test_a_stage_may_train_on_the_best_fraction_of_each_split(tmp_path):
+  scores = [(7 * number) % 10 / 10 for number in range(60)]  # Six clips of each score.
+  dataset = make_dataset(tmp_path, range(60), scores=scores)
+  held_out = dataset.index.source_hash < 0.3 * 2.0**64
+  for split, chosen in (("train", ~held_out), ("validation", held_out)):
+    for best in (0.2, 0.5):
+      rows = make_rows(dataset, split=split, validation_fraction=0.3, best=best)
+      numbers = np.flatnonzero(chosen).tolist()
+      ranked = sorted(numbers, key=lambda n: (-scores[n], dataset.index.source_hash[n]))
+      assert rows.clips.tolist() == sorted(ranked[: round(best * len(numbers))])
+      read = {clip for row in range(rows.per_epoch) for clip in numbers_of(rows.read(row))[0]}
+      assert read == set(rows.clips.tolist())
+  whole = make_rows(dataset, validation_fraction=0.3, best=1.0)
+  assert whole.clips.tolist() == np.flatnonzero(~held_out).tolist()
+  assert len(make_rows(dataset, best=0.001).clips) == 1
+
+
+def test_the_best_clips_of_a_dataset_without_scores_are_not_guessed(tmp_path):
+  scores = [0.5, None, 0.5, None, 0.5]
+  dataset = make_dataset(tmp_path, range(5), scores=scores)
+  make_rows(dataset)
+  with pytest.raises(UserError) as caught:
+    make_rows(dataset, best=0.2)
+  message = str(caught.value)
+  assert "60.0% have one; 'clip-1' has none" in message and '"score": 0.9' in message
+  assert len(message.splitlines()) <= 8

@@ -199,3 +199,21 @@ def test_numbers_that_make_no_dataset_are_refused(tmp_path):
     render_dataset(tmp_path, clips=0)
   with pytest.raises(UserError, match="there are 1 to 64"):
     shapes.held_out_prompts(65)
+
+
+def test_a_score_says_how_clearly_an_object_stands_out(tmp_path):
+  manifest = render_dataset(tmp_path / "clips")
+  items = [json.loads(line) for line in manifest.read_text().splitlines()]
+  for index, item in enumerate(items):
+    _, frames = shapes.draw_clip(index, 0, SIZES, DURATIONS)
+    assert item["score"] == pytest.approx(shapes.contrast(frames), abs=1e-4)
+
+  ground = np.full((2, 8, 8, 3), 20, np.uint8)
+  assert shapes.contrast(ground) == 0
+  part = ground.copy()
+  part[:, :4, :4] = (220, 40, 40)  # A quarter of the frame.
+  distance = np.sqrt(200**2 + 2 * 20**2) / 255
+  assert shapes.contrast(part) == pytest.approx(distance * np.sqrt(0.25 * 0.75))
+  smaller, fainter = ground.copy(), ground.copy()
+  smaller[:, :2, :2], fainter[:, :4, :4] = (220, 40, 40), (80, 20, 20)
+  assert shapes.contrast(smaller) < shapes.contrast(part) > shapes.contrast(fainter)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,32 @@ def test_as_many_devices_share_a_row_as_a_stage_says_and_the_mesh_allows(sizes, 
   assert mesh.size == 8
   one = sharding.with_context({**sizes, "data": 1, "fsdp": -1}, most, jax.devices()[:1])
   assert one["context"] in (1, sizes["context"])
+
+
+class FakeDevice(SimpleNamespace):
+  __hash__ = object.__hash__
+  __eq__ = object.__eq__
+
+
+def test_data_spans_the_slices_and_the_other_axes_stay_in_one():
+  devices = [
+    FakeDevice(
+      id=number,
+      process_index=number // 4,
+      slice_index=number // 4,
+      platform="cpu",
+      device_kind="cpu",
+      client=None,
+    )
+    for number in range(8)
+  ]
+  sizes = sharding.with_context({**SIZES, "data": 1, "fsdp": -1, "context": 0}, 2, devices)
+  mesh = sharding.make_mesh(sizes, devices)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
+  of_slices = [{device.slice_index for device in part.flat} for part in mesh.devices]
+  assert of_slices == [{0}, {1}]
+  with pytest.raises(UserError, match="4 devices"):
+    sharding.make_mesh({**SIZES, "data": 2, "fsdp": 4}, devices)
 
 
 def make_batch(rows, tokens):

@@ -18,7 +18,7 @@ from cogvideox_jax.diffusion.latents import LatentConfig, draw_latents
 from cogvideox_jax.diffusion.loss import v_loss
 from cogvideox_jax.diffusion.noise import noise_schedule
 from cogvideox_jax.models.attention import attention
-from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.dit import REMAT, DiT
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.training import state, step
 from cogvideox_jax.types import VISION, Example
@@ -31,8 +31,8 @@ PARAMS = draw(DiT, DIT_CONFIG)[1]
 START = state.new_state(PARAMS, SGD)
 
 
-def network(dtype=jnp.float32, attend=attention, config=DIT_CONFIG):
-  return step.Network(graph_of(DiT, config, dtype=dtype), config.width, attend)
+def network(dtype=jnp.float32, attend=attention, config=DIT_CONFIG, remat="none"):
+  return step.Network(graph_of(DiT, config, dtype=dtype, remat=remat), config.width, attend)
 
 
 AT_ONCE = step.Accumulation(
@@ -108,6 +108,26 @@ def test_a_sharded_step_in_any_number_of_parts_equals_that_of_one_device(run, na
   np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
   np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=1e-4)
   jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), sharded.params, expected.params)
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+def test_what_is_computed_again_changes_nothing(run, remat):
+  batch = batch_of()
+  expected, _ = run(START, batch, KEY)
+  again, _ = jax.jit(make_step(network=network(remat=remat)))(START, batch, KEY)
+  jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), again.params, expected.params)
+
+
+def products(remat):
+  """How many matrix products a step takes, attention's among them."""
+  text = str(jax.make_jaxpr(make_step(network=network(remat=remat)))(START, batch_of(1), KEY))
+  return text.count("dot_general")
+
+
+def test_a_policy_spares_the_products_that_it_names():
+  none, linear, attend, full = map(products, ("none", "linear", "attention", "full"))
+  assert none <= linear < attend < full
+  assert products("offload") == attend
 
 
 def test_every_kernel_and_its_moments_are_spread_over_fsdp():
@@ -239,3 +259,9 @@ def test_training_on_one_batch_learns_it(run):
     value, metrics = run(value, batch, KEY)
     losses.append(float(metrics["loss"]))
   assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_explicit_uniform_sampling_can_be_left_out(run):
+  batch = batch_of()
+  plain = jax.jit(make_step(explicit_uniform=False))(START, batch, KEY)[1]
+  assert np.isfinite(plain["loss"]) and plain["loss"] != run(START, batch, KEY)[1]["loss"]

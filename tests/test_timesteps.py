@@ -1,14 +1,14 @@
 """Explicit uniform sampling: every row in its interval, every clip in its part, all uniform."""
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from cogvideox_jax import sharding
 from cogvideox_jax.diffusion.timesteps import explicit_uniform, uniform
 
 STEPS, SEGMENTS = 1000, 6
@@ -89,11 +89,54 @@ def test_the_batch_mean_varies_far_less_than_with_plain_sampling():
   assert variance(explicit_uniform) < 0.1 * variance(uniform)
 
 
-def test_the_draw_is_the_same_on_any_mesh():
-  clips = jnp.array([2, 3, 1, 5, 4, 2, 3, 3])
-  mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
-  rows = NamedSharding(mesh, P("data"))
-  draw = jax.jit(explicit_uniform, static_argnums=(2, 3), out_shardings=rows)
-  split = draw(jax.random.key(3), jax.device_put(clips, rows), SEGMENTS, STEPS)
-  alone = explicit_uniform(jax.random.key(3), clips, SEGMENTS, STEPS)
-  np.testing.assert_array_equal(split, alone)
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 8, 16, 64])
+@pytest.mark.parametrize("rows_each", [1, 4])
+def test_each_shard_draws_evenly_in_its_own_interval(shards, rows_each):
+  rows = shards * rows_each
+  clips = 1 + np.arange(rows) % (SEGMENTS - 1)  # Packed rows of different numbers of clips.
+  timesteps = np.asarray(draw_many(explicit_uniform, jnp.asarray(clips), 1000))
+  for shard in range(shards):
+    here = slice(shard * rows_each, (shard + 1) * rows_each)
+    # A long row of many clips counts as a short one: its draws weigh less.
+    weights = np.repeat(1 / clips[here], clips[here])
+    drawn = of_clips(timesteps[:, here], clips[here])
+    first, end = STEPS * shard / shards, STEPS * (shard + 1) / shards
+    assert np.floor(first) <= drawn.min() and drawn.max() < end
+    shares, _ = np.histogram(
+      np.maximum(drawn, first), 4, (first, end), weights=np.tile(weights, (1000, 1))
+    )
+    # A timestep counts in the interval by as much of [t, t + 1) as lies in it.
+    t = np.arange(np.floor(first), end)
+    inside = np.minimum(t + 1, end) - np.maximum(t, first)
+    expected, _ = np.histogram(np.maximum(t, first), 4, (first, end), weights=inside)
+    np.testing.assert_allclose(shares / shares.sum(), expected / expected.sum(), atol=0.08)
+
+
+MESHES = [
+  {"data": 1, "fsdp": 1},
+  {"data": 8, "fsdp": 1},
+  {"data": 1, "fsdp": 8},
+  {"data": 2, "fsdp": 4},
+  {"data": 2, "fsdp": 1, "tensor": 2},
+  {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+]
+
+
+@pytest.mark.parametrize("draw", [explicit_uniform, uniform])
+def test_the_draw_is_the_same_on_any_mesh_and_each_shard_holds_its_interval(draw):
+  clips = np.array([2, 3, 1, 5, 4, 2, 3, 3], np.int32)
+  alone = draw(jax.random.key(3), jnp.asarray(clips), SEGMENTS, STEPS)
+  for sizes in MESHES:
+    sizes = {"context": 1, "tensor": 1, **sizes}
+    mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    rows = sharding.row_sharding(mesh, sharding.rules_named("fsdp_tensor"), len(clips))
+    run = jax.jit(draw, static_argnums=(2, 3), out_shardings=rows)
+    split = jax.block_until_ready(
+      run(jax.random.key(3), jax.device_put(clips, rows), SEGMENTS, STEPS)
+    )
+    np.testing.assert_array_equal(split, alone)
+    for shard in split.addressable_shards if draw is explicit_uniform else ():
+      here = shard.index[0]
+      first, stop, _ = here.indices(len(clips))
+      drawn = of_clips(np.asarray(shard.data)[None], clips[here])
+      assert STEPS * first // 8 <= drawn.min() and drawn.max() < STEPS * stop // 8

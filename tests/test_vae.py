@@ -113,7 +113,7 @@ def test_odd_latents_decode_to_a_first_frame_alone_and_even_ones_do_not(model, l
 
 
 def test_one_program_for_the_first_chunk_and_one_for_all_later_ones(model):
-  before = vae._encode_chunk._cache_size()
+  before = vae.encode_chunk._cache_size()
   for count in (9, 17, 25):
     vae.encode(model, frames_of(count))
-  assert vae._encode_chunk._cache_size() - before <= 2
+  assert vae.encode_chunk._cache_size() - before <= 2

@@ -11,6 +11,7 @@ from typing import Any
 from cogvideox_jax.diffusion.noise import PREDICTIONS, SPACINGS, NoiseConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.positions import RULES
 from cogvideox_jax.models.t5 import T5Config
 from cogvideox_jax.models.vae import VAEConfig
 
@@ -48,7 +49,6 @@ TRANSFORMER_FIXED = {
 }
 # Ours: which rule makes the positions, where diffusers' fields do not say it. diffusers ignores it.
 POSITION_RULE = "position_rule"
-POSITIONS = ("sincos", "rope", "rope_index")
 
 VAE_NAMES = {
   "in_channels": "in_channels",
@@ -116,8 +116,8 @@ def read_transformer(fields: Fields, where: str) -> DiTConfig:
   if patch_frames is None:
     _check_fixed(fields, {"patch_bias": True}, where)  # With patch_size_t it is always there.
   positions = fields.get(POSITION_RULE, _implied_positions(fields))
-  if positions not in POSITIONS:
-    raise UserError(f"{where}: {POSITION_RULE} is {positions!r}, not one of {POSITIONS}.")
+  if positions not in RULES:
+    raise UserError(f"{where}: {POSITION_RULE} is {positions!r}, not one of {RULES}.")
   fields = {"use_learned_positional_embeddings": False, **fields}  # Absent in files of 1.0.
   return DiTConfig(
     **_ours(fields, TRANSFORMER_NAMES, where),

@@ -51,6 +51,7 @@ class Rows:
     drop: DroppedCaption,
     drop_rate: float,
     validation_fraction: float,  # Of the clips, in [0, 1]; chosen by a hash of their sources.
+    best: float = 1.0,  # Fraction of the split's clips that is kept, those of the highest scores.
     split: str = "train",  # Or validation: the same order in every epoch and run, nothing dropped.
   ):
     """UserError if the dataset does not fit these numbers."""
@@ -61,7 +62,7 @@ class Rows:
     self._seed, self._drop_rate = (seed, drop_rate) if self._shuffled else (0, 0.0)
     self.lengths = self._clip_lengths()  # Tokens of every clip of the dataset.
     # Their numbers: of the split's clips that fit a row, and of those that do not.
-    self.clips, self.unpackable = self._select(split, validation_fraction)
+    self.clips, self.unpackable = self._select(split, validation_fraction, best)
     lengths = self.lengths[self.clips]
     folder = dataset.directory / "plans"
     self._layout = packing.cached_layout(lengths, row_tokens, max_clips, folder)
@@ -111,11 +112,11 @@ class Rows:
     return packing.clip_tokens(latents, patch=self._patch, text_length=text_shape[0])
 
   def _select(
-    self, split: str, validation_fraction: float
+    self, split: str, validation_fraction: float, best: float
   ) -> tuple[Int[np.ndarray, " clips"], Int[np.ndarray, " too_long"]]:
     """The split's clips that fit a row, and those that do not."""
     held_out = self.dataset.index.source_hash < validation_fraction * 2.0**64
-    chosen = held_out if split == "validation" else ~held_out
+    chosen = self._best(held_out if split == "validation" else ~held_out, best)
     fits = self.lengths <= self.row_tokens
     clips, too_long = np.flatnonzero(chosen & fits), np.flatnonzero(chosen & ~fits)
     directory = self.dataset.directory
@@ -139,6 +140,31 @@ class Rows:
         self.dataset.source(int(too_long[0])),
       )
     return clips, too_long
+
+  def _best(
+    self, chosen: Bool[np.ndarray, " clips"], fraction: float
+  ) -> Bool[np.ndarray, " clips"]:
+    """The fraction of the chosen clips with the highest scores, rounded, and one at least.
+
+    Of a split, so that each has its fraction, however few clips are held out. Clips of one score
+    come in the order of their names' hashes.
+    """
+    if fraction == 1:
+      return chosen
+    score, directory = self.dataset.index.score, self.dataset.directory
+    if (unscored := np.isnan(score)).any():
+      clip = int(np.argmax(unscored))
+      raise UserError(
+        f"A stage with `best` {fraction} wants the clips of the highest scores, but of those in\n"
+        f"{directory} {1 - unscored.mean():.1%} have one; {self.dataset.source(clip)!r} has none.\n"
+        'Give each line of the manifest a number, "score": 0.9, and encode the clips again into '
+        "another folder;\nor set the stage's `best` to 1.0, for all clips."
+      )
+    clips = np.flatnonzero(chosen)
+    order = np.lexsort((self.dataset.index.source_hash[clips], -score[clips]))
+    kept = np.zeros_like(chosen)
+    kept[clips[order[: max(round(fraction * len(clips)), 1)]]] = True
+    return kept
 
   def _epoch_plan(self, number: int) -> Plan:
     with self._lock:  # So that threads which meet a new epoch do not each plan it.

@@ -250,6 +250,16 @@ def draw_clip(
   return scene, render(scene, num_frames, height, width, rng)
 
 
+def contrast(frames: UInt8[np.ndarray, "F H W 3"]) -> float:
+  """How clearly the objects stand out: the spread of the pixels' colours about their mean.
+
+  The root of the mean squared distance in RGB, over 255: 0 for frames of one colour. Of an object
+  that covers a part p of a plain background it is their colours' distance times sqrt(p (1 - p)).
+  """
+  pixels = frames.reshape(-1, 3) / 255
+  return float(np.sqrt(pixels.var(axis=0).sum()))
+
+
 def render_dataset(
   folder: epath.PathLike,
   clips: int,
@@ -261,6 +271,7 @@ def render_dataset(
 ) -> epath.Path:
   """Writes clips (mp4, or png for one frame) and the manifest, whose path it returns.
 
+  The manifest's score of a clip is its `contrast`.
   sizes: (height, width) in pixels. durations: frames. Does nothing if the same call was finished
   before, and all of it again if that was cut short. Raises UserError if the folder holds the clips
   of another call, or a manifest of something else.
@@ -281,7 +292,8 @@ def render_dataset(
       Image.fromarray(frames[0]).save(folder / file)
     else:
       video.write_mp4(folder / file, frames, fps)
-    lines.append(json.dumps({"file": file, "caption": caption(scene), "id": name}))
+    score = round(contrast(frames), 4)
+    lines.append(json.dumps({"file": file, "caption": caption(scene), "id": name, "score": score}))
   part = folder / "manifest.jsonl.part"
   part.write_text("\n".join(lines) + "\n")
   part.replace(manifest)  # Last, and at once: a manifest means that every file is there.

@@ -6,7 +6,7 @@ tokens. The two halves of guidance stand one after the other on the batch axis.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
+from cogvideox_jax import sharding
 from cogvideox_jax.data.packing import pack
 from cogvideox_jax.diffusion.guidance import classifier_free
 from cogvideox_jax.diffusion.solvers import Solver, Weights, solver_step
 from cogvideox_jax.inference.inputs import Videos
-from cogvideox_jax.models.attention import attention
+from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiTConfig, patchify, timestep_sinusoid, unpatchify
+from cogvideox_jax.models.layers import Attention
 from cogvideox_jax.types import Batch, Example
 
 Params = dict[str, Any]  # Nested by the keys of a parameter's path; see nnx.to_pure_dict.
@@ -88,7 +91,36 @@ def denoise(
   return x
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config"), donate_argnames=("x", "previous_x0"))
+class Spread(NamedTuple):
+  """How the devices share a step: rows first, then the tokens of a row. Arguments and results are
+  the same on each of them."""
+
+  attention: Attention
+  places: Callable[[Batch], Batch]  # Of the arrays of rows; see sharding.batch_shardings.
+  tokens: Callable[[int], int]  # The length of a row for so many tokens, so that it divides.
+  everywhere: NamedSharding
+
+
+def spread(rows: int, devices: Sequence[Any]) -> Spread:
+  """Always the same object for the same devices: programs are compiled once for each."""
+  return _spread(rows, tuple(devices))
+
+
+@cache
+def _spread(rows: int, devices: tuple[Any, ...]) -> Spread:
+  mesh, rules = sharding.mesh_of_rows(rows, devices), sharding.rules_named("fsdp")
+  attend = attention_for(devices[0])
+  return Spread(
+    attend if len(devices) == 1 else sharding.shard_attention(attend, mesh, rules),
+    partial(sharding.batch_shardings, mesh=mesh, rules=rules),
+    partial(sharding.padded_tokens, mesh=mesh, rules=rules),
+    sharding.replicated(mesh),
+  )
+
+
+@partial(
+  jax.jit, static_argnames=("graphdef", "config", "spread"), donate_argnames=("x", "previous_x0")
+)
 def denoise_step(
   params: Params,
   x: Float[Array, "b f h w c"],
@@ -100,41 +132,77 @@ def denoise_step(
   *,
   graphdef: nnx.GraphDef,
   config: DiTConfig,
+  spread: Spread,
 ) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
   """Returns the latents of the next timestep, and the clean ones that the network sees now."""
-  halves, videos = text.shape[:2]
-  rows = halves * videos
-  layout = row_layout(x.shape[1:], text.shape[2], config.patch)
-  grid = tuple(layout.grids[0, 1].tolist())
+  halves = text.shape[0]
   time = timestep_sinusoid(step.timestep, config.width)
 
   seen = x if image is None else jnp.concatenate([x, image], axis=-1)
-  vision = jax.vmap(partial(patchify, patch=config.patch))(seen)
-  vision = jnp.pad(vision, ((0, 0), (text.shape[2], 0), (0, 0)))  # 0 at text tokens.
+  rows = as_rows(seen, text, config.patch, spread)
   v = nnx.merge(graphdef, params)(
-    repeat(vision, "b n p -> (halves b) n p", halves=halves),
-    rearrange(text, "halves b l t -> (halves b) 1 l t"),
-    jnp.broadcast_to(time, (rows, 2, config.width)),
-    *(
-      repeat(jnp.asarray(part), "1 ... -> rows ...", rows=rows)
-      for part in (layout.segment_ids, layout.experts, layout.coordinates, layout.grids)
-    ),
-    attention=attention,
+    rows.mean,
+    rows.text,
+    jnp.broadcast_to(time, (len(rows.mean), 2, config.width)),
+    rows.segment_ids,
+    rows.experts,
+    rows.coordinates,
+    rows.grids,
+    attention=spread.attention,
   )
-  v = v[:, text.shape[2] :].astype(jnp.float32)
+  grid = grid_of(x.shape[1:], config.patch)
+  start = text.shape[2]
+  v = v[:, start : start + math.prod(grid)].astype(jnp.float32)
   v = jax.vmap(partial(unpatchify, patch=config.patch, grid=grid))(v)
   v = rearrange(v, "(halves b) f h w c -> halves b f h w c", halves=halves)
   guided = classifier_free(v[0], v[1], step.guidance_scale) if halves == 2 else v[0]
-  return solver_step(step.weights, x, guided, previous_x0, noise)
+  result = solver_step(step.weights, x, guided, previous_x0, noise)
+  return jax.lax.with_sharding_constraint(result, spread.everywhere)
 
 
-def row_layout(shape: tuple[int, ...], text_length: int, patch: tuple[int, int, int]) -> Batch:
-  """A row that one clip of these latents (f, h, w, ...) fills, packed as in training.
+def as_rows(
+  seen: Float[Array, "b f h w c"],
+  text: Float[Array, "halves b l t"],
+  patch: tuple[int, int, int],
+  spread: Spread,
+) -> Batch:
+  """The rows that the network sees, spread over the devices: patches stand where a training row has
+  the means of its latents."""
+  halves, videos = text.shape[:2]
+  start = text.shape[2]
+  used = start + math.prod(grid_of(seen.shape[1:], patch))
+  layout = row_layout(seen.shape[1:], start, patch, spread.tokens(used))
+  vision = jax.vmap(partial(patchify, patch=patch))(seen)
+  filling = layout.segment_ids.shape[1] - used
+  vision = jnp.pad(vision, ((0, 0), (start, filling), (0, 0)))  # 0 at text tokens.
+  rows: Any = jax.tree.map(
+    lambda part: repeat(jnp.asarray(part), "1 ... -> r ...", r=halves * videos), layout
+  )
+  rows = rows._replace(
+    mean=repeat(vision, "b n p -> (halves b) n p", halves=halves),
+    text=rearrange(text, "halves b l t -> (halves b) 1 l t"),
+  )
+  return jax.lax.with_sharding_constraint(rows, spread.places(rows))
+
+
+def grid_of(shape: tuple[int, ...], patch: tuple[int, int, int]) -> tuple[int, int, int]:
+  """Patches along (t, h, w) of latents (f, h, w, ...)."""
+  t, h, w = (size // step for size, step in zip(shape[:3], patch, strict=True))
+  return t, h, w
+
+
+def row_layout(
+  shape: tuple[int, ...],
+  text_length: int,
+  patch: tuple[int, int, int],
+  row_tokens: int | None = None,  # By default as many as the clip has.
+) -> Batch:
+  """A row of one clip of these latents (f, h, w, ...), packed as in training.
 
   It has no channels: only its integer arrays are wanted.
   """
   nothing = np.zeros((*shape[:3], 0), np.float32)
   text = np.zeros((text_length, 0), np.float32)
   example = Example(nothing, nothing, text, "", "", num_frames=0, height=0, width=0, fps=0.0)
-  tokens = text_length + math.prod(shape[:3]) // math.prod(patch)
-  return pack([example], patch=patch, row_tokens=tokens, max_clips=1)
+  used = text_length + math.prod(grid_of(shape, patch))
+  return pack([example], patch=patch, row_tokens=row_tokens or used, max_clips=1)

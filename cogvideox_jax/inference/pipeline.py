@@ -37,6 +37,7 @@ from cogvideox_jax.inference.denoising import (
   denoise_step,
   drawn,
   solver_steps,
+  spread,
 )
 from cogvideox_jax.inference.inputs import Arguments, Condition, Size, Videos
 from cogvideox_jax.inference.progress import COMPILE, Progress
@@ -45,7 +46,6 @@ from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.models.t5 import T5Config, T5Encoder, encode_text
 from cogvideox_jax.models.tiling import Tiling
 from cogvideox_jax.models.vae import VAE, VAEConfig, decode
-from cogvideox_jax.sharding import replicated
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
 Latents = Float[Array | np.ndarray, "b f h w c"]
@@ -94,8 +94,9 @@ class Pipeline(Adapters):
     *,
     dtype: str = "auto",
     progress: Progress | None = None,
+    devices: Sequence[Any] | None = None,
   ):
-    """Puts parameters that are on the host on the device; those already placed stay there.
+    """Puts parameters that are on the host on the devices; those already on a mesh stay there.
 
     Args:
       transformer: config and parameters, as are vae and text_encoder. The parameters are an
@@ -106,9 +107,12 @@ class Pipeline(Adapters):
       dtype: of the transformer's and text encoder's computation: float32, bfloat16, or auto,
         which is float32 on CPU and bfloat16 elsewhere. Latents and the VAE are float32.
       progress: what to show; by default bars on stderr.
+      devices: that share each step of the transformer; by default those of its parameters' mesh,
+        else all accelerators of this host, or the first CPU.
     """
     super().__init__()
-    self.config, self._params = transformer[0], jax.tree.map(jnp.asarray, transformer[1])
+    self.config = transformer[0]
+    self._devices, self._params = place(transformer[1], devices)
     if self.config.takes_image != self.takes_image:
       wanted, is_there = (
         ("Pipeline", "no image") if self.takes_image else ("ImageToVideo", "an image")
@@ -123,7 +127,7 @@ class Pipeline(Adapters):
     self.progress = progress or Progress()
     self._tokenizer = tokenizer
     self._schedule = noise_schedule(noise)
-    self._place = place_beside(self._params)
+    self._place = spread(1, self._devices).everywhere
     compute = compute_dtype(dtype)
     self._graphdef = graph_of(DiT, self.config, dtype=compute)
     self._text_graphdef = graph_of(T5Encoder, text_config, dtype=compute)
@@ -348,7 +352,12 @@ class Pipeline(Adapters):
     self, job: Job, start: list[Array], texts: list[Array], seen: list[Array | None]
   ) -> Float[Array, "b f h w c"]:
     """Compiles one step, and takes them all for each chunk."""
-    fixed = {"graphdef": self._graphdef, "config": self.config}
+    rows = texts[0].shape[0] * texts[0].shape[1]
+    fixed = {
+      "graphdef": self._graphdef,
+      "config": self.config,
+      "spread": spread(rows, self._devices),
+    }
     with self.progress.phase(COMPILE) as bar:
       x = start[0]
       arrays = x, x, x, texts[0], seen[0]
@@ -356,7 +365,9 @@ class Pipeline(Adapters):
       bar.update()
 
     def run(*arguments):
-      return jax.device_put(denoise_step(self._params, *arguments, **fixed), self._place)
+      # New noise, and what a callback gives, may lie elsewhere.
+      *arrays, step = arguments
+      return denoise_step(self._params, *jax.device_put(arrays, self._place), step, **fixed)
 
     with self.progress.phase("denoise", len(job.chunks) * len(job.steps)) as bar:
 
@@ -392,16 +403,20 @@ class Pipeline(Adapters):
     return np.concatenate(videos)[: len(latents)]
 
 
-def place_beside(params: Params) -> NamedSharding | None:
-  """Where latents go: to all devices of the mesh that the parameters are on, if they are on one.
+def place(params: Params, devices: Sequence[Any] | None) -> tuple[tuple[Any, ...], Params]:
+  """The devices that sample, and the parameters on them: on each wholly, or as a mesh splits them.
 
-  Left on one device, the first step's latents would lie elsewhere than those that it returns, and
-  the program be compiled twice.
+  Latents go to all of these from the start: left on one, the first step's would lie elsewhere than
+  those that it returns, and the program be compiled twice.
   """
-  place = jax.tree.leaves(params)[0].sharding
-  if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
-    return replicated(place.mesh)
-  return None
+  where = getattr(jax.tree.leaves(params)[0], "sharding", None)
+  if devices is None and isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+    return tuple(where.mesh.devices.flat), params
+  if devices is None:
+    local = jax.local_devices()
+    devices = local[:1] if local[0].platform == "cpu" else local
+  everywhere = spread(1, devices).everywhere
+  return tuple(devices), jax.device_put(params, everywhere)
 
 
 def as_output(frames: Float[np.ndarray, "b F H W 3"], output_type: str) -> Any:

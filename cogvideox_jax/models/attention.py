@@ -5,17 +5,26 @@ forward or backward. Segments are contiguous, so the blocks that can meet a give
 by side; the loops run over these only, however long the row.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Float32, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
-# Measured forward and backward on two CPU cores, 512 to 2048 tokens, clips of 40 to 2048: larger
-# blocks waste more on the pairs that they mask, and their scores leave the cache.
+# Measured forward and backward on two CPU cores, 512 to 2048 tokens, clips of 40 to 2048. Where
+# clips are long, XLA multiplies a tile of 16 blocks of queries with two blocks of keys at up to
+# twice the rate of a block with a block; where they are short, larger parts waste more on the pairs
+# that they mask. So each row takes what suits its clips, at run time.
 BLOCK = 64
+TILE = 16, 2  # Blocks of queries, of keys.
+TILE_GAIN = 1.5
+SHORT = 512  # A row of fewer tokens has no tiles.
+CHECKPOINT_NAME = "attention"  # Of what a rematerialization policy may save: out and log_sum.
 MASKED = -1e30  # A score that no real one comes near, finite so that no NaN can arise.
 
 
@@ -31,7 +40,8 @@ def attention(
   itself. Rows are independent and taken in turn: split a batch over devices with `shard_map`.
   """
   n = q.shape[1]
-  blocks = max(1, n // BLOCK)
+  tiles, tile = _split(n)
+  blocks = tiles * tile
   size = -(-n // blocks)
   last = np.iinfo(np.int32).max  # Sorts padding after the clips, and our own filling after both.
   ids = jnp.where(segment_ids == 0, last - 1, segment_ids)
@@ -41,10 +51,19 @@ def attention(
     x = jnp.pad(x, ((0, 0), (0, blocks * size - n), (0, 0), (0, 0)))
     return rearrange(x, "b (blocks size) heads e -> b blocks heads size e", blocks=blocks)
 
-  out = _blockwise(
-    split(q * q.shape[-1] ** -0.5), split(k), split(v), ids.reshape(-1, blocks, size)
-  )
+  scaled = q * q.shape[-1] ** -0.5
+  ids = ids.reshape(-1, blocks, size)
+  out = cast(Array, _blockwise(split(scaled), split(k), split(v), ids, tile))
   return rearrange(out, "b blocks heads size e -> b (blocks size) heads e")[:, :n]
+
+
+def _split(n: int) -> tuple[int, int]:
+  """How many tiles of queries a row of n tokens may be taken in, and how many blocks a tile is."""
+  if n < SHORT:
+    return max(1, n // BLOCK), 1
+  queries, keys = TILE
+  tiles = max(1, round(n / (queries * BLOCK)))
+  return tiles, keys * -(-n // (tiles * keys * BLOCK))
 
 
 class Residuals(NamedTuple):
@@ -58,43 +77,72 @@ class Residuals(NamedTuple):
   log_sum: Float32[Array, "*b blocks heads size"]  # Logarithm of the sum of exponentiated scores.
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blockwise(
   q: Float[Array, "b blocks heads size head_dim"],  # Scaled.
   k: Float[Array, "b blocks heads size head_dim"],
   v: Float[Array, "b blocks heads size head_dim"],
   ids: Int[Array, "b blocks size"],  # Never falling along a row.
+  tile: int,  # How many blocks of q may be taken together.
 ) -> Float[Array, "b blocks heads size head_dim"]:
-  return _forward(q, k, v, ids)[0]
+  return _forward(q, k, v, ids, tile)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, ids: Array) -> tuple[Array, Residuals]:
-  out, log_sum = jax.lax.map(lambda row: _forward_row(*row), (q, k, v, ids))
+def _forward(q: Array, k: Array, v: Array, ids: Array, tile: int) -> tuple[Array, Residuals]:
+  found = jax.lax.map(lambda row: _in_tiles(_forward_row, tile, row[-1], *row), (q, k, v, ids))
+  out, log_sum = checkpoint_name(found, CHECKPOINT_NAME)
   return out, Residuals(q, k, v, ids, out, log_sum)
 
 
-def _backward(residuals: Residuals, g: Array) -> tuple[Array, Array, Array, None]:
-  dq, dk, dv = jax.lax.map(lambda row: _backward_row(*row), (residuals, g))
+def _backward(tile: int, residuals: Residuals, g: Array) -> tuple[Array, Array, Array, None]:
+  dq, dk, dv = jax.lax.map(
+    lambda row: _in_tiles(_backward_row, tile, row[0].ids, *row), (residuals, g)
+  )
   return dq, dk, dv, None
 
 
 _blockwise.defvjp(_forward, _backward)
 
 
+def _in_tiles(
+  run: Callable[..., Any], tile: int, ids: Int[Array, "blocks size"], *arrays: Any
+) -> Any:
+  """`run(tile_ids, key_ids, *arrays)`: block by block, or in tiles where that is quicker.
+
+  tile_ids, key_ids: the row's ids, as its queries and its keys are to be taken together.
+  """
+  if tile == 1:
+    return run(ids, ids, *arrays)
+  size = ids.shape[1]
+  queries, keys = ids.reshape(-1, tile * size), ids.reshape(-1, TILE[1] * size)
+  quicker = _pairs(queries, keys) < TILE_GAIN * _pairs(ids, ids)
+  return jax.lax.cond(quicker, partial(run, queries, keys), partial(run, ids, ids), *arrays)
+
+
+def _pairs(queries: Int[Array, "m size"], keys: Int[Array, "n other"]) -> Int[Array, ""]:
+  """How many pairs of a query and a key are computed, those that are masked among them."""
+  start, stop = _neighbours(queries, keys)
+  return queries.shape[1] * keys.shape[1] * (stop - start).sum()
+
+
 def _forward_row(
+  q_ids: Int[Array, "m tile"],
+  k_ids: Int[Array, "n other"],
   q: Float[Array, "blocks heads size head_dim"],
   k: Float[Array, "blocks heads size head_dim"],
   v: Float[Array, "blocks heads size head_dim"],
   ids: Int[Array, "blocks size"],
 ) -> tuple[Float[Array, "blocks heads size head_dim"], Float32[Array, "blocks heads size"]]:
-  """Returns the row's output and the logarithms of its softmax sums, one block of q at a time."""
+  """Returns the row's output and the logarithms of its softmax sums, one tile of q at a time."""
+  blocks = len(q)
+  q, k, v = _join(q, len(q_ids)), _join(k, len(k_ids)), _join(v, len(k_ids))
 
-  def attend(block):
-    q, q_ids, start, stop = block
+  def attend(tile):
+    q, q_ids, start, stop = tile
 
     def add(j, carry):
       total, weight, top = carry
-      score = jnp.where(q_ids[:, None] == ids[j], _product("hqe,hke->hqk", q, k[j]), MASKED)
+      score = jnp.where(q_ids[:, None] == k_ids[j], _product("hqe,hke->hqk", q, k[j]), MASKED)
       new_top = jnp.maximum(top, score.max(-1))
       # While a token has met nothing of its segment this is 1 for masked pairs; the shrinking by
       # exp(MASKED - top) then wipes them out.
@@ -110,51 +158,70 @@ def _forward_row(
     total, weight, top = jax.lax.fori_loop(start, stop, add, (total, weight, top))
     return (total / weight[..., None]).astype(q.dtype), top + jnp.log(weight)
 
-  return jax.lax.map(attend, (q, ids, *_neighbours(ids)))
+  out, log_sum = jax.lax.map(attend, (q, q_ids, *_neighbours(q_ids, k_ids)))
+  return _part(out, blocks), _part(log_sum, blocks)
 
 
 def _backward_row(
-  residuals: Residuals, g: Float[Array, "blocks heads size head_dim"]
+  q_ids: Int[Array, "m tile"],
+  k_ids: Int[Array, "n other"],
+  residuals: Residuals,
+  g: Float[Array, "blocks heads size head_dim"],
 ) -> tuple[
   Float[Array, "blocks heads size head_dim"],
   Float[Array, "blocks heads size head_dim"],
   Float[Array, "blocks heads size head_dim"],
 ]:
-  """Returns the gradients of the row's q, k and v, one block of k and v at a time."""
-  q, k, v, ids, out, log_sum = residuals
+  """Returns the gradients of the row's q, k and v, one tile of k and v at a time."""
+  blocks = len(g)
+  q, out, log_sum, g = (
+    _join(x, len(q_ids)) for x in (residuals.q, residuals.out, residuals.log_sum, g)
+  )
+  k, v = _join(residuals.k, len(k_ids)), _join(residuals.v, len(k_ids))
   drift = _product("nhqe,nhqe->nhq", g, out)
 
-  def attend(dq, block):
-    k, v, k_ids, start, stop = block
+  def attend(dq, tile):
+    k, v, k_ids, start, stop = tile
 
     def add(i, carry):
       dq, dk, dv = carry
-      score = jnp.where(ids[i][:, None] == k_ids, _product("hqe,hke->hqk", q[i], k), MASKED)
+      score = jnp.where(q_ids[i][:, None] == k_ids, _product("hqe,hke->hqk", q[i], k), MASKED)
       weight = jnp.exp(score - log_sum[i][..., None])
       dv += _product("hqk,hqe->hke", weight.astype(g.dtype), g[i])
       slope = weight * (_product("hqe,hke->hqk", g[i], v) - drift[i][..., None])
       slope = slope.astype(q.dtype)
       dk += _product("hqk,hqe->hke", slope, q[i])
-      dq_block = dq[i] + _product("hqk,hke->hqe", slope, k)
-      return jax.lax.dynamic_update_index_in_dim(dq, dq_block, i, 0), dk, dv
+      dq_tile = dq[i] + _product("hqk,hke->hqe", slope, k)
+      return jax.lax.dynamic_update_index_in_dim(dq, dq_tile, i, 0), dk, dv
 
     zeros = jnp.zeros_like(k, dtype=jnp.float32)
     dq, dk, dv = jax.lax.fori_loop(start, stop, add, (dq, zeros, zeros))
     return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
-  dq, (dk, dv) = jax.lax.scan(
-    attend, jnp.zeros_like(q, dtype=jnp.float32), (k, v, ids, *_neighbours(ids))
-  )
-  return dq.astype(q.dtype), dk, dv
+  tiles = k, v, k_ids, *_neighbours(k_ids, q_ids)
+  dq, (dk, dv) = jax.lax.scan(attend, jnp.zeros_like(q, dtype=jnp.float32), tiles)
+  return _part(dq.astype(q.dtype), blocks), _part(dk, blocks), _part(dv, blocks)
 
 
 def _neighbours(
-  ids: Int[Array, "blocks size"],
-) -> tuple[Int[Array, "blocks"], Int[Array, "blocks"]]:
-  """The blocks [start, stop) that hold a segment of this block. The ids never fall."""
-  first, last = ids[:, 0], ids[:, -1]
-  start = jnp.searchsorted(last, first, side="left")
-  return start, jnp.searchsorted(first, last, side="right")
+  ids: Int[Array, "m size"], others: Int[Array, "n other"]
+) -> tuple[Int[Array, "m"], Int[Array, "m"]]:
+  """Which of the others, [start, stop), hold a segment of each of the first. No ids ever fall."""
+  start = jnp.searchsorted(others[:, -1], ids[:, 0], side="left")
+  return start, jnp.searchsorted(others[:, 0], ids[:, -1], side="right")
+
+
+def _join(
+  x: Shaped[Array, "blocks heads size *e"], tiles: int
+) -> Shaped[Array, "tiles heads t *e"]:
+  return rearrange(x, "(tiles group) h size ... -> tiles h (group size) ...", tiles=tiles)
+
+
+def _part(
+  x: Shaped[Array, "tiles heads t *e"], blocks: int
+) -> Shaped[Array, "blocks heads size *e"]:
+  group = blocks // len(x)
+  return rearrange(x, "tiles h (group size) ... -> (tiles group) h size ...", group=group)
 
 
 def _product(formula: str, x: Array, y: Array) -> Array:

@@ -15,11 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from cogvideox_jax.models import positions
-from cogvideox_jax.models.layers import EPSILON, Attention, Block, layer_norm, per_token
+from cogvideox_jax.models.layers import EPSILON, LINEAR, Attention, Block, layer_norm, per_token
 from cogvideox_jax.types import TEXT
 
 # What a block's backward pass finds saved of the forward pass, by name; the rest is computed again.
-# `attention`: its outputs, so that its kernel runs once. `offload`: these and each block's input,
+# `attention`: its outputs, so that its kernel runs once. `linear`: these and the outputs of linear
+# layers, 11 tokens x width in place of 2. `offload`: what `attention` has and each block's input,
 # in the host's memory.
 REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
   # Inside a scan nothing can be shared between the passes, so CSE need not be prevented.
@@ -29,6 +30,11 @@ REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     jax.checkpoint,
     prevent_cse=False,
     policy=jax.checkpoint_policies.save_only_these_names("attention"),
+  ),
+  "linear": partial(
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names("attention", LINEAR),
   ),
   "offload": partial(
     jax.checkpoint,
@@ -61,7 +67,7 @@ class DiTConfig:
   sample_frames: int  # Pixel frames that a sampler makes if not told otherwise,
   sample_height: int  # and latent pixels; rope rescales its positions to these.
   sample_width: int
-  spatial_interpolation: float  # Of sincos: positions are divided by it.
+  spatial_interpolation: float  # Of sincos and rope_scaled: positions are divided by it.
   temporal_interpolation: float
   learned_positions: bool = False  # 5B-I2V: a trained table is added, for clips of the sample size.
   ofs_width: int = 0  # 1.5-I2V: of the sinusoids of `ofs`; 0: the model has none.
@@ -74,6 +80,11 @@ class DiTConfig:
   def takes_image(self) -> bool:
     """Whether it sees the latents of an image, in channels behind the noised ones."""
     return self.in_channels != self.out_channels
+
+  @property
+  def interpolations(self) -> tuple[float, float]:
+    """In space and in time."""
+    return self.spatial_interpolation, self.temporal_interpolation
 
   @property
   def base_grid(self) -> tuple[int, int, int]:
@@ -141,9 +152,9 @@ class DiT(nnx.Module):
       self.ofs_in = linear(config.ofs_width, config.time_width)
       self.ofs_out = linear(config.time_width, config.time_width)
     if config.learned_positions:
-      scales = config.spatial_interpolation, config.temporal_interpolation
+      grid, scales = config.base_grid, config.interpolations
       self.position_table = nnx.Param(
-        positions.initial_table(config.text_length, config.base_grid, width, scales)
+        positions.initial_table(config.text_length, grid, width, scales)
       )
     self.blocks = stack(rngs)
     self.final_norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
@@ -195,7 +206,7 @@ class DiT(nnx.Module):
     x = jnp.where((experts == TEXT)[..., None], word, patches)
     if self.config.positions != "sincos" and not self.config.learned_positions:
       return x
-    scales = self.config.spatial_interpolation, self.config.temporal_interpolation
+    scales = self.config.interpolations
     added = positions.sincos_table(coordinates, experts, self.config.width, *scales)
     if self.config.learned_positions:
       # The reference falls back on the computed table for clips of any other grid.
@@ -210,7 +221,8 @@ class DiT(nnx.Module):
     if rule == "sincos":
       return None
     grid = positions.grid_of_token(grids, segment_ids)
-    where = positions.rotary_positions(rule, coordinates, grid, self.config.base_grid[1:])
+    base, scales = self.config.base_grid[1:], self.config.interpolations
+    where = positions.rotary_positions(rule, coordinates, grid, base, scales)
     return positions.rotary_table(where, experts, self.config.head_dim)
 
   def _run_blocks(self, x, time, segment_ids, experts, rotary, attention) -> Float[Array, "b n d"]:

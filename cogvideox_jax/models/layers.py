@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,7 @@ from cogvideox_jax.models.positions import rotate
 Attention = Callable[..., Float[Array, "b n heads head_dim"]]
 RotaryTable = tuple[Float[Array, "b n half"], Float[Array, "b n half"]]
 
+LINEAR = "linear"  # The name of the linear layers' outputs, for rematerialization.
 EPSILON = 1e-5
 HEAD_NORM_EPSILON = 1e-6  # Of the norms of queries and keys.
 
@@ -66,6 +68,11 @@ def per_token(
   return [jnp.einsum("bnr,brd->bnd", chosen, table, precision=exact) for table in tables]
 
 
+def _named(x: Array) -> Array:
+  """What a policy of rematerialization may save of the linear layers."""
+  return checkpoint_name(x, LINEAR)
+
+
 class SelfAttention(nnx.Module):
   """Attention of every token to all of its clip, text and vision alike (3D full attention)."""
 
@@ -85,10 +92,11 @@ class SelfAttention(nnx.Module):
     rotary: RotaryTable | None,
     attention: Attention,
   ) -> Float[Array, "b n d"]:
-    query, key = self.query_norm(self.query(x)), self.key_norm(self.key(x))
+    query, key, value = (_named(project(x)) for project in (self.query, self.key, self.value))
+    query, key = self.query_norm(query), self.key_norm(key)
     if rotary is not None:
       query, key = rotate(query, rotary), rotate(key, rotary)
-    return self.out(attention(query, key, self.value(x), segment_ids))
+    return _named(self.out(attention(query, key, value, segment_ids)))
 
 
 class MLP(nnx.Module):
@@ -99,7 +107,7 @@ class MLP(nnx.Module):
     self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    return self.down(jax.nn.gelu(self.up(x), approximate=True))
+    return _named(self.down(jax.nn.gelu(_named(self.up(x)), approximate=True)))
 
 
 class Block(nnx.Module):

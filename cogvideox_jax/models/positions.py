@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from cogvideox_jax.types import TEXT, VISION
 
-RULES = ("sincos", "rope", "rope_index")
+RULES = ("sincos", "rope", "rope_index", "rope_scaled")
 THETA = 10_000.0
 
 
@@ -68,14 +68,18 @@ def rotary_positions(
   coordinates: Int[Array, "b n 3"],
   grid: Int[Array, "b n 3"],
   base: tuple[int, int],
+  interpolations: tuple[float, float] = (1.0, 1.0),
 ) -> Float[Array, "b n 3"]:
   """Positions (t, h, w) of vision tokens by the rule.
 
   `rope_index` is the plain index: 1.5's rule, and the extrapolation that the paper trains with
-  (section 2.4).
+  (section 2.4). `rope_scaled` divides it by the interpolations in space and time, as sincos.
   """
   if rule == "rope_index":
     return jnp.float32(coordinates)
+  if rule == "rope_scaled":
+    space, time = interpolations
+    return coordinates / jnp.array([time, space, space], jnp.float32)
   return rescaled(coordinates, grid, base)
 
 

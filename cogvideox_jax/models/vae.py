@@ -354,13 +354,13 @@ PLANS = {
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode_chunk(graphdef, params, x, frames):
+def encode_chunk(graphdef, params, x, frames):
   carry = Carry(frames)
   return nnx.merge(graphdef, params).encoder(x, carry), carry.kept
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode_chunk(graphdef, params, z, frames):
+def decode_chunk(graphdef, params, z, frames):
   carry = Carry(frames)
   return nnx.merge(graphdef, params).decoder(z, carry), carry.kept
 
@@ -389,7 +389,7 @@ def encode(
     tiling: for frames larger than a tile, so that memory is that of one tile.
     plan: of chunks, one of PLANS.
   """
-  run = partial(_by_chunks, _encode_chunk, vae, PLANS[plan].encode(frames.shape[1]))
+  run = partial(_by_chunks, encode_chunk, vae, PLANS[plan].encode(frames.shape[1]))
   moments = run(frames) if tiling is None else tiling.encode(run, frames)
   mean, logvar = jnp.split(moments, 2, axis=-1)
   return mean, jnp.clip(logvar, MIN_LOGVAR, MAX_LOGVAR)
@@ -422,5 +422,5 @@ def decode(
   """
   if plan == "sat" and z.shape[1] % 2 == 0:
     raise UserError(f"SAT's plan of chunks decodes odd numbers of latent frames, not {z.shape[1]}.")
-  run = partial(_by_chunks, _decode_chunk, vae, PLANS[plan].decode(z.shape[1]))
+  run = partial(_by_chunks, decode_chunk, vae, PLANS[plan].decode(z.shape[1]))
   return run(z) if tiling is None else tiling.decode(run, z)

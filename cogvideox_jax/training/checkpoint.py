@@ -139,8 +139,15 @@ class Checkpoints:
     self._on_saved(step, digests.overall(arrays))
 
 
-def open_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
-  """The transformer's parameters of a training workdir's newest good checkpoint, lazy.
+class Weights(NamedTuple):
+  """The transformer's parameters as a run had them."""
+
+  step: int
+  params: Params
+
+
+def open_weights(workdir: epath.PathLike, weights: str = "ema") -> Weights:
+  """Those of a training workdir's newest good checkpoint, lazy.
 
   Args:
     workdir: what `train --workdir` was given.
@@ -161,13 +168,13 @@ def open_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
       reasons.append(f"step {step}: {error}")
       continue
     part = {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)}
-    return traverse_util.unflatten_dict(part, sep="/")
+    return Weights(step, traverse_util.unflatten_dict(part, sep="/"))
   raise UserError("\n".join([f"There is no checkpoint to use in {folder}.", *reasons]))
 
 
 def load_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
-  """The same, as arrays on the host."""
-  return tensors.materialize(open_weights(workdir, weights))
+  """Their parameters, as arrays on the host."""
+  return tensors.materialize(open_weights(workdir, weights).params)
 
 
 def flatten(tree: Any) -> Arrays:

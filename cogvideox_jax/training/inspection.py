@@ -1,8 +1,7 @@
 """An encoded dataset as training would read it: its rows, and pictures to look at."""
 
-import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,29 +61,38 @@ def kept_config(path: epath.Path) -> ConfigDict | None:
   return None
 
 
-def stage_config(config: ConfigDict, name: str, *, any_name: bool) -> ConfigDict | None:
-  """The config of a training on one stage alone; None if it has no such stage.
+def readers(config: ConfigDict, datasets: Iterable[str], wanted: str) -> dict[str, str]:
+  """Which stage of the config reads which of the datasets, where one does.
 
-  any_name: where the config has but one stage, take that.
+  wanted: a stage; "": each dataset is read by the stage of its name, or if it is the only dataset,
+  by the only stage.
+
+  Raises:
+    UserError: the config has no such stage, or its dataset is not among those given.
   """
-  if any_name and name not in config.stages and len(config.stages) == 1:
-    (name,) = config.stages
-  if name not in config.stages:
-    return None
-  alone = copy.deepcopy(config)
-  with alone.unlocked():
-    alone.stages = ConfigDict({name: config.stages[name]})
-  return alone
+  names = list(datasets)
+  if not wanted:
+    if len(names) == len(config.stages) == 1:
+      return {names[0]: min(config.stages)}
+    return {name: name for name in names if name in config.stages}
+  if wanted not in config.stages:
+    raise UserError(f"--stage={wanted}: config.stages has {', '.join(sorted(config.stages))}.")
+  source = names[0] if len(names) == 1 else config.stages[wanted].data or wanted
+  if source not in names:
+    raise UserError(f"--stage={wanted} reads {source}, but here there are {', '.join(names)}.")
+  return {source: wanted}
 
 
-def training_rows(config: ConfigDict, dataset: Dataset) -> Rows:
-  """What a training with this config reads; which captions it drops does not change the rows."""
-  (rows,) = setup.make_rows(config, {"": dataset}, "train", "zeros").values()
+def training_rows(config: ConfigDict, stage: str, dataset: Dataset) -> Rows:
+  """What a training's stage reads; which captions it drops does not change the rows."""
+  (rows,) = setup.make_rows(config, stage, {"": dataset}, "train", "zeros").values()
   return rows
 
 
-def list_rows(config: ConfigDict, rows: Rows, wanted: range, hosts: int) -> list[dict[str, Any]]:
-  """Rows of a training in their global order, with the host that reads each.
+def list_rows(
+  config: ConfigDict, stage: str, rows: Rows, wanted: range, hosts: int
+) -> list[dict[str, Any]]:
+  """Rows of a training's stage in their global order, with the host that reads each.
 
   Where no row is on several hosts, and hosts have their devices in turn: the h-th of the equal runs
   of a batch is host h's.
@@ -92,7 +100,7 @@ def list_rows(config: ConfigDict, rows: Rows, wanted: range, hosts: int) -> list
   Raises:
     UserError: the hosts cannot share the global batch.
   """
-  count = setup.only_stage(config)[1].rows
+  count = config.stages[stage].rows
   if count % hosts:
     raise UserError(f"a batch of {count} rows cannot be shared equally by {hosts} hosts")
   history = mixture.begin({"": 1})

@@ -10,20 +10,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cogvideox_jax import hosts
+from cogvideox_jax import hosts, sharding
+from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.loader import Loader
+from cogvideox_jax.data.rows import DroppedCaption
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.interrupts import Interrupts
-from cogvideox_jax.training import resume, setup, state
+from cogvideox_jax.training import checkpoint, placement, resume, setup, stages
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import Recorder, RunLog
-from cogvideox_jax.training.placement import Placement
 from cogvideox_jax.training.preview import Previewer
+from cogvideox_jax.training.programs import jit_train
+from cogvideox_jax.training.stages import Stage
 from cogvideox_jax.training.state import Params, TrainState
 from cogvideox_jax.training.stopping import Stopping
 from cogvideox_jax.types import Batch
@@ -45,6 +49,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   resume.check_config(workdir, config)
+  open_model(config.components)  # Refused here if there is none: its VAE's scale is trained for.
   run = Run(config, workdir)
   with disk_errors(workdir):
     if hosts.is_first():
@@ -79,47 +84,53 @@ class Programs(NamedTuple):
   validate: Callable[..., Any]
 
 
+class Outlets(NamedTuple):
+  """Where a run's steps leave something, and what may stop them."""
+
+  checkpoints: Checkpoints
+  log: RunLog
+  previewer: Previewer | None
+  stopping: Stopping
+
+
 class Run:
-  """One start of the training of a workdir."""
+  """One start of the training of a workdir: it moves from stage to stage by itself."""
 
   def __init__(self, config: ConfigDict, workdir: epath.Path):
-    """Prepares all that needs no compiled program of the transformer."""
+    """Prepares all that needs no compiled program of the transformer, of the stages to come."""
     self._config, self._steps, self._workdir = config, config.train.steps, workdir
-    name, self._stage = setup.only_stage(config)
-    self.mesh, rules = setup.make_mesh(config, name)
-    self._placement = Placement(self.mesh, rules, self._stage.rows)
-    self._functions = setup.make_functions(config, name, self.mesh, rules)
+    self._plan = stages.plan(config)
     self._previewer = None
     if config.preview.every and config.preview.prompts:
       self._previewer = Previewer(config, workdir / "previews")
-    datasets = setup.open_data(config, workdir)
-    self.data_digests = {name: dataset.digest for name, dataset in datasets.items()}
-    resume.check_data(workdir, self.data_digests)
-    drop = setup.dropped_caption(config)
-    self._datasets = setup.make_rows(config, datasets, "train", drop)
-    self._held_out = None
-    if config.validation.every:
-      held_out = setup.make_rows(config, datasets, "validation", drop)
-      sizes = {name: rows.per_epoch for name, rows in held_out.items()}
-      # Every held-out clip equally often, whatever the weights of the mixture.
-      self._held_out = setup.make_loader(
-        config, held_out, mixture.begin(sizes), self._placement.mine
-      )
-      self._held_out_batches = min(
-        config.validation.batches, -(-sum(sizes.values()) // self._stage.rows)
-      )
-    # On CPU, steps that are not waited for can deadlock where devices are many.
-    self._waits = self.mesh.devices.flat[0].platform == "cpu"
-    keys = jax.random.split(jax.random.key(config.seed), 3)
-    self._create_key, self._train_key, self._validation_key = keys
+    setup.make_data(config, workdir)
+    self._drop: DroppedCaption = setup.dropped_caption(config)
+    saved = checkpoint.good_steps(workdir / "checkpoints")
+    self._next = stages.going_on_at(self._plan, saved[-1] if saved else 0)
+    self._prepared: dict[str, StageRun] = {}
+    for stage in self._plan[self._plan.index(self._next) :]:
+      self._prepare(stage)
+    self._create_key, *_ = _keys(config)
+
+  @property
+  def mesh(self) -> Mesh:
+    """Of the stage that the run goes on with."""
+    return self._prepare(self._next).mesh
+
+  @property
+  def data_digests(self) -> dict[str, str]:
+    """Of the datasets of the stages that are prepared."""
+    parts = self._prepared.values()
+    return {name: digest for part in parts for name, digest in part.data_digests.items()}
 
   def start(self, checkpoints: Checkpoints, log: RunLog) -> TrainState:
     """The state to go on from, restored or new; says which."""
-    restored = checkpoints.restore(self._functions.abstract)
+    functions = self._prepare(self._next).functions
+    restored = checkpoints.restore(functions.abstract)
     for step, reason in (restored.skipped if restored else {}).items():
       log.event("checkpoint_skipped", step=step, reason=reason)
       say(f"Passed over the checkpoint of step {step}: {reason}.")
-    value = restored.state if restored else self._functions.create(self._create_key)
+    value = restored.state if restored else functions.create(self._create_key)
     step = int(value.step)
     log.event("resumed", step=step)
     say(f"resumed at step {step} of {self._steps}" if restored else f"new run, {self._steps} steps")
@@ -127,21 +138,73 @@ class Run:
 
   def go(self, value: TrainState, checkpoints: Checkpoints, log: RunLog, stopping: Stopping) -> int:
     """Takes the steps that are left. Returns the last one taken, which is saved by then."""
-    before, config = int(value.step), self._config
-    if before >= self._steps:
-      return before
-    history = resume.go_on_mixing(self._workdir, setup.weights(config), before * self._stage.rows)
-    loader = setup.make_loader(config, self._datasets, history, self._placement.mine)
-    with closing(loader.iterate(before)) as rows:
+    step = int(value.step)
+    outlets = Outlets(checkpoints, log, self._previewer, stopping)
+    while step < self._steps:
+      stage = stages.going_on_at(self._plan, step)
+      if step == stage.start > 0:
+        log.event("stage", step=step, stage=stage.name)
+        say(f"stage {stage.name}, to step {stage.end}")
+      value, step = self._prepare(stage).go(value, outlets)
+      if stopping.exit_code is not None:
+        break
+    checkpoints.wait()
+    return step
+
+  def _prepare(self, stage: Stage) -> "StageRun":
+    if stage.name not in self._prepared:
+      self._prepared[stage.name] = StageRun(self._config, stage, self._workdir, self._drop)
+    return self._prepared[stage.name]
+
+
+class StageRun:
+  """One stage of a run: its mesh, programs and data."""
+
+  def __init__(self, config: ConfigDict, stage: Stage, workdir: epath.Path, drop: DroppedCaption):
+    self._config, self._stage, self._workdir = config, stage, workdir
+    self._settings = config.stages[stage.name]
+    self.mesh, rules = setup.make_mesh(config, stage.name)
+    batch = setup.abstract_batch(config, stage.name, self.mesh, rules)
+    self._places = jax.tree.map(lambda x: x.sharding, batch)
+    rows = self._settings.rows
+    self._mine = placement.rows_here(sharding.row_sharding(self.mesh, rules, rows), rows)
+    self.functions = setup.make_functions(config, stage.name, self.mesh, rules)
+    datasets = setup.open_data(config, stage.name, workdir)
+    self.data_digests = setup.data_digests(config, stage.name, datasets)
+    resume.check_data(workdir, self.data_digests)
+    self._datasets = setup.make_rows(config, stage.name, datasets, "train", drop)
+    self._held_out = None
+    if config.validation.every:
+      held_out = setup.make_rows(config, stage.name, datasets, "validation", drop)
+      sizes = {name: rows.per_epoch for name, rows in held_out.items()}
+      # Every held-out clip equally often, whatever the weights of the mixture.
+      self._held_out = setup.make_loader(
+        config, stage.name, held_out, mixture.begin(sizes), self._mine
+      )
+      self._held_out_batches = min(
+        config.validation.batches, -(-sum(sizes.values()) // self._settings.rows)
+      )
+    # On CPU, steps that are not waited for can deadlock where devices are many.
+    self._waits = self.mesh.devices.flat[0].platform == "cpu"
+    _, self._train_key, self._validation_key = _keys(config)
+
+  def go(self, value: TrainState, outlets: Outlets) -> tuple[TrainState, int]:
+    """Takes the stage's steps that are left, unless a signal comes; the last one is saved."""
+    config, stage = self._config, self._stage
+    value = stages.enter(config, stage, value, self.functions.abstract)
+    done = int(value.step) - stage.start
+    weights = setup.weights(config, stage.name)
+    history = resume.go_on_mixing(self._workdir, stage.name, weights, done * self._settings.rows)
+    loader = setup.make_loader(config, stage.name, self._datasets, history, self._mine)
+    with closing(loader.iterate(done)) as rows:
       batches = self._read_ahead(rows)
       first = next(batches)
       programs = self._compile(value, first)
-      with tqdm(
-        desc="train", initial=before, total=self._steps, disable=not hosts.is_first()
-      ) as bar:
-        recorder = self._recorder(log, loader, bar)
+      before, steps = stage.start + done, config.train.steps
+      with tqdm(desc="train", initial=before, total=steps, disable=not hosts.is_first()) as bar:
+        recorder = self._recorder(outlets.log, loader, bar)
         for step, batch in enumerate(itertools.chain([first], batches), start=before + 1):
-          stopping.ask()
+          outlets.stopping.ask()
           value, metrics = programs.train(value, batch, self._train_key)
           if self._waits:
             jax.block_until_ready(value)
@@ -149,23 +212,21 @@ class Run:
           if self._held_out and is_due(step, config.validation.every):
             measure = partial(self._validate, programs, self._held_out, value.ema)
           recorder.add(step, metrics, measure)
-          stops = stopping.is_due() or step == self._steps
+          stops = outlets.stopping.is_due() or step == stage.end
           if stops or is_due(step, config.checkpoint.every):
             recorder.drain()  # So that nothing is saved that is not finite.
-            checkpoints.save(step, value)
-          if self._previewer and is_due(step, config.preview.every):
-            self._previewer.write(step, value.ema)
-          checkpoints.check()
+            outlets.checkpoints.save(step, value)
+          if outlets.previewer and is_due(step, config.preview.every):
+            outlets.previewer.write(step, stages.stage_model(config, stage.name), value.ema)
+          outlets.checkpoints.check()
           if stops:
             break
           recorder.restart_clock()
-    checkpoints.wait()
-    return step
+    return value, step
 
   def _compile(self, value: TrainState, batch: Batch) -> Programs:
-    places = state.shardings_of(value)
-    train = jax.jit(self._functions.train, out_shardings=(places, None), donate_argnums=0)
-    validate = jax.jit(self._functions.validate)
+    train = jit_train(self.functions)
+    validate = jax.jit(self.functions.validate)
     progress = Progress()
     with progress.phase(COMPILE, 2 if self._held_out else 1) as bar:
       train = train.lower(value, batch, self._train_key).compile()
@@ -198,7 +259,9 @@ class Run:
       log,
       loader,
       bar,
-      tokens=self._stage.rows * self._stage.row_tokens,
+      stage=self._stage.name,
+      first=self._stage.start + 1,
+      tokens=self._settings.rows * self._settings.row_tokens,
       every=self._config.log_every,
       lag=0 if self._waits else READ_AHEAD,
     )
@@ -213,7 +276,12 @@ class Run:
 
   def _place(self, batch: Batch) -> Batch:
     """This host's rows as its part of the global batch."""
-    return self._placement.place(batch)
+    return placement.place(batch, self._mine, self._settings.rows, self._places)
+
+
+def _keys(config: ConfigDict) -> jax.Array:
+  """Of the weights as drawn, of the training's noise, and of the validation's."""
+  return jax.random.split(jax.random.key(config.seed), 3)
 
 
 def is_due(step: int, every: int) -> bool:

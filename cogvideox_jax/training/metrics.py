@@ -43,10 +43,10 @@ class RunLog:
         drop_torn_line(self._folder / name)
       self._board = SummaryWriter(str(self._folder / "tensorboard"))
 
-  def metrics(self, step: int, values: dict[str, float]) -> None:
-    """Adds the object of one logged step, and the same numbers to TensorBoard."""
+  def metrics(self, step: int, values: dict[str, float], **labels: str) -> None:
+    """Adds the object of one logged step, and its numbers to TensorBoard."""
     if self._board:
-      append_line(self._folder / METRICS, {"step": step, **values})
+      append_line(self._folder / METRICS, {"step": step, **labels, **values})
       for name, value in values.items():
         self._board.add_scalar(name, value, step)
       self._board.flush()
@@ -95,9 +95,20 @@ class Recorder:
   Reading a number waits for its step, so it is done `lag` steps late.
   """
 
-  def __init__(self, log: RunLog, loader: Loader, bar: tqdm, *, tokens: int, every: int, lag: int):
-    """tokens: of a global batch, padding included. every: a logged step stands for so many."""
+  def __init__(
+    self,
+    log: RunLog,
+    loader: Loader,
+    bar: tqdm,
+    *,
+    stage: str,
+    first: int,  # The step that takes the loader's first batch.
+    tokens: int,  # Of a global batch, padding included.
+    every: int,  # A logged step stands for so many.
+    lag: int,
+  ):
     self._log, self._loader, self._bar = log, loader, bar
+    self._stage, self._first = stage, first
     self._tokens, self._every, self._lag = tokens, every, lag
     self._waiting: deque[tuple[int, dict[str, jax.Array], Measure | None]] = deque()
     self._mark, self._seconds, self._steps = time.perf_counter(), 0.0, 0
@@ -139,7 +150,8 @@ class Recorder:
       self.restart_clock()
 
   def _write(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
-    padding = self._loader.padding_fraction(step - 1)
+    batch = step - self._first
+    padding = self._loader.padding_fraction(batch)
     seconds = self._seconds / self._steps
     self._seconds, self._steps = 0.0, 0
     numbers = {
@@ -147,10 +159,10 @@ class Recorder:
       "step_seconds": seconds,
       "tokens_per_second": self._tokens * (1 - padding) / seconds,
       "padding_fraction": padding,
-      **_epochs(self._loader.epochs(step - 1)),
+      **_epochs(self._loader.epochs(batch)),
       **measured,
     }
-    self._log.metrics(step, numbers)
+    self._log.metrics(step, numbers, stage=self._stage)
 
 
 def _epochs(by_dataset: dict[str, int]) -> dict[str, int]:

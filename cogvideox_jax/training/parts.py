@@ -46,15 +46,13 @@ def describe(folder: epath.Path, held: Parts) -> Described:
   Raises:
     UnusableError: what the process holds is not what the files have.
   """
-  stored = orbax.stored(folder, held)
+  stored: dict[str, Any] = orbax.stored(folder, held)
   for path, parts in held.items():
     for index, part in parts:
       if not np.array_equal(_bytes(stored[path][index]), _bytes(part)):
         raise UnusableError(f"{path} is not what was saved")
   found = {}
-  for path in share(
-    sorted(held)
-  ):  # One by one: an array may be as large as a host's memory allows.
+  for path in share(sorted(held)):  # One by one: an array may fill a host's memory.
     found |= digests.describe({path: stored[path][...]})
   return found
 

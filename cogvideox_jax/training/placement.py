@@ -5,44 +5,44 @@ processes, which then hold parts of the same rows, and devices need not stand in
 processes.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding
-
-from cogvideox_jax import sharding
-from cogvideox_jax.types import Batch
+from jax.sharding import Sharding
 
 
-class Placement:
-  """Where the global batches of a run lie, and what this process has to read of them."""
+def rows_here(rows: Sharding, count: int) -> tuple[int, ...]:
+  """Which rows of a global batch of `count` this process's devices hold, ascending.
 
-  def __init__(self, mesh: Mesh, rules: sharding.Rules, rows: int):
-    """rows: of a global batch; a UserError if they do not divide over the mesh."""
-    self._mesh, self._rules, self._rows = mesh, rules, rows
-    self.mine = rows_here(sharding.row_sharding(mesh, rules, rows), rows)
-
-  def place(self, batch: Batch) -> Batch:
-    """The global batch, of which this process gives its rows, those of `mine` in their order."""
-    shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((self._rows, *x.shape[1:]), x.dtype), batch
-    )
-    places = sharding.batch_shardings(shapes, self._mesh, self._rules)
-    where = {row: number for number, row in enumerate(self.mine)}
-
-    def put(array: np.ndarray, shape: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
-      def part(index: tuple[slice, ...]) -> np.ndarray:
-        rows = [where[row] for row in range(self._rows)[index[0]]]
-        # Rows in turn stand in turn in `mine`, which ascends and leaves none of them out.
-        return array[(slice(rows[0], rows[-1] + 1), *index[1:])]
-
-      return jax.make_array_from_callback(shape.shape, place, part)
-
-    return jax.tree.map(put, batch, shapes, places)
+  rows: the sharding of an array of one number a row.
+  """
+  places = cast(Any, rows.addressable_devices_indices_map((count,)).values())
+  return tuple(sorted({row for (run,) in places for row in range(count)[run]}))
 
 
-def rows_here(place: Sharding, rows: int) -> tuple[int, ...]:
-  """Which rows this process's devices hold of an array of one number a row, ascending."""
-  runs: list[Any] = list(place.addressable_devices_indices_map((rows,)).values())
-  return tuple(sorted({row for (run,) in runs for row in range(rows)[run]}))
+def place(batch: Any, mine: Sequence[int], count: int, places: Any) -> Any:
+  """The global batch, of which this process gives what its devices hold.
+
+  Args:
+    batch: of host arrays, or a part of one: this process's rows.
+    mine: their numbers in the global batch, ascending; every row that its devices hold.
+    count: rows of the global batch.
+    places: the sharding of each array of the batch; one stands for all below it.
+  """
+  where = {row: number for number, row in enumerate(mine)}
+
+  def put(sharding: Sharding, array: np.ndarray) -> jax.Array:
+    def part(index: Any) -> np.ndarray:
+      run = [where[row] for row in range(count)[index[0]]]
+      # Rows in turn here stand in turn in `mine`, which ascends and leaves none of them out.
+      return array[run[0] : run[-1] + 1][(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback((count, *array.shape[1:]), sharding, part)
+
+  def put_all(sharding: Sharding, part: Any) -> Any:
+    return jax.tree.map(partial(put, sharding), part)
+
+  return jax.tree.map(put_all, places, batch)

@@ -15,6 +15,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
+from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.training.state import Params
 from cogvideox_jax.training.workdir import load_frozen, with_transformer
 
@@ -34,7 +35,7 @@ class Previewer:
     self._frozen = load_frozen(config)
     self._images = [_read_image(path, config) for path in config.preview.images]
 
-  def write(self, step: int, params: Params) -> None:
+  def write(self, step: int, model: DiTConfig, params: Params) -> None:
     """Adds FOLDER/step_NNNNNN.mp4, the videos side by side, and a contact sheet of them, .png."""
     if jax.process_count() > 1:
       params = jax.tree.map(hosts.whole, params)
@@ -43,7 +44,8 @@ class Previewer:
       params = sharding.share_out(params)
     config = self._config.preview
     kind = ImageToVideo if self._images else Pipeline
-    pipe = with_transformer(self._config, params, self._frozen, Progress(show=False), kind)
+    transformer = model, params
+    pipe = with_transformer(self._config, transformer, self._frozen, Progress(show=False), kind)
     prompts = list(config.prompts)
     images: dict[str, Any] = {"image": self._images} if self._images else {}
     videos = pipe(

@@ -73,24 +73,26 @@ def store(workdir: epath.Path, config: ConfigDict, digests: dict[str, str]) -> N
   write_atomically(workdir / NAME, (json.dumps(fields, indent=2) + "\n").encode())
 
 
-def go_on_mixing(workdir: epath.Path, weights: mixture.Weights, row: int) -> mixture.History:
-  """The mixture of a run that goes on at a row of its training; kept in mixture.json.
+def go_on_mixing(
+  workdir: epath.Path, stage: str, weights: mixture.Weights, row: int
+) -> mixture.History:
+  """The mixture of a stage that goes on at a row of its own; kept in mixture.json, by stage.
 
   Raises:
     UserError: the file is damaged.
   """
   path = workdir / MIXTURE
   try:
-    known = json.loads(path.read_text()) if path.exists() else []
-    before = tuple(mixture.Stretch(**stretch) for stretch in known) or mixture.begin(weights)
-  except (ValueError, TypeError) as error:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    kept = tuple(mixture.Stretch(**stretch) for stretch in known.get(stage, []))
+  except (ValueError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} is damaged ({error}).\nRestore it: it says which rows the run has had."
     ) from error
-  history = mixture.go_on(before, weights, row)
-  text = json.dumps([stretch._asdict() for stretch in history])
+  history = mixture.go_on(kept or mixture.begin(weights), weights, row)
+  known[stage] = [stretch._asdict() for stretch in history]
   if hosts.is_first():
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, (json.dumps(known) + "\n").encode())
   return history
 
 

@@ -20,19 +20,23 @@ from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import shapes
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.mixture import History
-from cogvideox_jax.data.records import Dataset, stage_folder
+from cogvideox_jax.data.records import INDEX, Dataset, stage_folder
 from cogvideox_jax.data.rows import DroppedCaption, Rows
 from cogvideox_jax.diffusion.latents import LatentConfig
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.encoders import Encoders
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.attention import attention
+from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
-from cogvideox_jax.training import checkpoint, optimizer, state
+from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.training import checkpoint, stages, state
+from cogvideox_jax.training.stages import model_config
 from cogvideox_jax.training.state import Params, TrainState
 from cogvideox_jax.training.step import Accumulation, Network, train_step, validation_step
 from cogvideox_jax.types import Batch
+
+ENCODED = "data/encoded"  # Where in a workdir the embedded clips are.
 
 
 class Functions(NamedTuple):
@@ -53,71 +57,82 @@ def make_mesh(
   return sharding.make_mesh(sizes, devices), sharding.rules_named(config.sharding)
 
 
-def only_stage(config: ConfigDict) -> tuple[str, ConfigDict]:
-  """The stage that the config trains; several in one run are not supported yet."""
-  stages = list(config.stages.items())
-  if len(stages) != 1:
-    raise UserError(
-      f"config.stages has {len(stages)} stages; a run trains one.\nKeep one of them, and start the "
-      "next in another workdir with --config.init_from=THIS_WORKDIR."
-    )
-  return stages[0]
+def make_data(config: ConfigDict, workdir: epath.Path) -> None:
+  """Renders and encodes the embedded clips for all stages, if the config names no dataset.
 
-
-def open_data(config: ConfigDict, workdir: epath.Path) -> dict[str, Dataset]:
-  """The encoded clips of the config's stage, by the names of its mixture or that of the stage.
-
-  The embedded clips are made first if the config names none.
+  They are rendered for the stage of the largest clips: others make them smaller, and cut them.
   """
-  name, stage = only_stage(config)
-  if config.data.mixture:
-    return {
-      part: Dataset(stage_folder(source.path, name)) for part, source in config.data.mixture.items()
-    }
-  if config.data.path:
-    return {name: Dataset(epath.Path(config.data.path) / name)}
+  if config.data.path or config.data.mixture:
+    return
+  largest = max(config.stages.values(), key=lambda stage: max(h * w for h, w in stage.sizes))
   render = partial(
     shapes.render_dataset,
     workdir / "data" / "clips",
     config.data.clips,
     config.seed,
-    sizes=stage.sizes,
-    durations=stage.durations,
+    sizes=largest.sizes,
+    durations=largest.durations,
     fps=config.data.fps,
   )
   if hosts.is_first():
     render()
   hosts.wait("rendered")
   manifest = render()  # Which finds it done.
-  encoded = workdir / "data" / "encoded"
-  encoding.encode(config, manifest, encoded, config.components)
-  return {name: Dataset(encoded / name)}
+  encoding.encode(config, manifest, workdir / ENCODED, config.components)
 
 
-def weights(config: ConfigDict) -> dict[str, int | float]:
+def open_data(config: ConfigDict, stage: str, workdir: epath.Path) -> dict[str, Dataset]:
+  """The encoded clips of a stage, by the names of its mixture or that of the stage they are of.
+
+  Raises:
+    UserError: there are none, or the one dataset of a mixture stands for all stages.
+  """
+  source = config.stages[stage].data or stage
+  if config.data.mixture:
+    paths = {name: epath.Path(part.path) for name, part in config.data.mixture.items()}
+    for path in paths.values() if len(config.stages) > 1 else ():
+      if (path / INDEX).exists():
+        raise UserError(
+          f"config.data.mixture: {path} is the dataset of one stage, but the config has "
+          f"{len(config.stages)}.\nGive the folder above it, with a dataset for each stage."
+        )
+    return {name: Dataset(stage_folder(path, source)) for name, path in paths.items()}
+  return {source: Dataset(epath.Path(config.data.path or workdir / ENCODED) / source)}
+
+
+def data_digests(config: ConfigDict, stage: str, datasets: Mapping[str, Dataset]) -> dict[str, str]:
+  """By names that no other dataset of the run has."""
+  many = config.data.mixture and len(config.stages) > 1
+  source = config.stages[stage].data or stage
+  return {
+    f"{name}/{source}" if many else name: dataset.digest for name, dataset in datasets.items()
+  }
+
+
+def weights(config: ConfigDict, stage: str) -> dict[str, int | float]:
   """Of the datasets that `open_data` gives."""
   if config.data.mixture:
     return {name: source.weight for name, source in config.data.mixture.items()}
-  return {only_stage(config)[0]: 1}
-
-
-def model_config(config: ConfigDict) -> DiTConfig:
-  """The transformer of a config, or of one that was kept as JSON, which has no tuples."""
-  return DiTConfig(**{**config.model, "patch": tuple(config.model.patch)})
+  return {config.stages[stage].data or stage: 1}
 
 
 def make_rows(
-  config: ConfigDict, datasets: Mapping[str, Dataset], split: str, drop: DroppedCaption
+  config: ConfigDict,
+  stage: str,
+  datasets: Mapping[str, Dataset],
+  split: str,
+  drop: DroppedCaption,
 ) -> dict[str, Rows]:
-  """The rows of each dataset; a UserError if the clips are not such as the model takes."""
-  _, stage = only_stage(config)
+  """A stage's rows of each dataset; a UserError if the clips are not such as the model takes."""
+  settings = config.stages[stage]
   model = model_config(config)
   for dataset in datasets.values():
     _check_clips(dataset, model)
   make = partial(
     Rows,
-    row_tokens=stage.row_tokens,
-    max_clips=stage.max_clips,
+    row_tokens=settings.row_tokens,
+    max_clips=settings.max_clips,
+    best=settings.best,
     patch=model.patch,
     with_images=model.takes_image,
     seed=config.seed,
@@ -131,12 +146,13 @@ def make_rows(
 
 def make_loader(
   config: ConfigDict,
+  stage: str,
   datasets: Mapping[str, Rows],
   history: History,
   mine: Sequence[int] | None = None,
 ) -> Loader:
-  """Batches of the rows that this host reads: `mine`, of the global batch; None is all."""
-  return Loader(datasets, history, rows=only_stage(config)[1].rows, mine=mine)
+  """Batches of a stage, of the rows that this host reads: `mine`; None is all of the batch."""
+  return Loader(datasets, history, rows=config.stages[stage].rows, mine=mine)
 
 
 def dropped_caption(config: ConfigDict) -> DroppedCaption:
@@ -145,15 +161,15 @@ def dropped_caption(config: ConfigDict) -> DroppedCaption:
 
 def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.Rules) -> Functions:
   """What the loop compiles for a stage; `config.components` gives the scale of the latents."""
-  model = model_config(config)
-  dtype = compute_dtype(config.dtype, mesh.devices.flat[0].platform)
+  model = stages.stage_model(config, stage)
+  device = mesh.devices.flat[0]
+  dtype = compute_dtype(config.dtype, device.platform)
   network = Network(
     graph_of(DiT, model, dtype=dtype, remat=config.remat),
     model.width,
-    sharding.shard_attention(attention, mesh, rules),
+    sharding.shard_attention(attention_for(device), mesh, rules),
   )
-  learning_rate = optimizer.learning_rate(config.optimizer, config.train.steps)
-  tx = optimizer.make_optimizer(config.optimizer, learning_rate)
+  tx = stages.make_optimizer(config, stage)
   draw = partial(_draw_params, model)
   shapes = jax.eval_shape(draw, jax.random.key(0))
   abstract = state.abstract(shapes, tx, mesh, rules)
@@ -181,7 +197,7 @@ def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.R
     train=partial(
       train_step,
       tx=tx,
-      learning_rate=learning_rate,
+      learning_rate=stages.learning_rate(config, stage),
       ema_decay=config.optimizer.ema_decay,
       explicit_uniform=config.train.explicit_uniform,
       **shared,
@@ -257,15 +273,22 @@ def load_initial(source: str, wanted: Params) -> Params:
 
 
 def latent_config(config: ConfigDict) -> LatentConfig:
-  """How the transformer sees latents of the VAE of `config.components`."""
-  fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
-  vae = configs.read_vae(fields, where)
+  """How the transformer sees latents of the VAE of `vae_config`."""
+  vae = vae_config(config)
   return LatentConfig(
     patch=tuple(config.model.patch),
     scaling_factor=vae.scaling_factor,
     image_scale=vae.image_scale(config.image.scale),
     image_drop_rate=config.image.drop_rate,
   )
+
+
+def vae_config(config: ConfigDict) -> VAEConfig:
+  """Of `config.components`; if that is empty the published one, which programs can be made for."""
+  if not config.components:
+    return VAEConfig()
+  fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
+  return configs.read_vae(fields, where)
 
 
 def _empty_prompt(config: ConfigDict) -> Float[np.ndarray, "l t"]:

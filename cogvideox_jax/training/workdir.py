@@ -6,18 +6,20 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from cogvideox_jax.conversion import convert
+from cogvideox_jax.conversion import convert, tensors
 from cogvideox_jax.conversion.configs import write_noise
 from cogvideox_jax.conversion.folder import Settings, index_fields, open_model
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
+from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.models.t5 import T5Config
 from cogvideox_jax.models.vae import VAEConfig
-from cogvideox_jax.training.checkpoint import load_weights, open_weights
+from cogvideox_jax.training import stages
+from cogvideox_jax.training.checkpoint import open_weights
 from cogvideox_jax.training.resume import NAME
-from cogvideox_jax.training.setup import model_config
+from cogvideox_jax.training.stages import model_config
 from cogvideox_jax.training.state import Params
 
 
@@ -41,8 +43,9 @@ def load(
   if not is_workdir(workdir):
     return kind.from_pretrained(model, progress=progress)
   config = _config(workdir)
-  params = load_weights(workdir, weights)
-  return with_transformer(config, params, load_frozen(config), progress, kind)
+  network, params = _transformer(config, workdir, weights)
+  transformer = network, tensors.materialize(params)
+  return with_transformer(config, transformer, load_frozen(config), progress, kind)
 
 
 def is_workdir(path: epath.Path) -> bool:
@@ -53,6 +56,13 @@ def _config(workdir: epath.Path) -> ConfigDict:
   return ConfigDict(json.loads((workdir / NAME).read_text()))
 
 
+def _transformer(config: ConfigDict, workdir: epath.Path, weights: str) -> tuple[DiTConfig, Params]:
+  """The newest good one, lazy, with the positions of the stage that it was trained in."""
+  found = open_weights(workdir, weights)
+  stage = stages.trained_last(stages.plan(config), found.step)
+  return stages.stage_model(config, stage.name), found.params
+
+
 def model(workdir: epath.Path, weights: str) -> convert.Model:
   """What `convert` writes of a workdir: its transformer, and the rest that its config names.
 
@@ -61,10 +71,8 @@ def model(workdir: epath.Path, weights: str) -> convert.Model:
   """
   config = _config(workdir)
   written = convert.of_folder(open_model(config.components).path)
-  params = open_weights(workdir, weights)
-  written.networks["transformer"] = convert.Network(
-    "transformer", model_config(config), params, None
-  )
+  transformer = _transformer(config, workdir, weights)
+  written.networks["transformer"] = convert.Network("transformer", *transformer, None)
   written.scheduler = write_noise(NoiseConfig(**config.noise))
   takes_image = written.networks["transformer"].config.takes_image
   written.index = index_fields(_settings(config), takes_image)
@@ -91,14 +99,14 @@ def load_frozen(config: ConfigDict) -> Frozen:
 
 def with_transformer(
   config: ConfigDict,
-  params: Params,
+  transformer: tuple[DiTConfig, Params],
   frozen: Frozen,
   progress: Progress | None = None,
   kind: type[Pipeline] = Pipeline,
 ) -> Pipeline:
-  """The pipeline of a training config's frozen networks and the transformer's `params`."""
+  """The pipeline of a training config's frozen networks and a transformer."""
   return kind(
-    (model_config(config), params),
+    transformer,
     *frozen,
     NoiseConfig(**config.noise),
     _settings(config),

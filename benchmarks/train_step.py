@@ -1,0 +1,198 @@
+"""How fast the transformer runs and trains, beside diffusers' in PyTorch.
+
+python benchmarks/train_step.py --json
+python benchmarks/train_step.py --json --tokens=17776 --heads=48 --depth=4 --text_width=4096
+
+Both have the same weights, drawn here and handed over by our conversion, the same inputs, the same
+number type and the same threads; that they give the same is checked before anything is timed. The
+programs take turns, and each number is a median. `backward` is forward, then the gradients of all
+parameters; `train` is the whole step of a training run: noising, loss, gradients, AdamW and the
+average of the weights, on fp32 masters. `ratios` are PyTorch's seconds over ours: above 1, ours is
+faster. `memory` is by how much a process grows while a program first runs, weights and inputs being
+there already.
+
+MFU is of the device's bf16 peak where it is known and the type is bfloat16; else of the rate at
+which JAX multiplies two large matrices of the type in the same run.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of a GPU too.
+
+import jax
+import measure
+import torch
+from networks import (
+  TORCH_DEVICE,
+  Case,
+  Run,
+  check_agreement,
+  draw_inputs,
+  draw_params,
+  hand_over,
+  matmul_programs,
+  our_programs,
+  torch_programs,
+  train_program,
+)
+
+# bf16 FLOP/s of accelerators, by a part of their names.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+SIDE = {"cpu": 2048, "gpu": 8192}  # Of the matrices whose product gives the measured rate.
+PROGRAMS = ("ours_forward", "torch_forward", "ours_backward", "torch_backward", "train")
+
+
+def make_programs(case: Case, names: tuple[str, ...] = PROGRAMS) -> dict[str, Run]:
+  """Those of PROGRAMS that are named; nothing is made of a library that none of them wants."""
+  inputs, params, made = draw_inputs(case), draw_params(case), {}
+  if any(name.startswith("ours") for name in names):
+    made |= {f"ours_{name}": run for name, run in our_programs(case, inputs, params).items()}
+  if any(name.startswith("torch") for name in names):
+    model = hand_over(case, params)
+    made |= {f"torch_{name}": run for name, run in torch_programs(case, inputs, model).items()}
+    if TORCH_DEVICE == "cuda":
+      compiled = torch_programs(case, inputs, model, compiled=True)
+      made |= {f"compiled_{name}": run for name, run in compiled.items()}
+  if "train" in names:
+    made["train"] = train_program(case, inputs, params)
+  return made
+
+
+def time_in_turn(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+  """Seconds of each repeat; all have run twice before."""
+  seconds: dict[str, list[float]] = {name: [] for name in runs}
+  for repeat in range(-2, repeats):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      run()
+      if repeat >= 0:
+        seconds[name].append(time.perf_counter() - start)
+  return seconds
+
+
+def measure_case(case: Case, repeats: int) -> dict[str, Any]:
+  runs = make_programs(case)
+  differ = check_agreement(case, runs["ours_forward"](), runs["torch_forward"]())
+  side = SIDE[jax.default_backend()]
+  taken = time_in_turn(runs | matmul_programs(side, case.dtype), repeats)
+  seconds = {name: statistics.median(values) for name, values in taken.items()}
+  rate, kind = 2 * side**3 / seconds["matmul"], jax.devices()[0].device_kind
+  known = [peak for name, peak in PEAKS.items() if name in kind and case.dtype == "bfloat16"]
+  peak, tokens = (known or [rate])[0], case.batch * case.row_tokens
+  work = {"ours_forward": 1, "ours_backward": 3, "train": 3}  # Forward passes, by convention.
+  return {
+    **case._asdict(),
+    "tokens": case.row_tokens,
+    "outputs_differ": differ,
+    "seconds": seconds,
+    "spread": {name: [min(values), max(values)] for name, values in taken.items()},
+    "ratios": {
+      name: seconds[name] / seconds[f"ours_{name.split('_')[1]}"]
+      for name in runs
+      if not name.startswith(("ours", "train"))
+    },
+    "tokens_per_second": {name: tokens / seconds[name] for name in work},
+    "matmul_flops_per_second": rate,
+    "peak_flops_per_second": peak,
+    "mfu": {name: n * case.forward_flops / seconds[name] / peak for name, n in work.items()},
+    "ratios_of_fastest": {
+      name: min(taken[name]) / min(taken[f"ours_{name.split('_')[1]}"])
+      for name in runs
+      if not name.startswith(("ours", "train"))
+    },
+    "memory": {name: peak_memory(case, name) for name in PROGRAMS},
+  }
+
+
+def peak_memory(case: Case, name: str) -> int:
+  """Bytes by which a process of its own grows while it runs a program, at most."""
+  with multiprocessing.get_context("spawn").Pool(1) as pool:
+    return pool.apply(_growth, (case, name))
+
+
+def _growth(case: Case, name: str) -> int:
+  run = make_programs(case, (name,))[name]
+  if TORCH_DEVICE == "cuda" and name.startswith("torch"):
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+  if jax.default_backend() != "cpu":
+    before = jax.devices()[0].memory_stats()["bytes_in_use"]
+    run()
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"] - before
+  before, seen, done = _resident_bytes(), [0], threading.Event()
+
+  def watch() -> None:
+    while not done.wait(0.002):
+      seen.append(_resident_bytes())
+
+  watcher = threading.Thread(target=watch)
+  watcher.start()
+  run()
+  done.set()
+  watcher.join()
+  return max(seen) - before
+
+
+def _resident_bytes() -> int:
+  pages = int(Path("/proc/self/statm").read_text().split()[1])
+  return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def summary(result: dict[str, Any]) -> dict[str, str]:
+  """A line for each program of a case."""
+  lines = {}
+  for name, seconds in result["seconds"].items():
+    parts = [f"{seconds:9.4f} s"]
+    for key, form in (
+      ("tokens_per_second", "{:9.0f} tokens/s"),
+      ("mfu", "MFU {:.1%}"),
+      ("ratios", "ratio {:.2f}"),
+      ("memory", "{:,} bytes"),
+    ):
+      parts += [form.format(result[key][name])] if name in result[key] else []
+    lines[f"{result['tokens']} {name}"] = "  ".join(parts)
+  return lines
+
+
+def main() -> None:
+  on_cpu = jax.default_backend() == "cpu"
+  parser = measure.arguments(__doc__)
+  parser.add_argument("--tokens", type=int, nargs="+", help="of a clip and its text, at most")
+  parser.add_argument("--heads", type=int, default=8 if on_cpu else 48, help="64 wide each")
+  parser.add_argument("--depth", type=int, default=2 if on_cpu else 4)
+  parser.add_argument("--text_width", type=int, default=512 if on_cpu else 4096)
+  parser.add_argument("--batch", type=int, default=1, help="clips, each a row")
+  parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+  parser.add_argument("--repeats", type=int, default=7)
+  args = parser.parse_args()
+  torch.set_num_threads(len(os.sched_getaffinity(0)))  # As many as XLA takes.
+  results = []
+  for tokens in args.tokens or ([1024, 2048] if on_cpu else [17_776]):
+    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    case = Case(tokens, args.depth, args.heads, args.text_width, args.batch, dtype)
+    results.append(measure_case(case, args.repeats))
+  result = {
+    **measure.device("jax", "flax", "torch", "diffusers"),
+    "on": jax.devices()[0].device_kind,
+    "torch_on": torch.cuda.get_device_name() if TORCH_DEVICE == "cuda" else "cpu",
+    "threads": torch.get_num_threads(),
+    "cases": results,
+  }
+  for case in results:
+    for name, line in summary(case).items():
+      print(f"{name:28} {line}")
+  if args.json:
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,1 @@
+"""What a program costs on TPUs that are not there: the real compiler, without the devices."""

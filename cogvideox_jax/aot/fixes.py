@@ -1,0 +1,84 @@
+"""What would make a program fit, in three sentences with the numbers of its config."""
+
+import math
+
+from ml_collections import ConfigDict
+
+from cogvideox_jax.aot.topology import CHIPS, GIB, Topology
+
+# Shapes of pods in rising size, of two axes (v5e, v6e) and of three.
+_SHAPES = {
+  2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+  3: ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
+}
+
+
+def suggest(
+  config: ConfigDict, topology: Topology, program: str, stage: str, state: int, total: int
+) -> list[str]:
+  """Three, those that change least first.
+
+  state, total: bytes that the program wants on a device.
+  """
+  found = _of_training(config, topology, stage, state) if program == "train" else []
+  found += _of_chips(topology, total)
+  if program != "train":
+    found.append(
+      "Take a smaller clip: half of --height and half of --width leave a quarter of what a step "
+      f"holds beside its parameters, which is {(total - state) / GIB:.1f} GiB now."
+    )
+  return found[:3]
+
+
+def _of_training(config: ConfigDict, topology: Topology, stage: str, state: int) -> list[str]:
+  chip, sizes, devices = topology.chip, config.stages[stage], len(topology.devices)
+  found = []
+  if state > chip.hbm_bytes / 2:
+    everywhere = state * devices
+    for shape in _SHAPES[len(topology.shape)]:
+      many = math.prod(shape) * chip.devices
+      if many > devices and everywhere / many < chip.hbm_bytes / 2:
+        name = f"{topology.kind}:{'x'.join(map(str, shape))}"
+        found.append(
+          f"Use {name} or larger: split over its {many} devices, parameters, optimizer and average "
+          f"take {everywhere / many / GIB:.1f} GiB of the {chip.hbm_bytes / GIB:.1f} of each, "
+          f"instead of {state / GIB:.1f}."
+        )
+        break
+  if devices >= 2 * sizes.context:
+    more = 2 * sizes.context
+    found.append(
+      f"Set config.stages.{stage}.context={more}: a device then holds "
+      f"{sizes.row_tokens // more:,} of a row's {sizes.row_tokens:,} tokens, not "
+      f"{sizes.row_tokens // sizes.context:,}."
+    )
+  if config.remat != "offload":
+    width = config.model.heads * config.model.head_dim
+    tokens = sizes.row_tokens // sizes.context
+    kept = 2 * config.model.depth * tokens * width
+    found.append(
+      f"Set config.remat=offload: the inputs of the {config.model.depth} layers, {kept / GIB:.1f} "
+      "GiB for each row that a device computes with, wait in the host's memory."
+    )
+  if sizes.rows_at_once != 1:
+    found.append(f"Set config.stages.{stage}.rows_at_once=1: a device computes with one row only.")
+  return found
+
+
+def _of_chips(topology: Topology, total: int) -> list[str]:
+  larger = {
+    kind: chip
+    for kind, chip in CHIPS.items()
+    if chip.hbm_bytes > max(total, topology.chip.hbm_bytes)
+  }
+  found = [
+    f"Use {kind}: a device of it has {chip.hbm_bytes / GIB:.1f} GiB, and this program wants "
+    f"{total / GIB:.1f}."
+    for kind, chip in larger.items()
+  ]
+  found.append(
+    f"Use more chips than the {len(topology.devices) // topology.chip.devices} of {topology.name}: "
+    f"each of its devices would need {total / GIB:.1f} GiB and has "
+    f"{topology.chip.hbm_bytes / GIB:.1f}."
+  )
+  return found

@@ -1,0 +1,242 @@
+"""The programs that commands run, made for a topology from a config: no weights, no data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cogvideox_jax import encoders, sharding
+from cogvideox_jax.aot import work
+from cogvideox_jax.aot.topology import Topology
+from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.diffusion.solvers import SOLVERS
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference import denoising
+from cogvideox_jax.inference.inputs import Size, check_size, latent_shape
+from cogvideox_jax.models import splash, vae
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.training import setup
+from cogvideox_jax.training.programs import jit_train
+
+# config.remat -> how often a training step runs the forward pass again: linear layers, attention.
+RECOMPUTED = {
+  "none": (0, 0),
+  "full": (1, 1),
+  "attention": (1, 0),
+  "linear": (0, 0),
+  "offload": (1, 0),
+}
+
+
+class Part(NamedTuple):
+  """One compiled program."""
+
+  lower: Callable[[], Any]  # What `jax.jit(...).lower` returns.
+  times: int = 1  # That it runs in one step.
+
+
+class Program(NamedTuple):
+  """All that is compiled for one step of a command, and what is known before it is."""
+
+  name: str
+  stage: str
+  size: tuple[int, int, int]  # num_frames, height, width.
+  mesh: Mapping[str, int]  # Devices along each axis.
+  rows: int  # Of one step, on all devices: packed rows, halves of guidance, or clips.
+  parts: Sequence[Part]
+  parameters: int  # Of the model that runs.
+  state: Any  # Shapes and places of what stays on the devices: parameters, or a whole train state.
+  arguments: Any  # And of what each step is given besides.
+  model_flops: float  # Of one step, on all devices.
+  linear_flops: float  # Of the products besides attention that run, recomputed ones included.
+  attention_flops: float  # Of attention's products that run, which no kernel's cycles tell.
+
+
+def train_program(config: ConfigDict, stage_name: str, topology: Topology) -> Program:
+  """The training step of a stage; the very same as training/loop.py's."""
+  stage = config.stages[stage_name]
+  mesh, rules = setup.make_mesh(config, stage_name, topology.devices)
+  functions = setup.make_functions(config, stage_name, mesh, rules)
+  batch = setup.abstract_batch(config, stage_name, mesh, rules)
+  model = setup.model_config(config)
+  clips = work.clips_of_row(model, stage) * stage.rows
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  forward = work.forward_flops(model, clips)
+  linear, attention = RECOMPUTED[config.remat]
+  heads = -(-model.heads // sharding.head_shards(mesh, rules))
+  kernel = splash.make_plan(stage.row_tokens, heads, splash.CHIPS[topology.devices[0].device_kind])
+  backward = 5 if kernel.blocks.use_fused_bwd_kernel else 7
+  products = work.FORWARD_PRODUCTS * (1 + attention) + backward
+  return Program(
+    name="train",
+    stage=stage_name,
+    size=work.longest_clip(model, stage),
+    mesh=mesh.shape,
+    rows=stage.rows,
+    parts=[Part(lambda: jit_train(functions).lower(functions.abstract, batch, key))],
+    parameters=count(functions.abstract.params),
+    state=functions.abstract,
+    arguments=batch,
+    model_flops=3 * forward,
+    linear_flops=(3 + linear) * work.linear_flops(model, sum(clips)),
+    attention_flops=work.attention_flops(model, clips, products),
+  )
+
+
+def stage_named(config: ConfigDict, stage: str) -> str:
+  """The stage of a number, from 1, or of a name.
+
+  Raises:
+    UserError: the config has no such stage.
+  """
+  names = list(config.stages)
+  if stage in names:
+    return stage
+  if stage.isdecimal() and 1 <= int(stage) <= len(names):
+    return names[int(stage) - 1]
+  raise UserError(
+    f"There is no stage {stage!r}: the config has {len(names)}, {', '.join(names)}.\n"
+    "Give a number from 1, or a name."
+  )
+
+
+def count(params: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Of arrays, or shapes, with their places."""
+  return sum(
+    int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def sample_program(config: ConfigDict, topology: Topology, size: Size) -> Program:
+  """One step of sampling one video, with guidance, as inference/pipeline.py runs it.
+
+  Parameters are in bfloat16, as most published ones are, and whole on each device.
+  """
+  model, vae = setup.model_config(config), setup.vae_config(config)
+  check_size(size, model, vae)
+  rows = 2  # The halves of guidance.
+  spread = denoising.spread(rows, topology.devices)
+  shapes = jax.eval_shape(
+    lambda: nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(0)), nnx.Param))
+  )
+  params = _placed(shapes, spread.everywhere, jnp.bfloat16)
+
+  def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=spread.everywhere)
+
+  shape, _ = latent_shape(size, model, vae)
+  x, text = array(1, *shape), array(rows, 1, model.text_length, model.text_width)
+  image = array(1, *shape) if model.takes_image else None
+  schedule = noise_schedule(NoiseConfig(**config.noise))
+  steps = denoising.solver_steps(SOLVERS["ddim"](schedule, 50, 0), np.full(50, 6.0))
+  arguments = (x, x, x, text, image)
+
+  def lower() -> Any:
+    fixed = {
+      "graphdef": graph_of(DiT, model, dtype=jnp.bfloat16),
+      "config": model,
+      "spread": spread,
+    }
+    return denoising.denoise_step.lower(params, *arguments, steps[0], **fixed)
+
+  clips = [work.clip_tokens(model, *size)] * rows
+  return Program(
+    name="sample",
+    stage="",
+    size=size,
+    mesh=spread.everywhere.mesh.shape,
+    rows=rows,
+    parts=[Part(lower)],
+    parameters=count(params),
+    state=params,
+    arguments=arguments,
+    model_flops=work.forward_flops(model, clips),
+    linear_flops=work.linear_flops(model, sum(clips)),
+    attention_flops=work.attention_flops(model, clips, work.FORWARD_PRODUCTS),
+  )
+
+
+def vae_program(config: ConfigDict, topology: Topology, name: str, size: Size) -> Program:
+  """`encode`, of a clip on each device, or `decode` of as many, by the VAE's programs of a chunk.
+
+  A step is the whole clip: the first chunk, then the later ones, which share a program. The whole
+  VAE is on each device.
+  """
+  sizes = setup.vae_config(config)
+  check_size(size, setup.model_config(config), sizes)
+  graph = graph_of(vae.VAE, sizes)
+  mesh, rules = sharding.mesh_of_rows(len(topology.devices), topology.devices), encoders.RULES
+  shapes = jax.eval_shape(lambda: nnx.split(vae.VAE(sizes, rngs=nnx.Rngs(0)))[1])
+  params = _placed(shapes, sharding.replicated(mesh), jnp.float32)
+  rows = sharding.row_sharding(mesh, rules, len(topology.devices))
+  latents = (size.num_frames - 1) // sizes.temporal_compression + 1
+  side = sizes.spatial_compression
+  plan, run = vae.PLANS["diffusers"], vae.encode_chunk
+  ends, shape = plan.encode(size.num_frames), (size.height, size.width, sizes.in_channels)
+  if name == "decode":
+    run, ends = vae.decode_chunk, plan.decode(latents)
+    shape = (size.height // side, size.width // side, sizes.latent_channels)
+
+  def chunk(frames: int) -> Any:
+    whole = (len(topology.devices), frames, *shape)
+    return jax.ShapeDtypeStruct(whole, jnp.float32, sharding=rows)
+
+  first, later = ends[0], ends[1] - ends[0] if len(ends) > 1 else 0
+  _, kept = jax.eval_shape(partial(run, graph), params, chunk(first), None)
+  kept = _placed(kept, rows, jnp.float32)
+  chunks = [((chunk(first), None), 1)]
+  if later:
+    chunks.append(((chunk(later), kept), len(ends) - 1))
+  flops = sum(
+    work.traced_flops(jax.make_jaxpr(partial(run, graph))(params, *given)) * times
+    for given, times in chunks
+  )
+  return Program(
+    name=name,
+    stage="",
+    size=size,
+    mesh=mesh.shape,
+    rows=len(topology.devices),
+    parts=[Part(partial(run.lower, graph, params, *given), times) for given, times in chunks],
+    parameters=count(params),
+    state=params,
+    arguments=chunks[-1][0],
+    model_flops=flops,
+    linear_flops=flops,
+    attention_flops=0.0,
+  )
+
+
+def _placed(shapes: Any, place: Any, dtype: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes)
+
+
+PROGRAMS = ("train", "sample", "encode", "decode")
+
+
+def make(
+  config: ConfigDict, topology: Topology, name: str, stage: str, given: dict[str, int]
+) -> Program:
+  """The program of one of PROGRAMS; given: of a Size, by default the model's."""
+  if name == "train":
+    return train_program(config, stage_named(config, stage), topology)
+  model, scale = config.model, setup.vae_config(config).spatial_compression
+  default = Size(model.sample_frames, model.sample_height * scale, model.sample_width * scale)
+  size = default._replace(**given)
+  program = (
+    sample_program(config, topology, size)
+    if name == "sample"
+    else vae_program(config, topology, name, size)
+  )
+  return program._replace(stage=stage_named(config, stage))

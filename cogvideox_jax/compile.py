@@ -1,0 +1,46 @@
+"""Compiles a program for TPUs that are not there, and says whether it fits and what it costs.
+
+python -m cogvideox_jax.compile --config=configs/5b.py --topology=v5p:4x4x4
+
+Nothing is read but the config: no weights, no data, no device. The step is the very one that the
+command of that name runs. Exit code 0: it fits. 1: it does not; the same is printed, with what
+would help. --json adds one object as the last line.
+"""
+
+import json
+
+from absl import flags
+
+from cogvideox_jax import command, config
+from cogvideox_jax.aot import programs
+from cogvideox_jax.aot.report import as_table, report
+
+CONFIG = command.config_flag()
+TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "KIND:SHAPE[:SLICES], such as v5p:4x4x4 or v5p:2x2x4:2.", required=True
+)
+PROGRAM = flags.DEFINE_enum("program", "train", programs.PROGRAMS, "What to compile.")
+STAGE = flags.DEFINE_string("stage", "1", "Of the config, by its number from 1 or its name.")
+SIZE = {
+  name: flags.DEFINE_integer(name, None, f"{text}; by default the model's.", lower_bound=1)
+  for name, text in (
+    ("num_frames", "Pixel frames of the clip to sample, encode or decode"),
+    ("height", "Pixels"),
+    ("width", "Pixels"),
+  )
+}
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
+
+
+def main() -> int:
+  config.check(CONFIG.value, CONFIG.value.components)
+  size = {name: flag.value for name, flag in SIZE.items() if flag.value is not None}
+  result = report(CONFIG.value, TOPOLOGY.value, PROGRAM.value, STAGE.value, **size)
+  print(as_table(result))
+  if JSON.value:
+    print(json.dumps(result))
+  return 0 if result["fits"] else 1
+
+
+if __name__ == "__main__":
+  command.run(main)

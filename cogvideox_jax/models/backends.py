@@ -1,0 +1,31 @@
+"""Which attention a device runs."""
+
+from functools import cache, partial
+from typing import Any
+
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models import attention, splash
+from cogvideox_jax.models.layers import Attention
+
+
+def attention_for(device: Any) -> Attention:
+  """The fastest attention for a kind of device: always the same function for the same kind.
+
+  device: a `jax.Device`, or one of a topology that is compiled for without it.
+
+  Raises:
+    UserError: it is a TPU of a kind that has no block sizes.
+  """
+  return _attention_for(device.platform, device.device_kind)
+
+
+@cache
+def _attention_for(platform: str, kind: str) -> Attention:
+  if platform != "tpu":
+    return attention.attention
+  if kind not in splash.CHIPS:
+    raise UserError(
+      f"No block sizes are known for a {kind!r}; known are {', '.join(splash.CHIPS)}.\n"
+      "Add a line for it to CHIPS in cogvideox_jax/models/splash.py."
+    )
+  return partial(splash.attention, chip=splash.CHIPS[kind])

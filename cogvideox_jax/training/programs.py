@@ -1,0 +1,15 @@
+"""What a training run compiles: the loop runs it, and `aot` compiles the same for other devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from cogvideox_jax.training import state
+from cogvideox_jax.training.setup import Functions
+
+
+def jit_train(functions: Functions) -> Callable[..., Any]:
+  """(state, batch, key) -> (state, metrics). The state stays where it is, in the same buffers."""
+  places = state.shardings_of(functions.abstract)
+  return jax.jit(functions.train, out_shardings=(places, None), donate_argnums=0)

@@ -1,0 +1,127 @@
+"""Programs compiled for TPUs that are not there, and what is read from them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogvideox_jax.aot import hlo, topology
+from cogvideox_jax.aot.hlo import Traffic
+from cogvideox_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+KEYS = {
+  "program", "stage", "devices", "num_frames", "height", "width", "fits", "hbm_bytes",
+  "bytes_per_chip", "parameters", "model_flops", "roofline_seconds", "estimated_seconds",
+  "mfu_ceiling", "collectives", "compile_seconds", "fixes",
+}  # fmt: skip
+MODULE = """HloModule step
+
+%scatter.all-reduce-scatter (a: f32[8,4]) -> f32[2,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %r = f32[8,4]{1,0} all-reduce(%a), to_apply=%add
+  ROOT %s = f32[2,4]{1,0} dynamic-slice(%r)
+}
+
+%inner (p: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %x = bf16[4]{0} fusion(%p), calls=%f, backend_config={"estimated_cycles":"10"}
+  %g = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), dimensions={0}
+  %d = bf16[16]{0} all-gather-done(%g)
+  %k = bf16[4]{0} custom-call(%x), custom_call_target="tpu_custom_call"
+}
+
+%inner_condition (p: (s32[], bf16[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%outer (p: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %w = (s32[], bf16[4]) while(%p), condition=%inner_condition, body=%inner
+  %c = f32[2,4]{1,0} fusion(%w), calls=%scatter.all-reduce-scatter
+}
+
+%outer_condition (p: (s32[], bf16[4])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: bf16[4]) -> bf16[4] {
+  %w = (s32[], bf16[4]) while(%p), condition=%outer_condition, body=%outer, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %y = bf16[4]{0} fusion(%w), calls=%f, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_what_is_in_loops_counts_once_for_each_trip_and_starts_once_with_their_done():
+  found = hlo.costs(MODULE)
+  assert found.cycles == 7 + 5 * 3 * 10
+  assert found.collectives == {
+    "all-gather": Traffic(15, 15 * 32),
+    "reduce-scatter": Traffic(5, 5 * 128),
+  }
+  assert (found.kernels, found.open_loops) == (15, 0)
+
+
+def test_a_loop_of_unknown_trips_is_said_to_be_one():
+  found = hlo.costs(MODULE.replace('"known_trip_count":{"n":"5"}', ""))
+  assert (found.cycles, found.open_loops) == (37, 1)
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:foo", "v5e:3x3", "v5p:2x2x1:0"])
+def test_what_is_no_topology_is_refused_by_its_name(name):
+  with pytest.raises(UserError, match=name):
+    topology.open_topology(name)
+
+
+def compiled(*args: str) -> tuple[int, str, str]:
+  """Exit code, output, errors; run apart, since it changes what JAX sees."""
+  environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+  result = subprocess.run(
+    [sys.executable, "-m", *args],
+    cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  return result.returncode, result.stdout, result.stderr
+
+
+SMALL = (
+  "--config=configs/2b.py",
+  "--config.model.depth=2",
+  "--config.stages.stage1.rows=4",
+  "--config.stages.stage1.row_tokens=1024",
+  "--config.stages.stage1.max_clips=1",
+)
+
+
+def test_two_layers_of_the_2b_fit_a_small_pod():
+  code, output, errors = compiled("cogvideox_jax.compile", *SMALL, "--topology=v5p:2x2x1", "--json")
+  assert code == 0, errors
+  result = json.loads(output.splitlines()[-1])
+  assert result.keys() >= KEYS
+  assert result["fits"] and result["fixes"] == [] and result["devices"] == 4
+  memory = result["bytes_per_chip"]
+  assert 0 < memory["state"] < memory["arguments"] < memory["total"] < result["hbm_bytes"]
+  assert result["collectives"]["all-gather"]["count"] > 0
+  assert 0 < result["roofline_seconds"] < result["estimated_seconds"]
+
+
+def test_the_5b_does_not_fit_one_small_chip_and_three_fixes_say_what_would():
+  args = "--config=configs/5b.py", "--config.stages.stage1.rows=1"
+  code, output, errors = compiled("cogvideox_jax.compile", *args, "--topology=v5e:1x1", "--json")
+  assert code == 1, errors
+  result = json.loads(output.splitlines()[-1])
+  assert result.keys() >= KEYS and not result["fits"] and len(result["fixes"]) == 3
+  assert result["parameters"] == 5_570_283_072
+  assert result["bytes_per_chip"]["state"] > result["hbm_bytes"]
+  code, _, _ = compiled("cogvideox_jax.train", *args, "--dry_run=v5e:1x1")
+  assert code == 1
+
+
+@pytest.mark.parametrize("mistake", ["--topology=v9:2x2", "--stage=7", "--program=fly"])
+def test_mistakes_leave_with_code_2_and_are_named(mistake):
+  args = ["--config=configs/2b.py", "--topology=v5p:2x2x1"]
+  code, _, errors = compiled("cogvideox_jax.compile", *args, mistake)
+  assert code == 2
+  assert mistake.split("=")[1] in errors and "Traceback" not in errors

@@ -1,0 +1,62 @@
+"""Attention over rows whose tokens and heads are split over devices, against one device."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import row, value_and_grads
+
+from cogvideox_jax import sharding
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models import splash
+from cogvideox_jax.models.attention import attention
+
+IDS = np.stack([row(50, 1, 13, n=96), row(96, n=96)])
+INTERPRETED = partial(
+  splash.attention, chip=splash.Chip(block=128, partial_bytes=0), interpret=True
+)
+
+
+def mesh_of(**sizes):
+  sizes = {axis: sizes.get(axis, 1) for axis in sharding.MESH_AXES}
+  return sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+
+
+@pytest.mark.parametrize(
+  ("name", "sizes", "heads", "attend"),
+  [
+    ("fsdp", {"data": 2, "context": 2}, 4, attention),
+    ("fsdp", {"context": 2}, 3, attention),  # One of four heads is filled up.
+    ("fsdp", {"context": 4}, 2, INTERPRETED),
+    ("fsdp_tensor", {"context": 2, "tensor": 2}, 6, attention),
+    ("fsdp", {"context": 2, "tensor": 2}, 2, attention),  # Of two that have the same.
+    ("fsdp_tensor", {"data": 2, "tensor": 2}, 2, INTERPRETED),
+  ],
+)
+def test_split_rows_give_the_values_and_gradients_of_whole_ones(name, sizes, heads, attend):
+  q, k, v = jax.random.normal(jax.random.key(0), (3, *IDS.shape, heads, 16))
+  split = sharding.shard_attention(attend, mesh_of(**sizes), sharding.rules_named(name))
+  ours = jax.block_until_ready(value_and_grads(split, q, k, v, IDS))
+  for a, b in zip(ours, value_and_grads(attention, q, k, v, IDS), strict=True):
+    np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_a_row_that_does_not_divide_is_given_a_length_that_does():
+  mesh, rules = mesh_of(context=4), sharding.rules_named("fsdp")
+  x, ids = jnp.ones((1, 94, 4, 16)), jnp.ones((1, 94), jnp.int32)
+  with pytest.raises(UserError, match=r"94 tokens does not divide over context .*\n.*128"):
+    sharding.shard_attention(attention, mesh, rules)(x, x, x, ids)
+  assert sharding.padded_tokens(94, mesh, rules) == 128
+  assert sharding.padded_tokens(94, mesh_of(tensor=2), rules) == 94
+
+
+def test_heads_are_swapped_for_tokens_and_nothing_is_gathered():
+  x = jax.ShapeDtypeStruct((1, 96, 4, 16), jnp.float32)
+  ids = jax.ShapeDtypeStruct((1, 96), jnp.int32)
+  split = sharding.shard_attention(attention, mesh_of(context=4), sharding.rules_named("fsdp"))
+  program = jax.jit(split).lower(x, x, x, ids).as_text()
+  assert program.count("stablehlo.all_to_all") == 4
+  assert "all_gather" not in program

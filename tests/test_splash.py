@@ -1,0 +1,125 @@
+"""The TPU's attention kernel, interpreted, against the plain path; and compiled for a TPU."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from test_attention import dense_attention, drawn, row, value_and_grads
+
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models import attention as plain
+from cogvideox_jax.models import splash
+from cogvideox_jax.models.backends import attention_for
+
+SEPARATE = splash.Chip(block=128, partial_bytes=0)  # The gradients by kernels of their own,
+FUSED = splash.Chip(block=128, partial_bytes=2**30)  # by one for both heads,
+GROUPED = splash.Chip(block=128, partial_bytes=2**20)  # and by one for each.
+
+
+def interpreted(chip=SEPARATE):
+  return partial(splash.attention, chip=chip, interpret=True)
+
+
+# Many clips and one, with padding and without; the tokens make no whole blocks.
+ROWS = np.stack([row(*[9] * 20, 211, 1, 88, n=700), row(300, n=700), row(700, n=700)])
+
+
+@pytest.mark.parametrize("chip", [SEPARATE, FUSED, GROUPED], ids=["separate", "fused", "grouped"])
+def test_equals_dense_masked_softmax_in_values_and_gradients(chip):
+  q, k, v = drawn(ROWS)
+  ours = value_and_grads(interpreted(chip), q, k, v, ROWS)
+  for a, b in zip(ours, value_and_grads(dense_attention, q, k, v, ROWS), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_is_as_near_as_its_rounding():
+  q, k, v = drawn(ROWS, jnp.bfloat16)
+  ours = value_and_grads(interpreted(), q, k, v, ROWS)
+  exact = (x.astype(jnp.float32) for x in (q, k, v))
+  for a, b in zip(ours, value_and_grads(dense_attention, *exact, ROWS), strict=True):
+    assert a.dtype == jnp.bfloat16
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2e-2)
+
+
+@pytest.mark.parametrize("longest", [600, 2400], ids=["narrow", "half"])
+def test_a_row_may_have_more_blocks_than_a_byte_counts(longest):
+  segment_ids = row(*[600] * 20, longest, 1, 99, n=130 * 128)[None]
+  q, k, v = drawn(segment_ids)[..., :1, :]
+  ours = value_and_grads(interpreted(), q, k, v, segment_ids)
+  for a, b in zip(ours, value_and_grads(plain.attention, q, k, v, segment_ids), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_blocks_that_share_no_segment_are_never_computed():
+  # A masked product would still spread a NaN, since 0 * NaN is NaN.
+  segment_ids = np.stack([row(128, 256, n=512), row(n=512)])
+  q, k, v = drawn(segment_ids)
+  clean = value_and_grads(interpreted(), q, k, v, segment_ids)
+  second = segment_ids == 2
+  poisoned = (jnp.where(second[..., None, None], jnp.nan, x) for x in (q, k, v))
+  for a, b in zip(value_and_grads(interpreted(), *poisoned, segment_ids), clean, strict=True):
+    assert np.isnan(a[second]).all()
+    np.testing.assert_array_equal(a[~second], b[~second])
+
+
+@pytest.mark.parametrize(
+  ("attend", "loop"),
+  [(plain.attention, "while["), (interpreted(), "name=splash_mha_fwd")],
+  ids=["plain", "splash"],
+)
+def test_a_policy_may_save_what_the_backward_pass_needs(attend, loop):
+  q, k, v = drawn(ROWS)
+  ids = jnp.asarray(ROWS)
+
+  def forward_loops(policy):
+    layer = jax.checkpoint(lambda q: jnp.sin(attend(q, k, v, ids)).sum(), policy=policy)
+    return str(jax.make_jaxpr(jax.grad(layer))(q)).count(loop)
+
+  saved = jax.checkpoint_policies.save_only_these_names(plain.CHECKPOINT_NAME)
+  assert forward_loops(saved) == forward_loops(None) - 1
+
+
+def test_long_rows_fit_scalar_memory_and_partial_gradients_their_share():
+  chip = splash.CHIPS["TPU v6 lite"]
+  short, middle, long = (splash.make_plan(tokens, 48, chip) for tokens in (17_776, 75_776, 716_800))
+  assert short.tokens == 9 * short.blocks.block_kv_dkv == 9 * 2048
+  assert short.blocks.use_fused_bwd_kernel
+  partial_bytes = 2 * 128 * 9 * short.tokens * 48 // short.groups
+  assert chip.partial_bytes / 2 < partial_bytes <= chip.partial_bytes
+  for plan in middle, long:
+    assert not plan.blocks.use_fused_bwd_kernel
+    assert plan.groups == 1
+  assert (middle.blocks.block_q, middle.blocks.block_kv) == (1024, 1024)
+  assert (long.blocks.block_q, long.blocks.block_kv) == (1024, 2048)
+
+
+def test_a_device_gets_its_own_attention_and_the_same_one_each_time():
+  v5p, v6e, unknown = (
+    SimpleNamespace(platform="tpu", device_kind=kind)
+    for kind in ("TPU v5", "TPU v6 lite", "TPU of old")
+  )
+  assert attention_for(jax.devices()[0]) is plain.attention
+  assert attention_for(v5p) is attention_for(v5p)
+  assert attention_for(v5p) is not attention_for(v6e)
+  with pytest.raises(UserError, match=r"'TPU of old'.*TPU v5 lite"):
+    attention_for(unknown)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_it_compiles_for_a_tpu(monkeypatch, dtype):
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+  place = SingleDeviceSharding(device)
+  x = jax.ShapeDtypeStruct((1, 300, 2, 64), dtype, sharding=place)
+  ids = jax.ShapeDtypeStruct((1, 300), jnp.int32, sharding=place)
+  attend = attention_for(device)
+  loss = lambda q, k, v, ids: attend(q, k, v, ids).astype(jnp.float32).sum()  # noqa: E731
+  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, ids).compile()
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2  # Fused backward.

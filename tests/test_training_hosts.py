@@ -1,0 +1,129 @@
+"""Training by two real processes, as on two hosts: what one does, whoever must stop or dies."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_run import config_flags_of, make_inputs, settings
+
+ROOT = Path(__file__).parents[1]
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+  return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def free_port() -> int:
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
+
+
+def start(inputs, workdir, count, **changes) -> list[subprocess.Popen]:
+  """So many processes that train in one workdir, of two devices in all."""
+  values = settings(
+    inputs,
+    train__steps=STEPS,
+    cpu_devices=2 // count,
+    checkpoint__every=4,
+    validation__every=0,
+    **changes,
+  )
+  command = [sys.executable, "-m", "cogvideox_jax.train", "--config=configs/tiny.py"]
+  command += [f"--workdir={workdir}", *config_flags_of(values)]
+  if count > 1:
+    command += [f"--coordinator=127.0.0.1:{free_port()}", f"--process_count={count}"]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  return [
+    subprocess.Popen(
+      command + [f"--process_id={index}"] * (count > 1),
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(count)
+  ]
+
+
+def finish(processes) -> tuple[list[int], list[str]]:
+  outputs = [process.communicate(timeout=120) for process in processes]
+  return [process.returncode for process in processes], ["".join(output) for output in outputs]
+
+
+def lines(path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(workdir) -> dict[int, float]:
+  return {line["step"]: line["loss"] for line in lines(workdir / "metrics.jsonl")}
+
+
+def wait_for_step(workdir, step, processes) -> None:
+  deadline = time.monotonic() + 120
+  while max(losses(workdir), default=0) < step:
+    assert all(process.poll() is None for process in processes), finish(processes)
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+  """The workdir of one process with both devices."""
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  codes, outputs = finish(start(inputs, workdir, 1))
+  assert codes == [0], outputs
+  return workdir
+
+
+@pytest.mark.parametrize(
+  "mesh", [{}, {"mesh__data": 1, "mesh__context": 2}], ids=["rows", "tokens"]
+)
+def test_two_processes_train_as_one_stop_together_and_one_goes_on(inputs, alone, tmp_path, mesh):
+  workdir = tmp_path / "run"
+  processes = start(inputs, workdir, 2, **mesh)
+  wait_for_step(workdir, 5, processes)
+  processes[1].send_signal(signal.SIGTERM)
+  codes, outputs = finish(processes)
+  assert codes == [83, 83], outputs
+  saved = [line for line in lines(workdir / "events.jsonl") if line["event"] == "checkpoint_saved"]
+  stopped = saved[-1]["step"]
+  assert 5 <= stopped < STEPS and len(saved) == len({line["step"] for line in saved})
+  assert f"Stopped at step {stopped}" in outputs[0] and not outputs[1].count("Stopped")
+  expected = losses(alone)
+  assert losses(workdir) == pytest.approx({k: expected[k] for k in range(1, stopped + 1)}, rel=1e-5)
+
+  codes, outputs = finish(start(inputs, workdir, 1))
+  assert codes == [0] and f"resumed at step {stopped} of {STEPS}" in outputs[0], outputs
+  assert losses(workdir) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_both_go_on_from_what_was_saved(
+  inputs, alone, tmp_path
+):
+  workdir = tmp_path / "run"
+  processes = start(inputs, workdir, 2)
+  wait_for_step(workdir, 9, processes)
+  processes[1].send_signal(signal.SIGKILL)
+  codes, outputs = finish(processes)
+  assert codes[0] in (84, -signal.SIGABRT), outputs  # The latter where JAX sees it first.
+  codes, outputs = finish(start(inputs, workdir, 2))
+  assert codes == [0, 0] and "resumed at step" in outputs[0], outputs
+  assert "resumed at step 0" not in outputs[0]
+  assert losses(workdir) == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_a_mistake_that_one_process_sees_ends_both(inputs, tmp_path):
+  processes = start(inputs, tmp_path / "run", 2, stages__tiny__rows=7)
+  codes, outputs = finish(processes)
+  assert codes == [2, 2], outputs
