@@ -14,6 +14,16 @@ from small_run import config_flags_of, make_inputs, settings
 
 ROOT = Path(__file__).parents[1]
 STEPS = 40
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def reaped():
+  """No process outlives its test, which may fail while one waits for another."""
+  yield
+  while STARTED:
+    with STARTED.pop() as process:
+      process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,7 @@ def start(inputs, workdir, count, **changes) -> list[subprocess.Popen]:
   if count > 1:
     command += [f"--coordinator=127.0.0.1:{free_port()}", f"--process_count={count}"]
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-  return [
+  processes = [
     subprocess.Popen(
       command + [f"--process_id={index}"] * (count > 1),
       cwd=ROOT,
@@ -53,6 +63,8 @@ def start(inputs, workdir, count, **changes) -> list[subprocess.Popen]:
     )
     for index in range(count)
   ]
+  STARTED.extend(processes)
+  return processes
 
 
 def finish(processes) -> tuple[list[int], list[str]]:

@@ -120,7 +120,7 @@ class _Stored(Lazy):
     self._array = tensorstore.open(spec, read=True).result()
     self.shape, self.dtype = tuple(self._array.shape), self._array.dtype.numpy_dtype
 
-  def __getitem__(self, place: Place) -> np.ndarray:
+  def __getitem__(self, place: Place | tuple[slice, ...]) -> np.ndarray:
     return self._array[place].read().result()
 
 

@@ -46,7 +46,7 @@ def describe(folder: epath.Path, held: Parts) -> Described:
   Raises:
     UnusableError: what the process holds is not what the files have.
   """
-  stored: dict[str, Any] = orbax.stored(folder, held)
+  stored: dict[str, Any] = orbax.stored(folder, held)  # Read by slices, as no other Lazy is.
   for path, parts in held.items():
     for index, part in parts:
       if not np.array_equal(_bytes(stored[path][index]), _bytes(part)):

@@ -1,0 +1,68 @@
+"""Digests that processes find together: those of one which holds everything, and no others."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from test_checkpoint import files_of, save_steps
+
+from cogvideox_jax.data import digests
+from cogvideox_jax.data.digests import UnusableError
+from cogvideox_jax.training import checkpoint, parts
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A checkpoint of one process, and copies of what it held."""
+  _, states, _ = save_steps(epath.Path(tmp_path), [1])
+  return epath.Path(tmp_path) / "1", parts.copies(checkpoint.flatten(states[1]))
+
+
+def become(monkeypatch, index, count=3):
+  monkeypatch.setattr(jax, "process_index", lambda: index)
+  monkeypatch.setattr(jax, "process_count", lambda: count)
+
+
+def of_process(held, index, count=3):
+  """The parts that one of several processes holds."""
+  return {path: shards[index::count] for path, shards in held.items()}
+
+
+def test_parts_cover_every_array_once(saved):
+  folder, held = saved
+  for path, about in digests.read(folder).items():
+    assert sum(part.size for _, part in held[path]) == np.prod(about["shape"], dtype=int)
+
+
+def test_together_they_find_what_one_process_finds(saved, monkeypatch):
+  folder, held = saved
+  alone, names = digests.read(folder), {file.name for file in files_of(folder)}
+  kept = json.loads((folder / digests.NAME).read_text())
+  (folder / digests.NAME).unlink()
+  for index in (2, 1, 0):
+    become(monkeypatch, index)
+    parts.give(folder, of_process(held, index))
+  digests.write(folder, *parts.take(folder))
+  assert json.loads((folder / digests.NAME).read_text()) == kept
+  assert digests.read(folder) == alone
+  assert {file.name for file in files_of(folder)} == names
+
+
+def test_a_part_that_is_not_what_the_files_have_is_found_by_whoever_holds_it(saved, monkeypatch):
+  folder, held = saved
+  path = next(path for path in held if path.startswith("params") and path.endswith("kernel"))
+  index, part = held[path][4]  # Of eight; the second of three processes holds it.
+  odd = part.copy()
+  odd.reshape(-1).view(np.uint8)[-1] ^= 1
+  held[path][4] = index, odd
+  for process in (0, 2):
+    become(monkeypatch, process)
+    parts.give(folder, of_process(held, process))
+  become(monkeypatch, 1)
+  with pytest.raises(UnusableError, match=f"{path} is not what was saved"):
+    parts.give(folder, of_process(held, 1))
+  become(monkeypatch, 0)
+  with pytest.raises(UnusableError, match=f"{path} is not what was saved"):
+    parts.take(folder)
