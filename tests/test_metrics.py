@@ -63,7 +63,9 @@ def test_a_logged_step_stands_for_those_before_it(log, tmp_path, monkeypatch):
     now[0] += 100  # What is not a step's time.
     return {"validation_loss": 1.0}
 
-  recorder = metrics.Recorder(log, Rows(), tqdm(disable=True), tokens=100, every=3, lag=0)
+  recorder = metrics.Recorder(
+    log, Rows(), tqdm(disable=True), stage="one", first=1, tokens=100, every=3, lag=0
+  )
   for step in range(1, 7):
     now[0] += step
     recorder.add(step, {"loss": jnp.float32(step)}, measure if step == 5 else None)
@@ -78,7 +80,9 @@ def test_a_logged_step_stands_for_those_before_it(log, tmp_path, monkeypatch):
 
 
 def test_numbers_are_read_late_and_none_is_lost(log, tmp_path):
-  recorder = metrics.Recorder(log, Rows(), tqdm(disable=True), tokens=1, every=1, lag=2)
+  recorder = metrics.Recorder(
+    log, Rows(), tqdm(disable=True), stage="one", first=1, tokens=1, every=1, lag=2
+  )
   seen = []
   for step in range(1, 5):
     recorder.add(step, {"loss": jnp.float32(1)})
@@ -90,7 +94,9 @@ def test_numbers_are_read_late_and_none_is_lost(log, tmp_path):
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_a_number_that_is_not_finite_stops_the_run_and_names_the_step(log, tmp_path, value):
-  recorder = metrics.Recorder(log, Rows(), tqdm(disable=True), tokens=1, every=10, lag=0)
+  recorder = metrics.Recorder(
+    log, Rows(), tqdm(disable=True), stage="one", first=1, tokens=1, every=10, lag=0
+  )
   recorder.add(1, {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)})
   with pytest.raises(UserError, match="at step 2: grad_norm not finite"):
     recorder.add(2, {"loss": jnp.float32(1), "grad_norm": jnp.float32(value)})
