@@ -120,6 +120,9 @@ def test_it_compiles_for_a_tpu(monkeypatch, dtype):
   x = jax.ShapeDtypeStruct((1, 300, 2, 64), dtype, sharding=place)
   ids = jax.ShapeDtypeStruct((1, 300), jnp.int32, sharding=place)
   attend = attention_for(device)
-  loss = lambda q, k, v, ids: attend(q, k, v, ids).astype(jnp.float32).sum()  # noqa: E731
+
+  def loss(q, k, v, ids):
+    return attend(q, k, v, ids).astype(jnp.float32).sum()
+
   compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, ids).compile()
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2  # Fused backward.

@@ -256,8 +256,8 @@ def contrast(frames: UInt8[np.ndarray, "F H W 3"]) -> float:
   The root of the mean squared distance in RGB, over 255: 0 for frames of one colour. Of an object
   that covers a part p of a plain background it is their colours' distance times sqrt(p (1 - p)).
   """
-  pixels = frames.reshape(-1, 3) / 255
-  return float(np.sqrt(pixels.var(axis=0).sum()))
+  pixels = np.float64(frames.reshape(-1, 3))  # Whole numbers, so that equal ones have no spread.
+  return float(np.sqrt(pixels.var(axis=0).sum()) / 255)
 
 
 def render_dataset(
