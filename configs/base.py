@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
   # the learning rates are ours, too.
   config.stages = ConfigDict()
   config.stages.stage1 = stage(
-    sizes=sizes(256, 384),
+    sizes=sizes(256),
     durations=(1, 9, 17, 33, 49),
     rows=256,
     row_tokens=25_600,
@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     share=400_000,
   )
   config.stages.stage2 = stage(
-    sizes=sizes(480, 720),
+    sizes=sizes(480),
     durations=(1, 9, 17, 33, 49),
     rows=128,
     row_tokens=75_776,
@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     share=220_000,
   )
   third = {
-    "sizes": sizes(768, 1360),
+    "sizes": sizes(768),
     "durations": (1, 9, 17, 33, 49, 81),
     "row_tokens": 716_800,
     "max_clips": 64,
@@ -152,13 +152,13 @@ def source(path: str, weight: float) -> ConfigDict:
   return ConfigDict({"path": path, "weight": float(weight)})
 
 
-def sizes(short_side: int, longest: int) -> tuple[tuple[int, int], ...]:
-  """(height, width) from square to the longest side, lying and standing, by steps of an aspect.
+def sizes(short_side: int) -> tuple[tuple[int, int], ...]:
+  """(height, width) from square to wide, lying and standing, since stages keep the aspect (P 3.1).
 
-  Sides are multiples of 16: the VAE's compression times the patch.
+  Sides are multiples of 16: the VAE's compression times the patch. Table 5 prints one size a stage:
+  256x384, 480x720 and 768x1360.
   """
-  longs = [round(short_side * aspect / 16) * 16 for aspect in (1, 4 / 3, 3 / 2)]
-  longs = sorted({*longs, longest})
+  longs = [round(short_side * aspect / 16) * 16 for aspect in (1, 4 / 3, 3 / 2, 16 / 9)]
   lying = [(short_side, long) for long in longs]
   return (*lying, *((long, short) for short, long in lying[1:]))
 

@@ -135,8 +135,8 @@ def stage_model(config: ConfigDict, name: str) -> DiTConfig:
     clips reach positions that are new (paper 2.4: the front part of an expanded table; Figure 9).
     For rotary models that is `rope_index`, for sincos an interpolation of 1. At the size of the
     published models it is the published rule of the 5B, `rope`.
-  - interpolate: the largest side of the stage's sizes spans what that of the first stage does: the
-    index is divided by the ratio of the two. From 256x384 to 480x720 this is the 1.875 of the
+  - interpolate: the longest short side of a stage's sizes spans what the first stage's does: the
+    index is divided by the ratio of the two. From 256 to 480 pixels this is the 1.875 of the
     published 2B. Time is not divided: a frame is as long in all stages.
 
   Learned positions are a table for one size (config.check), so they do not grow.
@@ -148,10 +148,10 @@ def stage_model(config: ConfigDict, name: str) -> DiTConfig:
     if model.positions == "sincos":
       return dataclasses.replace(model, spatial_interpolation=1.0)
     return dataclasses.replace(model, positions="rope_index")
-  ratio = _largest_side(config, name) / _largest_side(config, min(config.stages))
+  ratio = _short_side(config, name) / _short_side(config, min(config.stages))
   rule = "sincos" if model.positions == "sincos" else "rope_scaled"
   return dataclasses.replace(model, positions=rule, spatial_interpolation=ratio)
 
 
-def _largest_side(config: ConfigDict, name: str) -> int:
-  return max(side for size in config.stages[name].sizes for side in size)
+def _short_side(config: ConfigDict, name: str) -> int:
+  return max(min(size) for size in config.stages[name].sizes)
