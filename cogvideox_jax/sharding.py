@@ -27,8 +27,8 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # The end of a path -> the logical axes of that array. Stacked layers add a leading axis.
 PARAM_AXES: dict[str, tuple[str, ...]] = {
-  r"(query|key|value)/kernel": ("embed", "heads", "head_dim"),
-  r"attention/out/kernel": ("heads", "head_dim", "embed"),
+  r"(query|key|value)/kernel": ("embed", "heads"),
+  r"attention/out/kernel": ("heads", "embed"),
   r"mlp/up/kernel": ("embed", "mlp"),
   r"mlp/down/kernel": ("mlp", "embed"),
   r"(modulation|out_modulation|time_out|ofs_in|ofs_out)/kernel": ("time", "output"),

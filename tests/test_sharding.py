@@ -76,12 +76,12 @@ def test_the_average_has_its_own_buffers():
 @pytest.mark.parametrize(
   "name, shape, spec",
   [
-    ("blocks/attention/query/kernel", (3, 8, 2, 4), P(None, SHARDED, "tensor", None)),
-    ("blocks/attention/out/kernel", (3, 2, 4, 8), P(None, "tensor", None, SHARDED)),
+    ("blocks/attention/query/kernel", (3, 8, 8), P(None, SHARDED, "tensor")),
+    ("blocks/attention/out/kernel", (3, 8, 8), P(None, "tensor", SHARDED)),
     ("out/kernel", (8, 12), P(SHARDED, None)),
     ("ema/out_modulation/kernel", (8, 6), P(SHARDED, None)),
     ("opt_state/1/0/nu/blocks/mlp/down/kernel", (3, 16, 8), P(None, "tensor", SHARDED)),
-    ("blocks/attention/query/bias", (3, 2, 4), P(None, None, None)),
+    ("blocks/attention/query/bias", (3, 8), P(None, None)),
     ("opt_state/1/0/count", (), P()),
   ],
 )

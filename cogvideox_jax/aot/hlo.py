@@ -30,7 +30,11 @@ _CALLED = re.compile(
 _BRANCH = re.compile(r"\b(?:true|false)_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
-_LIMIT = re.compile(r" s(?:32|64)\[\]\S* constant\((\d+)\)")
+# An integer: its name, operation, operands, and of which member of a tuple it is.
+_INTEGER = re.compile(
+  r"%([\w.\-]+) = [su](?:32|64)\[\]\S* (add|constant|get-tuple-element)\((.*?)\)(?:, index=(\d+))?"
+)
+_ROOT = re.compile(r"ROOT %[\w.\-]+ = \(.*\) tuple\((.*?)\)")
 
 
 class Traffic(NamedTuple):
@@ -77,6 +81,9 @@ class _Computation:
   calls: list[tuple[Sequence[str], int]] = field(default_factory=list)
   loops: list[tuple[str, str, int]] = field(default_factory=list)  # Body, condition, trips or 0.
   limits: list[int] = field(default_factory=list)  # Integer constants.
+  members: list[int] = field(default_factory=list)  # Of its argument, integers that it reads.
+  # Members of its argument that it gives back larger -> by how much.
+  steps: dict[int, int] = field(default_factory=dict)
 
 
 def costs(text: str) -> Costs:
@@ -92,7 +99,7 @@ def costs(text: str) -> Costs:
       if branches:
         result = result.plus(max(branches, key=_weight).times(times))
     for body, condition, known in computation.loops:
-      trips = known or _limit(computations, condition)
+      trips = known or _trips(computations, body, condition)
       if not trips:
         result = result.plus(Costs(open_loops=1))
       result = result.plus(total(body).plus(total(condition)).times(trips or 1))
@@ -105,12 +112,17 @@ def _weight(value: Costs) -> tuple[int, int]:
   return value.cycles, sum(traffic.bytes for traffic in value.collectives.values())
 
 
-def _limit(computations: Mapping[str, _Computation], condition: str) -> int:
-  """The trips of a loop that counts from 0: the one number its condition compares with; or 0."""
-  found = list(computations[condition].limits)
-  for names, _ in computations[condition].calls:
-    found += [limit for name in names for limit in computations[name].limits]
-  return found[0] if len(found) == 1 else 0
+def _trips(computations: Mapping[str, _Computation], body: str, condition: str) -> int:
+  """Of a loop that counts from 0, by the step of its body, to the one number that its condition
+  compares with; 0 if it is not of this kind."""
+  compares = computations[condition]
+  limits = list(compares.limits)
+  for names, _ in compares.calls:
+    limits += [limit for name in names for limit in computations[name].limits]
+  if len(limits) != 1 or len(compares.members) != 1:
+    return 0
+  step = computations[body].steps.get(compares.members[0], 0)
+  return math.ceil(limits[0] / step) if step else 0
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
@@ -148,13 +160,35 @@ def _read(name: str, lines: Sequence[str]) -> _Computation:
     if found := _COLLECTIVE.search(line):
       kind = "reduce-scatter" if scatters and found[1] == "all-reduce" else found[1]
       traffic[kind] = traffic[kind].plus(Traffic(1, _moved(line, found, lines)))
-    if found := _LIMIT.search(line):
-      result.limits.append(int(found[1]))
     if 'custom_call_target="tpu_custom_call"' in line:
       kernels += 1
     _read_calls(line, result)
   result.own = Costs(cycles, dict(traffic), kernels)
+  _read_integers(lines, result)
   return result
+
+
+def _read_integers(lines: Sequence[str], result: _Computation) -> None:
+  sums: dict[str, tuple[int | None, int]] = {}  # Name -> member of the argument, what is added.
+  for line in lines:
+    if found := _INTEGER.search(line):
+      name, operation, operands, member = found.groups()
+      if operation == "constant" and operands.isdecimal():
+        sums[name] = None, int(operands)
+        result.limits.append(int(operands))
+      elif operation == "get-tuple-element":
+        sums[name] = int(member), 0
+        result.members.append(int(member))
+      elif operation == "add":
+        parts = [sums.get(part) for part in re.findall(r"%([\w.\-]+)", operands)]
+        members = [part[0] for part in parts if part and part[0] is not None]
+        if None not in parts and len(members) == 1:
+          sums[name] = members[0], sum(part[1] for part in parts if part)
+    elif found := _ROOT.search(line):
+      for member, name in enumerate(re.findall(r"%([\w.\-]+)", found[1])):
+        source, added = sums.get(name, (None, 0))
+        if source == member and added:
+          result.steps[member] = added
 
 
 def _read_calls(line: str, result: _Computation) -> None:

@@ -52,26 +52,12 @@ def transformer(config: DiTConfig) -> tuple[Row, ...]:
   The modulations' outputs lie in the same order in both: (vision, text) x (shift, scale, gate).
   """
   layer = "transformer_blocks.{layer}"
-  heads = {"heads": config.heads}
   frames, height, width = config.patch
   patch = Row("vision_in/kernel", "patch_embed.proj.weight", "d p -> p d")
   if frames == 1:  # A 2-D convolution of each frame; with several, a linear layer.
     sizes = {"h": height, "w": width}
     patch = patch._replace(pattern="d c h w -> (c h w) d", sizes=sizes)
 
-  def attention(ours: str, theirs: str) -> tuple[Row, Row]:
-    path, name = f"blocks/attention/{ours}", f"{layer}.attn1.{theirs}"
-    return (
-      Row(f"{path}/kernel", f"{name}.weight", "(heads k) d -> d heads k", heads),
-      Row(f"{path}/bias", f"{name}.bias", "(heads k) -> heads k", heads),
-    )
-
-  out = Row(
-    "blocks/attention/out/kernel",
-    f"{layer}.attn1.to_out.0.weight",
-    "d (heads k) -> heads k d",
-    heads,
-  )
   return (
     patch,
     bias("vision_in", "patch_embed.proj"),
@@ -83,13 +69,12 @@ def transformer(config: DiTConfig) -> tuple[Row, ...]:
     Row("position_table", "patch_embed.pos_embedding", "1 n d -> n d"),
     *norm("blocks/attention_norm/norm", f"{layer}.norm1.norm"),
     *linear("blocks/attention_norm/modulation", f"{layer}.norm1.linear"),
-    *attention("query", "to_q"),
-    *attention("key", "to_k"),
-    *attention("value", "to_v"),
+    *linear("blocks/attention/query", f"{layer}.attn1.to_q"),
+    *linear("blocks/attention/key", f"{layer}.attn1.to_k"),
+    *linear("blocks/attention/value", f"{layer}.attn1.to_v"),
     *norm("blocks/attention/query_norm", f"{layer}.attn1.norm_q"),
     *norm("blocks/attention/key_norm", f"{layer}.attn1.norm_k"),
-    out,
-    bias("blocks/attention/out", f"{layer}.attn1.to_out.0"),
+    *linear("blocks/attention/out", f"{layer}.attn1.to_out.0"),
     *norm("blocks/mlp_norm/norm", f"{layer}.norm2.norm"),
     *linear("blocks/mlp_norm/modulation", f"{layer}.norm2.linear"),
     *linear("blocks/mlp/up", f"{layer}.ff.net.0.proj"),
@@ -150,10 +135,9 @@ def vae(config: VAEConfig) -> tuple[Row, ...]:
 def text_encoder(config: T5Config) -> tuple[Row, ...]:
   """transformers `T5EncoderModel`; the relative bias is stored in its first layer."""
   layer = "encoder.block.{layer}.layer"
-  heads = {"heads": config.heads}
 
-  def kernel(path: str, name: str, pattern: str, **sizes: int) -> Row:
-    return Row(f"blocks/{path}", f"{layer}.{name}.weight", pattern, sizes)
+  def weight(path: str, name: str, pattern: str = "o i -> i o") -> Row:
+    return Row(f"blocks/{path}", f"{layer}.{name}.weight", pattern)
 
   return (
     Row("embedding/embedding", "shared.weight", "v d -> v d"),
@@ -162,14 +146,14 @@ def text_encoder(config: T5Config) -> tuple[Row, ...]:
       "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
       "buckets heads -> buckets heads",
     ),
-    kernel("attention_norm/scale", "0.layer_norm", "d -> d"),
-    kernel("attention/query/kernel", "0.SelfAttention.q", "(heads k) d -> d heads k", **heads),
-    kernel("attention/key/kernel", "0.SelfAttention.k", "(heads k) d -> d heads k", **heads),
-    kernel("attention/value/kernel", "0.SelfAttention.v", "(heads k) d -> d heads k", **heads),
-    kernel("attention/out/kernel", "0.SelfAttention.o", "d (heads k) -> heads k d", **heads),
-    kernel("mlp_norm/scale", "1.layer_norm", "d -> d"),
-    kernel("mlp/gate/kernel", "1.DenseReluDense.wi_0", "o i -> i o"),
-    kernel("mlp/up/kernel", "1.DenseReluDense.wi_1", "o i -> i o"),
-    kernel("mlp/down/kernel", "1.DenseReluDense.wo", "o i -> i o"),
+    weight("attention_norm/scale", "0.layer_norm", "d -> d"),
+    weight("attention/query/kernel", "0.SelfAttention.q"),
+    weight("attention/key/kernel", "0.SelfAttention.k"),
+    weight("attention/value/kernel", "0.SelfAttention.v"),
+    weight("attention/out/kernel", "0.SelfAttention.o"),
+    weight("mlp_norm/scale", "1.layer_norm", "d -> d"),
+    weight("mlp/gate/kernel", "1.DenseReluDense.wi_0"),
+    weight("mlp/up/kernel", "1.DenseReluDense.wi_1"),
+    weight("mlp/down/kernel", "1.DenseReluDense.wo"),
     Row("final_norm/scale", "encoder.final_layer_norm.weight", "d -> d"),
   )

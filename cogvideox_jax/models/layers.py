@@ -4,6 +4,8 @@ Text and vision tokens live in one row and share every weight but their modulati
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ from cogvideox_jax.models.positions import rotate
 
 Attention = Callable[..., Float[Array, "b n heads head_dim"]]
 RotaryTable = tuple[Float[Array, "b n half"], Float[Array, "b n half"]]
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 LINEAR = "linear"  # The name of the linear layers' outputs, for rematerialization.
 EPSILON = 1e-5
@@ -78,12 +82,15 @@ class SelfAttention(nnx.Module):
 
   def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     head_dim = width // heads
-    self.query = nnx.LinearGeneral(width, (heads, head_dim), dtype=dtype, rngs=rngs)
-    self.key = nnx.LinearGeneral(width, (heads, head_dim), dtype=dtype, rngs=rngs)
-    self.value = nnx.LinearGeneral(width, (heads, head_dim), dtype=dtype, rngs=rngs)
+    self.heads = heads
+    # Not of shape [width, heads, head_dim]: heads of 64 would fill half of a TPU's lanes, and all
+    # that is kept of a parameter twice its memory.
+    self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+    self.key = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+    self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
     self.query_norm = layer_norm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
     self.key_norm = layer_norm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
-    self.out = nnx.LinearGeneral((heads, head_dim), width, axis=(-2, -1), dtype=dtype, rngs=rngs)
+    self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
   def __call__(
     self,
@@ -92,11 +99,34 @@ class SelfAttention(nnx.Module):
     rotary: RotaryTable | None,
     attention: Attention,
   ) -> Float[Array, "b n d"]:
-    query, key, value = (_named(project(x)) for project in (self.query, self.key, self.value))
-    query, key = self.query_norm(query), self.key_norm(key)
-    if rotary is not None:
-      query, key = rotate(query, rotary), rotate(key, rotary)
-    return _named(self.out(attention(query, key, value, segment_ids)))
+    query = self._turned(self.query, self.query_norm, x, rotary)
+    key = self._turned(self.key, self.key_norm, x, rotary)
+    value = self._by_head(self.value(x))
+    found = attention(query, key, value, segment_ids)
+    return _named(self.out(rearrange(found, "b n h e -> b n (h e)")))
+
+  def _by_head(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads head_dim"]:
+    return rearrange(_named(x), "b n (h e) -> b n h e", h=self.heads)
+
+  def _turned(
+    self, project: nnx.Linear, norm: nnx.LayerNorm, x: Array, rotary: RotaryTable | None
+  ) -> Float[Array, "b n heads head_dim"]:
+    """Queries or keys."""
+    if rotary is None:
+      return norm(self._by_head(project(x)))
+    project, norm = _pairs_apart(project, self.heads), _pairs_apart(norm, 1)
+    return rotate(norm(self._by_head(project(x))), rotary)
+
+
+def _pairs_apart(module: Module, heads: int) -> Module:
+  """The layer with the dimensions of a head in another order: first of each pair, then second.
+
+  Published weights turn neighbours; `rotate` turns halves, which lie in one piece. So the weights
+  are sorted instead of every token. Products of queries and keys do not depend on the order.
+  """
+  graphdef, params = nnx.split(module)
+  apart = partial(rearrange, pattern="... (h half two) -> ... (h two half)", h=heads, two=2)
+  return nnx.merge(graphdef, jax.tree.map(apart, params))
 
 
 class MLP(nnx.Module):

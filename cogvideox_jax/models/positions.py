@@ -8,7 +8,6 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from cogvideox_jax.types import TEXT, VISION
@@ -103,12 +102,11 @@ def rotate(
   x: Float[Array, "b n heads head_dim"],
   table: tuple[Float[Array, "b n half"], Float[Array, "b n half"]],
 ) -> Float[Array, "b n heads head_dim"]:
-  """Turns each pair of neighbouring dimensions by its angle, in fp32."""
-  cos, sin = (part[:, :, None, :, None] for part in table)
-  even, odd = jnp.split(rearrange(x, "b n h (half two) -> b n h half two", two=2), 2, axis=-1)
-  even, odd = jnp.float32(even), jnp.float32(odd)
-  turned = jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-  return rearrange(turned, "b n h half two -> b n h (half two)").astype(x.dtype)
+  """Turns each pair of dimensions (i, i + head_dim / 2) by its angle, in fp32."""
+  cos, sin = (part[:, :, None] for part in table)
+  first, second = jnp.split(jnp.float32(x), 2, axis=-1)
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def table_row(

@@ -126,6 +126,11 @@ def make_plan(tokens: int, heads: int, chip: Chip) -> Plan:
     block_q_dq=None if groups else size,
     block_kv_dq=None if groups else size_kv,
     use_fused_bwd_kernel=groups > 0,
+    # Tokens in the lanes: of 64 numbers of a head half would stay empty, and what comes before
+    # would have to be turned. The kernels take as long (benchmarks/README.md).
+    q_layout=splash.QKVLayout.SEQ_MINOR,
+    k_layout=splash.QKVLayout.SEQ_MINOR,
+    v_layout=splash.QKVLayout.SEQ_MINOR,
   )
   return Plan(tokens + -tokens % size_dkv, max(1, groups), blocks)
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -38,17 +39,9 @@ def _normal(std: float) -> nnx.Initializer:
   return nnx.initializers.normal(std)
 
 
-def _linear(
-  inputs: int | tuple[int, ...],
-  outputs: int | tuple[int, ...],
-  std: float,
-  dtype: DTypeLike,
-  rngs: nnx.Rngs,
-  axis: int | tuple[int, ...] = -1,
-) -> nnx.LinearGeneral:
-  return nnx.LinearGeneral(
-    inputs, outputs, axis=axis, use_bias=False, dtype=dtype, kernel_init=_normal(std), rngs=rngs
-  )
+def _linear(inputs: int, outputs: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+  init = _normal(std)
+  return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 def _norm(config: T5Config, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -59,19 +52,24 @@ class Attention(nnx.Module):
   """Self-attention whose logits are not scaled: the queries' initial size makes up for it."""
 
   def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    width, inner = config.width, (config.heads, config.head_dim)
+    width, inner = config.width, config.heads * config.head_dim
+    self.heads = config.heads
     self.query = _linear(width, inner, (width * config.head_dim) ** -0.5, dtype, rngs)
     self.key = _linear(width, inner, width**-0.5, dtype, rngs)
     self.value = _linear(width, inner, width**-0.5, dtype, rngs)
-    self.out = _linear(inner, width, math.prod(inner) ** -0.5, dtype, rngs, axis=(-2, -1))
+    self.out = _linear(inner, width, inner**-0.5, dtype, rngs)
 
   def __call__(
     self, x: Float[Array, "b l t"], bias: Float[Array, "*b heads l l"]
   ) -> Float[Array, "b l t"]:
-    query, key, value = self.query(x), self.key(x), self.value(x)
+    query, key, value = (
+      rearrange(project(x), "b l (h k) -> b l h k", h=self.heads)
+      for project in (self.query, self.key, self.value)
+    )
     logits = jnp.einsum("bqhk,blhk->bhql", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits + bias, axis=-1).astype(value.dtype)
-    return self.out(jnp.einsum("bhql,blhk->bqhk", weights, value))
+    found = jnp.einsum("bhql,blhk->bqhk", weights, value)
+    return self.out(rearrange(found, "b q h k -> b q (h k)"))
 
 
 class GatedMLP(nnx.Module):
