@@ -32,7 +32,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
 # An integer: its name, operation, operands, and of which member of a tuple it is.
 _INTEGER = re.compile(
-  r"%([\w.\-]+) = [su](?:32|64)\[\]\S* (add|constant|get-tuple-element)\((.*?)\)(?:, index=(\d+))?"
+  r"%([\w.\-]+) = [su](?:32|64)\[\]\S* (add|copy|constant|get-tuple-element)\((.*?)\)(?:, index=(\d+))?"
 )
 _ROOT = re.compile(r"ROOT %[\w.\-]+ = \(.*\) tuple\((.*?)\)")
 
@@ -179,7 +179,7 @@ def _read_integers(lines: Sequence[str], result: _Computation) -> None:
       elif operation == "get-tuple-element":
         sums[name] = int(member), 0
         result.members.append(int(member))
-      elif operation == "add":
+      else:
         parts = [sums.get(part) for part in re.findall(r"%([\w.\-]+)", operands)]
         members = [part[0] for part in parts if part and part[0] is not None]
         if None not in parts and len(members) == 1:

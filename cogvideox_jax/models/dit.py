@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from cogvideox_jax.models import positions
-from cogvideox_jax.models.layers import EPSILON, LINEAR, Attention, Block, layer_norm, per_token
+from cogvideox_jax.models.layer_norm import STATISTICS, LayerNorm
+from cogvideox_jax.models.layers import EPSILON, LINEAR, Attention, Block, per_token
 from cogvideox_jax.types import TEXT
 
 # What a block's backward pass finds saved of the forward pass, by name; the rest is computed again.
@@ -29,18 +30,18 @@ REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
   "attention": partial(
     jax.checkpoint,
     prevent_cse=False,
-    policy=jax.checkpoint_policies.save_only_these_names("attention"),
+    policy=jax.checkpoint_policies.save_only_these_names("attention", STATISTICS),
   ),
   "linear": partial(
     jax.checkpoint,
     prevent_cse=False,
-    policy=jax.checkpoint_policies.save_only_these_names("attention", LINEAR),
+    policy=jax.checkpoint_policies.save_only_these_names("attention", STATISTICS, LINEAR),
   ),
   "offload": partial(
     jax.checkpoint,
     prevent_cse=False,
     policy=jax.checkpoint_policies.save_and_offload_only_these_names(
-      names_which_can_be_saved=[],
+      names_which_can_be_saved=[STATISTICS],
       names_which_can_be_offloaded=["block", "attention"],
       offload_src="device",
       offload_dst="pinned_host",
@@ -157,8 +158,8 @@ class DiT(nnx.Module):
         positions.initial_table(config.text_length, grid, width, scales)
       )
     self.blocks = stack(rngs)
-    self.final_norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
-    self.out_norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
+    self.final_norm = LayerNorm(width, EPSILON, dtype=dtype, rngs=rngs)
+    self.out_norm = LayerNorm(width, EPSILON, dtype=dtype, rngs=rngs)
     self.out_modulation = linear(config.time_width, 2 * width, kernel_init=zeros)
     self.out = linear(width, config.out_channels * patch, kernel_init=zeros)
 

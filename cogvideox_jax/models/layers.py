@@ -4,8 +4,6 @@ Text and vision tokens live in one row and share every weight but their modulati
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +13,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from cogvideox_jax.models.layer_norm import LayerNorm
 from cogvideox_jax.models.positions import rotate
 
 Attention = Callable[..., Float[Array, "b n heads head_dim"]]
 RotaryTable = tuple[Float[Array, "b n half"], Float[Array, "b n half"]]
 
-Module = TypeVar("Module", bound=nnx.Module)
-
 LINEAR = "linear"  # The name of the linear layers' outputs, for rematerialization.
 EPSILON = 1e-5
 HEAD_NORM_EPSILON = 1e-6  # Of the norms of queries and keys.
-
-
-def layer_norm(width: int, epsilon: float, **options) -> nnx.LayerNorm:
-  """Variance about the mean, in fp32, as torch computes it."""
-  return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **options)
 
 
 class ExpertAdaLayerNorm(nnx.Module):
@@ -41,7 +33,7 @@ class ExpertAdaLayerNorm(nnx.Module):
 
   def __init__(self, width: int, time_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     zeros = nnx.initializers.zeros
-    self.norm = layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
+    self.norm = LayerNorm(width, EPSILON, dtype=dtype, rngs=rngs)
     self.modulation = nnx.Linear(time_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
   def __call__(
@@ -88,8 +80,8 @@ class SelfAttention(nnx.Module):
     self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
     self.key = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
     self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-    self.query_norm = layer_norm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
-    self.key_norm = layer_norm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
+    self.query_norm = LayerNorm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
+    self.key_norm = LayerNorm(head_dim, HEAD_NORM_EPSILON, dtype=dtype, rngs=rngs)
     self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
   def __call__(
@@ -99,34 +91,15 @@ class SelfAttention(nnx.Module):
     rotary: RotaryTable | None,
     attention: Attention,
   ) -> Float[Array, "b n d"]:
-    query = self._turned(self.query, self.query_norm, x, rotary)
-    key = self._turned(self.key, self.key_norm, x, rotary)
-    value = self._by_head(self.value(x))
+    query, key, value = (
+      rearrange(_named(project(x)), "b n (h e) -> b n h e", h=self.heads)
+      for project in (self.query, self.key, self.value)
+    )
+    query, key = self.query_norm(query), self.key_norm(key)
+    if rotary is not None:
+      query, key = rotate(query, rotary), rotate(key, rotary)
     found = attention(query, key, value, segment_ids)
     return _named(self.out(rearrange(found, "b n h e -> b n (h e)")))
-
-  def _by_head(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads head_dim"]:
-    return rearrange(_named(x), "b n (h e) -> b n h e", h=self.heads)
-
-  def _turned(
-    self, project: nnx.Linear, norm: nnx.LayerNorm, x: Array, rotary: RotaryTable | None
-  ) -> Float[Array, "b n heads head_dim"]:
-    """Queries or keys."""
-    if rotary is None:
-      return norm(self._by_head(project(x)))
-    project, norm = _pairs_apart(project, self.heads), _pairs_apart(norm, 1)
-    return rotate(norm(self._by_head(project(x))), rotary)
-
-
-def _pairs_apart(module: Module, heads: int) -> Module:
-  """The layer with the dimensions of a head in another order: first of each pair, then second.
-
-  Published weights turn neighbours; `rotate` turns halves, which lie in one piece. So the weights
-  are sorted instead of every token. Products of queries and keys do not depend on the order.
-  """
-  graphdef, params = nnx.split(module)
-  apart = partial(rearrange, pattern="... (h half two) -> ... (h two half)", h=heads, two=2)
-  return nnx.merge(graphdef, jax.tree.map(apart, params))
 
 
 class MLP(nnx.Module):

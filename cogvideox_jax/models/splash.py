@@ -79,11 +79,11 @@ def attention(
 
   def by_head(x: Array) -> Array:
     x = jnp.pad(x, ((0, 0), (0, filling), (0, 0), (0, 0)))
-    return rearrange(x, "b n (groups heads) e -> (b groups) heads n e", groups=plan.groups)
+    return rearrange(x, "b n (groups heads) e -> (b groups) heads e n", groups=plan.groups)
 
   parts = by_head(q * head_dim**-0.5), by_head(k), by_head(v), jnp.repeat(ids, plan.groups, 0)
   out = _map(lambda *part: attend_row(*part, plan.blocks, interpret), parts)
-  out = rearrange(out, "(b groups) heads n e -> b n (groups heads) e", groups=plan.groups)
+  out = rearrange(out, "(b groups) heads e n -> b n (groups heads) e", groups=plan.groups)
   return out[:, :tokens]
 
 
@@ -177,10 +177,12 @@ def _forward(
       residual_checkpoint_name=None,
       **_options(blocks, interpret),
     )
-    return kernel(q, k, v, splash.SegmentIds(ids, ids))
+    return kernel(
+      q.swapaxes(-1, -2), k.swapaxes(-1, -2), v.swapaxes(-1, -2), splash.SegmentIds(ids, ids)
+    )
 
-  found = _on_narrowest_grid(run, ids, blocks)
-  out, (log_sum,) = checkpoint_name(found, CHECKPOINT_NAME)
+  out, (log_sum,) = _on_narrowest_grid(run, ids, blocks)
+  out, log_sum = checkpoint_name((_turned(out), log_sum), CHECKPOINT_NAME)
   return out, Residuals(q, k, v, ids, out, log_sum)
 
 
@@ -198,13 +200,30 @@ def _backward(
     grads = splash._splash_attention_bwd(
       save_residuals=False,
       residual_checkpoint_name=None,
-      res=(q, k, v, ids_of_both, None, out, log_sum, by_query, by_key),
-      do=g,
+      res=(
+        q.swapaxes(-1, -2),
+        k.swapaxes(-1, -2),
+        v.swapaxes(-1, -2),
+        ids_of_both,
+        None,
+        _turned(out),
+        log_sum,
+        by_query,
+        by_key,
+      ),
+      do=_turned(g),
       **_options(blocks, interpret),
     )
     return grads[3], grads[4], grads[5]
 
-  return *_on_narrowest_grid(run, ids, blocks), None
+  return *(_turned(x) for x in _on_narrowest_grid(run, ids, blocks)), None
+
+
+def _turned(x):
+  eye = jnp.eye(64, dtype=x.dtype)
+  if x.shape[-1] == 64:
+    return jnp.einsum("hne,ef->hfn", x, eye, precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum("hen,ef->hnf", x, eye, precision=jax.lax.Precision.HIGHEST)
 
 
 attend_row.defvjp(_forward, _backward)
