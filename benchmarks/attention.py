@@ -121,9 +121,11 @@ def compile_kernels(device: Any, sizes: tuple[int, int, int], fused: bool, folde
   """Cycles of each kernel, for blocks of these sizes; what the compiler says where they fail."""
   q, kv, compute = sizes
   separate = (None, None) if fused else (q, kv)
-  blocks = splash_attention_kernel.BlockSizes(q, kv, compute, q, kv, compute, *separate, fused)
+  blocks = splash_attention_kernel.BlockSizes(
+    q, kv, compute, q, kv, compute, *separate, fused, **splash.TOKENS_IN_LANES
+  )
   place = jax.sharding.SingleDeviceSharding(device)
-  x = jax.ShapeDtypeStruct((HEADS, 4 * kv, HEAD_DIM), jnp.bfloat16, sharding=place)
+  x = jax.ShapeDtypeStruct((HEADS, HEAD_DIM, 4 * kv), jnp.bfloat16, sharding=place)
   ids = jax.ShapeDtypeStruct((4 * kv,), jnp.int32, sharding=place)
 
   def both_ways(q, k, v, ids, g):

@@ -27,13 +27,18 @@ MODULE = """HloModule step
 }
 
 %inner (p: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
   %x = bf16[4]{0} fusion(%p), calls=%f, backend_config={"estimated_cycles":"10"}
   %g = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), dimensions={0}
   %d = bf16[16]{0} all-gather-done(%g)
   %k = bf16[4]{0} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %t = (s32[], bf16[4]{0}) tuple(%next, %k)
 }
 
 %inner_condition (p: (s32[], bf16[4])) -> pred[] {
+  %i = s32[] get-tuple-element(%p), index=0
   %limit = s32[]{:T(128)} constant(3)
   ROOT %less = pred[] compare(%i, %limit), direction=LT
 }
@@ -63,6 +68,36 @@ def test_what_is_in_loops_counts_once_for_each_trip_and_starts_once_with_their_d
     "reduce-scatter": Traffic(5, 5 * 128),
   }
   assert (found.kernels, found.open_loops) == (15, 0)
+
+
+COUNTING = """\
+%body (p: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = bf16[4]{0} get-tuple-element(%p), index=1
+  %two = u32[] constant(2)
+  %moved = u32[] copy(%i)
+  %next = u32[]{:T(128)} add(%moved, %two), metadata={op_name="add"}
+  %y = bf16[4]{0} fusion(%x), calls=%f, backend_config={"estimated_cycles":"10"}
+  ROOT %t = (u32[]{:T(128)}, bf16[4]{0}) tuple(%next, /*index=1*/%y)
+}
+
+%condition (p: (s32[], bf16[4])) -> pred[] {
+  %i = u32[] get-tuple-element(%p), index=0
+  %n = u32[] constant(7)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: bf16[4]) -> bf16[4] {
+  %w = (u32[], bf16[4]) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+def test_the_trips_of_a_loop_follow_from_its_limit_and_its_step():
+  found = hlo.costs(COUNTING)
+  assert (found.cycles, found.open_loops) == (4 * 10, 0)
+  found = hlo.costs(COUNTING.replace("add(%moved, %two)", "multiply(%moved, %two)"))
+  assert (found.cycles, found.open_loops) == (10, 1)
 
 
 def test_a_loop_of_unknown_trips_is_said_to_be_one():

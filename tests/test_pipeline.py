@@ -19,7 +19,7 @@ from cogvideox_jax.conversion import diffusers, folder
 from cogvideox_jax.conversion.folder import Settings
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import denoising
-from cogvideox_jax.inference.denoising import INITIAL, denoise_step, draw_noise
+from cogvideox_jax.inference.denoising import INITIAL, draw_noise, jit_step
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
@@ -29,6 +29,7 @@ from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.t5 import T5Encoder
 from cogvideox_jax.models.vae import VAE, decode
 
+DENOISE_STEP = jit_step(jax.devices()[0])
 QUICK = {"num_inference_steps": 3, "output_type": "latent"}
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 
@@ -47,7 +48,7 @@ def traces(monkeypatch) -> list[int]:
     rows.append(len(vision))
     return call(self, vision, *args, **kwargs)
 
-  denoise_step.clear_cache()
+  DENOISE_STEP.clear_cache()
   monkeypatch.setattr(DiT, "__call__", spy)
   return rows
 
@@ -135,9 +136,9 @@ def test_weights_on_a_mesh_make_the_same_video_by_one_program(pipe):
   mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "context": 1, "tensor": 1})
   config, params = draw(DiT, DIT_CONFIG)
   places = sharding.shardings(params, mesh, sharding.rules_named("fsdp"))
-  denoise_step.clear_cache()
+  DENOISE_STEP.clear_cache()
   latents = make_pipeline((config, jax.device_put(params, places)))("a circle", **QUICK).frames
-  assert denoise_step._cache_size() == 1
+  assert DENOISE_STEP._cache_size() == 1
   np.testing.assert_allclose(latents, pipe("a circle", **QUICK).frames, atol=1e-4)
 
 
@@ -276,10 +277,10 @@ def test_a_model_that_also_wants_an_image_is_refused():
 @pytest.mark.parametrize(("prompts", "devices"), [(["a circle"], 4), (["a circle", "a square"], 4)])
 def test_devices_share_rows_and_then_tokens_and_make_the_same_video(pipe, prompts, devices):
   """One video is two rows, on two devices each; two are four, each on its own."""
-  denoise_step.clear_cache()
+  DENOISE_STEP.clear_cache()
   several = make_pipeline(devices=jax.devices()[:devices])
   latents = several(prompts, **QUICK).frames
-  assert denoise_step._cache_size() == 1
+  assert DENOISE_STEP._cache_size() == 1
   np.testing.assert_allclose(latents, pipe(prompts, **QUICK).frames, atol=1e-4)
   several("a circle", num_inference_steps=1, output_type="np")  # The VAE's weights move along.
 

@@ -32,7 +32,8 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
 # An integer: its name, operation, operands, and of which member of a tuple it is.
 _INTEGER = re.compile(
-  r"%([\w.\-]+) = [su](?:32|64)\[\]\S* (add|copy|constant|get-tuple-element)\((.*?)\)(?:, index=(\d+))?"
+  r"%([\w.\-]+) = [su](?:32|64)\[\]\S* (add|copy|constant|get-tuple-element)\((.*?)\)"
+  r"(?:, index=(\d+))?"
 )
 _ROOT = re.compile(r"ROOT %[\w.\-]+ = \(.*\) tuple\((.*?)\)")
 

@@ -148,7 +148,8 @@ def sample_program(config: ConfigDict, topology: Topology, size: Size) -> Progra
       "config": model,
       "spread": spread,
     }
-    return denoising.denoise_step.lower(params, *arguments, steps[0], **fixed)
+    step = denoising.jit_step(topology.devices[0])
+    return step.lower(params, *arguments, steps[0], **fixed)
 
   clips = [work.clip_tokens(model, *size)] * rows
   return Program(

@@ -145,12 +145,19 @@ def as_object(
     "roofline_seconds": max(compute, memory.arguments / chip.bandwidth),
     "estimated_seconds": attention + rest,
     "attention_seconds": attention,
-    "estimated_from": "cycles" if costs else "arithmetic",
+    "estimated_from": _source(costs),
     "mfu_ceiling": compute / (attention + rest),
     "collectives": _collectives(costs),
     "compile_seconds": compiled.seconds,
     "fixes": [] if fits else fixes.suggest(*wanted),
   }
+
+
+def _source(costs: Costs | None) -> str:
+  if costs is None:
+    return "arithmetic"
+  unknown = f", {costs.open_loops} loops of unknown length counted once"
+  return "cycles" + unknown * (costs.open_loops > 0)
 
 
 def _collectives(costs: Costs | None) -> dict[str, dict[str, int]]:

@@ -26,6 +26,7 @@ from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiTConfig, patchify, timestep_sinusoid, unpatchify
 from cogvideox_jax.models.layers import Attention
 from cogvideox_jax.types import Batch, Example
+from cogvideox_jax.xla import compiler_options
 
 Params = dict[str, Any]  # Nested by the keys of a parameter's path; see nnx.to_pure_dict.
 # Which draw of a video is which: its first latents, from 1 on a solver's steps, and last the
@@ -118,9 +119,21 @@ def _spread(rows: int, devices: tuple[Any, ...]) -> Spread:
   )
 
 
-@partial(
-  jax.jit, static_argnames=("graphdef", "config", "spread"), donate_argnames=("x", "previous_x0")
-)
+def jit_step(device: Any) -> Any:
+  """`denoise_step` as a kind of device wants it compiled: always the same object for the same."""
+  return _jit_step(tuple(compiler_options(device).items()))
+
+
+@cache
+def _jit_step(options: tuple[tuple[str, bool | int], ...]) -> Any:
+  return jax.jit(
+    denoise_step,
+    static_argnames=("graphdef", "config", "spread"),
+    donate_argnames=("x", "previous_x0"),
+    compiler_options=dict(options),
+  )
+
+
 def denoise_step(
   params: Params,
   x: Float[Array, "b f h w c"],

@@ -34,8 +34,8 @@ from cogvideox_jax.inference.denoising import (
   Params,
   Step,
   denoise,
-  denoise_step,
   drawn,
+  jit_step,
   solver_steps,
   spread,
 )
@@ -353,6 +353,7 @@ class Pipeline(Adapters):
   ) -> Float[Array, "b f h w c"]:
     """Compiles one step, and takes them all for each chunk."""
     rows = texts[0].shape[0] * texts[0].shape[1]
+    denoise_step = jit_step(self._devices[0])
     fixed = {
       "graphdef": self._graphdef,
       "config": self.config,

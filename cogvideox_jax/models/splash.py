@@ -34,6 +34,11 @@ COMPUTE = 512  # Tokens of keys that a kernel takes at a time: more spill regist
 MOST_PAIRS = 300_000
 
 
+# How the kernels read queries, keys and values. With a head's 64 numbers in the lanes half of them
+# would stay empty, and what comes before would have to be turned; the kernels take as long.
+TOKENS_IN_LANES = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
+
+
 class Chip(NamedTuple):
   """What the kernel may take of one chip."""
 
@@ -126,11 +131,7 @@ def make_plan(tokens: int, heads: int, chip: Chip) -> Plan:
     block_q_dq=None if groups else size,
     block_kv_dq=None if groups else size_kv,
     use_fused_bwd_kernel=groups > 0,
-    # Tokens in the lanes: of 64 numbers of a head half would stay empty, and what comes before
-    # would have to be turned. The kernels take as long (benchmarks/README.md).
-    q_layout=splash.QKVLayout.SEQ_MINOR,
-    k_layout=splash.QKVLayout.SEQ_MINOR,
-    v_layout=splash.QKVLayout.SEQ_MINOR,
+    **TOKENS_IN_LANES,
   )
   return Plan(tokens + -tokens % size_dkv, max(1, groups), blocks)
 
@@ -145,23 +146,23 @@ def _groups(tokens: int, heads: int, block_kv: int, chip: Chip) -> int:
 class Residuals(NamedTuple):
   """What the backward pass of a row needs."""
 
-  q: Float[Array, "heads n head_dim"]
-  k: Float[Array, "heads n head_dim"]
-  v: Float[Array, "heads n head_dim"]
+  q: Float[Array, "heads head_dim n"]
+  k: Float[Array, "heads head_dim n"]
+  v: Float[Array, "heads head_dim n"]
   ids: Int[Array, "n"]
-  out: Float[Array, "heads n head_dim"]
+  out: Float[Array, "heads head_dim n"]
   log_sum: Float32[Array, "heads n"]  # Logarithm of the sum of exponentiated scores.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_row(
-  q: Float[Array, "heads n head_dim"],  # Scaled.
-  k: Float[Array, "heads n head_dim"],
-  v: Float[Array, "heads n head_dim"],
+  q: Float[Array, "heads head_dim n"],  # Scaled.
+  k: Float[Array, "heads head_dim n"],
+  v: Float[Array, "heads head_dim n"],
   ids: Int[Array, "n"],  # Never falling along the row.
   blocks: splash.BlockSizes,
   interpret: bool,
-) -> Float[Array, "heads n head_dim"]:
+) -> Float[Array, "heads head_dim n"]:
   return _forward(q, k, v, ids, blocks, interpret)[0]
 
 
@@ -177,12 +178,10 @@ def _forward(
       residual_checkpoint_name=None,
       **_options(blocks, interpret),
     )
-    return kernel(
-      q.swapaxes(-1, -2), k.swapaxes(-1, -2), v.swapaxes(-1, -2), splash.SegmentIds(ids, ids)
-    )
+    return kernel(*_as_kernels_take(q, k, v), splash.SegmentIds(ids, ids))
 
   out, (log_sum,) = _on_narrowest_grid(run, ids, blocks)
-  out, log_sum = checkpoint_name((_turned(out), log_sum), CHECKPOINT_NAME)
+  out, log_sum = checkpoint_name((_tokens_last(out), log_sum), CHECKPOINT_NAME)
   return out, Residuals(q, k, v, ids, out, log_sum)
 
 
@@ -191,6 +190,7 @@ def _backward(
 ) -> tuple[Array, Array, Array, None]:
   q, k, v, ids, out, log_sum = residuals
   fused, block_kv = blocks.use_fused_bwd_kernel, blocks.block_kv_dkv or blocks.block_kv
+  out, g = _tokens_first(out), _tokens_first(g)
 
   def run(divisor: int) -> tuple[Array, Array, Array]:
     by_query = None if fused else block_grid(ids, blocks.block_q, blocks.block_kv, divisor)
@@ -200,33 +200,37 @@ def _backward(
     grads = splash._splash_attention_bwd(
       save_residuals=False,
       residual_checkpoint_name=None,
-      res=(
-        q.swapaxes(-1, -2),
-        k.swapaxes(-1, -2),
-        v.swapaxes(-1, -2),
-        ids_of_both,
-        None,
-        _turned(out),
-        log_sum,
-        by_query,
-        by_key,
-      ),
-      do=_turned(g),
+      res=(*_as_kernels_take(q, k, v), ids_of_both, None, out, log_sum, by_query, by_key),
+      do=g,
       **_options(blocks, interpret),
     )
     return grads[3], grads[4], grads[5]
 
-  return *(_turned(x) for x in _on_narrowest_grid(run, ids, blocks)), None
-
-
-def _turned(x):
-  eye = jnp.eye(64, dtype=x.dtype)
-  if x.shape[-1] == 64:
-    return jnp.einsum("hne,ef->hfn", x, eye, precision=jax.lax.Precision.HIGHEST)
-  return jnp.einsum("hen,ef->hnf", x, eye, precision=jax.lax.Precision.HIGHEST)
+  dq, dk, dv = _on_narrowest_grid(run, ids, blocks)
+  return _tokens_last(dq), _tokens_last(dk), _tokens_last(dv), None
 
 
 attend_row.defvjp(_forward, _backward)
+
+
+def _as_kernels_take(*arrays: Float[Array, "heads head_dim n"]) -> list[Any]:
+  """Tokens first by name, while TOKENS_IN_LANES has the kernels read them as they lie."""
+  return [x.swapaxes(1, 2) for x in arrays]
+
+
+# What kernels give has tokens first in memory, too. To turn it is a product with ones and zeros,
+# which is exact, and takes a third of the time of a copy.
+def _tokens_last(x: Float[Array, "heads n head_dim"]) -> Float[Array, "heads head_dim n"]:
+  return _times_one("hne,ef->hfn", x, x.shape[2])
+
+
+def _tokens_first(x: Float[Array, "heads head_dim n"]) -> Float[Array, "heads n head_dim"]:
+  return _times_one("hen,ef->hnf", x, x.shape[1])
+
+
+def _times_one(product: str, x: Array, head_dim: int) -> Array:
+  one = jnp.eye(head_dim, dtype=x.dtype)
+  return jnp.einsum(product, x, one, precision=jax.lax.Precision.HIGHEST)
 
 
 def _options(blocks: splash.BlockSizes, interpret: bool) -> dict[str, Any]:
