@@ -21,7 +21,8 @@ from cogvideox_jax.errors import UserError
 
 Rules = Mapping[str, tuple[str, ...]]  # Logical axis -> the mesh axes that split it.
 
-TILE = 16  # Tokens of bfloat16 that a TPU's registers hold together.
+TILE = 16  # Tokens of a device's part of a row are a multiple of this,
+LANES = 128  # and on TPUs of this: the compiler lays them along the registers' lanes.
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
@@ -289,9 +290,11 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
 def padded_tokens(tokens: int, mesh: Mesh, rules: Rules) -> int:
   """The length to give a row of so many tokens, the rest being padding, so that it can be split.
 
-  Every device gets whole tiles of TILE tokens. Attention pads to its own blocks by itself.
+  Attention pads to its own blocks by itself.
   """
   shards = _size(mesh, rules["tokens"])
+  if mesh.devices.flat[0].platform == "tpu":
+    return tokens + -tokens % (LANES * shards)
   return tokens if shards == 1 else tokens + -tokens % (TILE * shards)
 
 

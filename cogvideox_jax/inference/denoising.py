@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from cogvideox_jax import sharding
@@ -22,7 +22,7 @@ from cogvideox_jax.data.packing import pack
 from cogvideox_jax.diffusion.guidance import classifier_free
 from cogvideox_jax.diffusion.solvers import Solver, Weights, solver_step
 from cogvideox_jax.inference.inputs import Videos
-from cogvideox_jax.models.backends import attention_for
+from cogvideox_jax.models.backends import attention_for, filled
 from cogvideox_jax.models.dit import DiTConfig, patchify, timestep_sinusoid, unpatchify
 from cogvideox_jax.models.layers import Attention
 from cogvideox_jax.types import Batch, Example
@@ -114,9 +114,15 @@ def _spread(rows: int, devices: tuple[Any, ...]) -> Spread:
   return Spread(
     attend if len(devices) == 1 else sharding.shard_attention(attend, mesh, rules),
     partial(sharding.batch_shardings, mesh=mesh, rules=rules),
-    partial(sharding.padded_tokens, mesh=mesh, rules=rules),
+    partial(_row_tokens, mesh=mesh, rules=rules),
     sharding.replicated(mesh),
   )
+
+
+def _row_tokens(tokens: int, mesh: Mesh, rules: sharding.Rules) -> int:
+  """So that both the mesh and the blocks of attention divide it."""
+  longer = filled(sharding.padded_tokens(tokens, mesh, rules), mesh.devices.flat[0])
+  return tokens if longer == tokens else _row_tokens(longer, mesh, rules)
 
 
 def jit_step(device: Any) -> Any:

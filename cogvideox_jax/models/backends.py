@@ -19,6 +19,13 @@ def attention_for(device: Any) -> Attention:
   return _attention_for(device.platform, device.device_kind)
 
 
+def filled(tokens: int, device: Any) -> int:
+  """The tokens of a row with the filling that its attention would add: a row of so many needs none."""
+  if device.platform != "tpu":
+    return tokens
+  return splash.make_plan(tokens, 1, splash.CHIPS[device.device_kind]).tokens
+
+
 @cache
 def _attention_for(platform: str, kind: str) -> Attention:
   if platform != "tpu":
