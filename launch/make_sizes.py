@@ -83,7 +83,11 @@ CASES = (
     )
   ),
   Case("5b", "v5e:4x4", 2),
-  Case("5b", "v5p:2x2x4", 1, flags=("--config.remat=linear",), tag="linear"),
+  *(
+    Case("5b", topology, 1, flags=("--config.remat=linear",), tag="linear")
+    for topology in ("v5p:2x2x4", "tpu7x:2x2x4")
+  ),
+  Case("5b", "v6e:8x8", 1),
   Case("5b", "v5p:4x4x4", 2, flags=("--config.remat=linear", *context(4)), tag="linear"),
   Case("5b", "v5e:8x8", 2, flags=("--config.remat=offload", *context(8)), tag="offload"),
   *(

@@ -13,6 +13,7 @@ from etils import epath
 from small_run import make_config, make_inputs
 
 from cogvideox_jax.data.loader import Loader
+from cogvideox_jax.diffusion import timesteps
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import checkpoint, loop, metrics, setup
 from configs import base, tiny
@@ -81,6 +82,24 @@ def test_a_run_can_begin_with_the_average_of_another(inputs, finished):
   deeper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape[1:]), x.dtype), average)
   with pytest.raises(UserError, match=r"is \(2, .*\) there and \(3, .*\) here"):
     setup.load_initial(str(finished), deeper)
+
+
+@pytest.mark.parametrize(("chosen", "name"), [(True, "explicit_uniform"), (False, "uniform")])
+def test_the_config_chooses_how_timesteps_are_drawn(inputs, monkeypatch, chosen, name):
+  config = make_config(inputs, train__explicit_uniform=chosen)
+  mesh, rules = setup.make_mesh(config, "tiny")
+  functions = setup.make_functions(config, "tiny", mesh, rules)
+  asked = []
+  for draw in (timesteps.explicit_uniform, timesteps.uniform):
+
+    def spy(*arguments, draw=draw):
+      asked.append(draw.__name__)
+      return draw(*arguments)
+
+    monkeypatch.setattr(timesteps, draw.__name__, spy)
+  batch = setup.abstract_batch(config, "tiny", mesh, rules)
+  jax.eval_shape(functions.train, functions.abstract, batch, jax.eval_shape(jax.random.key, 0))
+  assert asked == [name]
 
 
 def train_and_stop(config, workdir, at):

@@ -101,10 +101,13 @@ def convolve(
   """3-D convolution, zero-padded in space and not in time: `f2 = f - kt + 1`.
 
   The one place that chooses its form. XLA's 3-D convolution on CPU is several times slower than
-  the sum of the 2-D convolutions of its time taps; on accelerators it is the fast one. The choice
-  falls at lowering, so that a program compiled on a CPU host for a TPU gets the TPU's form.
+  the sum of the 2-D convolutions of its time taps, and on TPUs a third to a half (by the compiler's
+  estimate: benchmarks/README.md); elsewhere it is the fast one. The choice falls at lowering, so
+  that a program compiled on a CPU host for a GPU gets the GPU's form.
   """
-  return jax.lax.platform_dependent(x, kernel, cpu=_convolve_by_taps, default=_convolve_3d)
+  return jax.lax.platform_dependent(
+    x, kernel, cpu=_convolve_by_taps, tpu=_convolve_by_taps, default=_convolve_3d
+  )
 
 
 def _convolve_forward(x, kernel):
@@ -121,6 +124,7 @@ def _convolve_backward(saved, gradient):
     *saved,
     gradient,
     cpu=partial(pull_back, _convolve_by_taps),
+    tpu=partial(pull_back, _convolve_by_taps),
     default=partial(pull_back, _convolve_3d),
   )
 
