@@ -20,7 +20,7 @@ def attention_for(device: Any) -> Attention:
 
 
 def filled(tokens: int, device: Any) -> int:
-  """The tokens of a row with the filling that its attention would add: a row of so many needs none."""
+  """The tokens of a row and of the filling that its attention would add: so long, it needs none."""
   if device.platform != "tpu":
     return tokens
   return splash.make_plan(tokens, 1, splash.CHIPS[device.device_kind]).tokens
