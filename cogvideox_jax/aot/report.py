@@ -67,23 +67,29 @@ def compile_program(program: Program) -> Compiled:
   memories, total = [], Costs()
   refusal = ""
   for part in program.parts:
-    with tempfile.TemporaryDirectory(prefix="hlo_") as folder:
-      # The compiler writes its text itself: `as_text()` of what it returns fails for some
-      # asynchronous operations, which most programs of several devices have.
-      options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-      try:
-        compiled = part.lower().compile(compiler_options=options)
-      except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-          raise
-        refusal = str(error)
-        memories.append(_refused(program, refusal))
-        continue
-      memories.append(_memory(compiled.memory_analysis()))
-      total = total.plus(hlo.costs(_text(Path(folder))).times(part.times))
+    try:
+      memory, costs = compile_lowered(part.lower())
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      refusal = str(error)
+      memories.append(_refused(program, refusal))
+      continue
+    memories.append(memory)
+    total = total.plus(costs.times(part.times))
   seconds = time.perf_counter() - start
   largest = max(memories, key=lambda memory: memory.total)
   return Compiled(largest, None if refusal else total, refusal, seconds)
+
+
+def compile_lowered(lowered: Any) -> tuple[Memory, Costs]:
+  """Of one program for TPUs, as `jax.jit(...).lower` gives it."""
+  with tempfile.TemporaryDirectory(prefix="hlo_") as folder:
+    # The compiler writes its text itself: `as_text()` of what it returns fails for some
+    # asynchronous operations, which most programs of several devices have.
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options=options)
+    return _memory(compiled.memory_analysis()), hlo.costs(_text(Path(folder)))
 
 
 def _text(folder: Path) -> str:
