@@ -12,11 +12,12 @@ _WHOLE_PRODUCTS = {
   "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
 }
 # KiB of vector memory that one fused operation may take, by `device_kind`: by default 16 MiB, in
-# which the tiles of large products are small.
+# which the tiles of large products are small. The more, the longer it is compiled: five times for
+# as much as a v5e has.
 _VECTOR_MEMORY = {
-  "TPU v5 lite": 98_304,
-  "TPU v5": 65_536,
-  "TPU v6 lite": 98_304,
+  "TPU v5 lite": 49_152,
+  "TPU v5": 49_152,
+  "TPU v6 lite": 65_536,
   "TPU7x": 65_536,
 }
 

@@ -1,0 +1,65 @@
+"""The layer norm whose gradient is written out, beside PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from cogvideox_jax.models.layer_norm import STATISTICS, LayerNorm
+
+EPSILON = 1e-5
+
+
+def drawn(*shape, seed=0, offset=0.0):
+  return np.random.default_rng(seed).normal(offset, 1, shape).astype(np.float32)
+
+
+def both_ways(x, scale, bias, g, dtype):
+  norm = LayerNorm(x.shape[-1], EPSILON, dtype=dtype, rngs=nnx.Rngs(0))
+
+  def run(x, scale, bias):
+    return nnx.merge(nnx.graphdef(norm), {"scale": scale, "bias": bias})(x)
+
+  y, pull_back = jax.vjp(run, x.astype(dtype), scale, bias)
+  return y, *pull_back(g.astype(dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 48), (2, 5, 3, 16)])
+@pytest.mark.parametrize("offset", [0.0, 100.0])  # Far from 0 a fast variance loses its digits.
+def test_values_and_gradients_are_those_of_torch(shape, offset):
+  x, g = drawn(*shape, offset=offset), drawn(*shape, seed=1)
+  scale, bias = drawn(shape[-1], seed=2), drawn(shape[-1], seed=3)
+  ours = both_ways(
+    jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias), jnp.asarray(g), jnp.float32
+  )
+  given = [torch.from_numpy(array).requires_grad_() for array in (x, scale, bias)]
+  y = torch.nn.functional.layer_norm(given[0], shape[-1:], *given[1:], eps=EPSILON)
+  y.backward(torch.from_numpy(g))
+  for value, expected in zip(ours, (y, *(each.grad for each in given)), strict=True):
+    np.testing.assert_allclose(value, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_in_bfloat16_sums_are_in_float32():
+  x, g = drawn(2, 500, 32), drawn(2, 500, 32, seed=1)
+  scale, bias = jnp.ones(32), jnp.zeros(32)
+  exact = both_ways(jnp.asarray(x), scale, bias, jnp.asarray(g), jnp.float32)
+  half = both_ways(jnp.asarray(x), scale, bias, jnp.asarray(g), jnp.bfloat16)
+  assert half[0].dtype == half[1].dtype == jnp.bfloat16
+  for ours, expected in zip(half, exact, strict=True):
+    error = jnp.linalg.norm(jnp.float32(ours) - expected) / jnp.linalg.norm(expected)
+    assert error < 1e-2  # A bfloat16 has 8 bits; sums of 1,000 of them in it would be 10% off.
+
+
+def test_its_statistics_can_be_saved_by_name():
+  x = jnp.asarray(drawn(2, 5, 16))
+  norm = LayerNorm(16, EPSILON, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
+
+  def roots(run):
+    gradient = jax.grad(lambda x: jnp.sin(run(x)).sum())
+    return str(jax.make_jaxpr(gradient)(x)).count("rsqrt")
+
+  assert roots(jax.checkpoint(norm, policy=policy)) == roots(norm) == 1
+  assert roots(jax.checkpoint(norm)) == 2
