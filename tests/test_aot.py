@@ -139,8 +139,6 @@ def test_two_layers_of_the_2b_fit_a_small_pod():
   memory = result["bytes_per_chip"]
   assert 0 < memory["state"] < memory["arguments"] < memory["total"] < result["hbm_bytes"]
   assert result["collectives"]["all-gather"]["count"] > 0
-  # A product of pieces in a loop would send them from device to device.
-  assert "collective-permute" not in result["collectives"]
   assert result["estimated_from"] == "cycles"
   assert 0 < result["roofline_seconds"] < result["estimated_seconds"]
 

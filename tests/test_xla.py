@@ -1,0 +1,44 @@
+"""What XLA is told of the steps, and that both of them pass it on."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from small_run import make_config, make_inputs
+
+from cogvideox_jax.inference import denoising
+from cogvideox_jax.models import splash
+from cogvideox_jax.training import programs, setup
+from cogvideox_jax.xla import compiler_options
+
+
+def test_tpus_multiply_whole_weights_and_others_are_told_nothing():
+  for kind in splash.CHIPS:
+    options = compiler_options(SimpleNamespace(platform="tpu", device_kind=kind))
+    assert options["xla_tpu_enable_windowed_einsum_for_all_gather"] is False
+    assert options["xla_tpu_enable_windowed_einsum_for_reduce_scatter"] is False
+  assert compiler_options(jax.devices()[0]) == {}
+
+
+def test_the_training_step_is_compiled_with_them(tmp_path, monkeypatch):
+  config = make_config(make_inputs(epath.Path(tmp_path)))
+  mesh, rules = setup.make_mesh(config, "tiny")
+  functions = setup.make_functions(config, "tiny", mesh, rules)
+  batch = setup.abstract_batch(config, "tiny", mesh, rules)
+  key = jax.eval_shape(jax.random.key, 0)
+  monkeypatch.setattr(programs, "compiler_options", lambda device: {"xla_no_such_option": True})
+  lowered = programs.jit_train(functions).lower(functions.abstract, batch, key)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+    lowered.compile()
+
+
+def test_the_sampling_step_is_compiled_with_them(monkeypatch):
+  def step(x, previous_x0, *, graphdef=None, config=None, spread=None):
+    return x + 1, previous_x0 + 1
+
+  monkeypatch.setattr(denoising, "compiler_options", lambda device: {"xla_no_such_option": True})
+  monkeypatch.setattr(denoising, "denoise_step", step)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+    denoising.jit_step(jax.devices()[0])(jnp.ones(2), jnp.ones(2))
