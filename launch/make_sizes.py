@@ -175,6 +175,8 @@ benchmarks/compile/ has the command of each line, its collectives and the rest o
 - MFU: the model's FLOPs by that time, of the peak; so a ceiling.
 - Lines without seconds that fit were compiled before a mistake in the estimate was mended; their
   sizes are those of older code, which took more. `make_sizes.py --again --only=NAME` renews one.
+- Lines without seconds that fit were compiled before a mistake in the estimate was mended; their
+  sizes are those of older code, which took more. `make_sizes.py --again --only=NAME` renews one.
 
 | config | program | pod | mesh | rows | state | total | fits | seconds | MFU |
 |---|---|---|---|---|---|---|---|---|---|"""
