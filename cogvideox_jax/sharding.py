@@ -257,7 +257,7 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
   become 32, which costs less than to gather all keys and values (benchmarks/README.md).
 
   Raises, when it is called:
-    UserError: the tokens do not divide over the mesh.
+    UserError: the tokens, or the heads that `tensor` splits, do not divide over the mesh.
   """
   tokens = rules["tokens"]
   shards = _size(mesh, tokens)
@@ -282,6 +282,7 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     _check_tokens(q.shape[1], mesh, rules)
+    _check_heads(q.shape[2], mesh, rules)
     return sharded(q, k, v, segment_ids)
 
   return attend
@@ -304,6 +305,16 @@ def _check_tokens(tokens: int, mesh: Mesh, rules: Rules) -> None:
       f"a row of {tokens} tokens does not divide over {' x '.join(rules['tokens'])} of the mesh "
       f"({_text(mesh.shape)}).\nMake the stage's `row_tokens` "
       f"{padded_tokens(tokens, mesh, rules)}, or lower its `context`."
+    )
+
+
+def _check_heads(heads: int, mesh: Mesh, rules: Rules) -> None:
+  """Their weights may divide where they do not, but no device takes a part of a head."""
+  axes = rules.get("heads", ())
+  if heads % _size(mesh, axes):
+    raise UserError(
+      f"{heads} heads do not divide over {' x '.join(axes)} of the mesh ({_text(mesh.shape)}).\n"
+      f"Change the mesh along {', '.join(axes)}, or config.sharding."
     )
 
 

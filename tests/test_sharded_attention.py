@@ -60,3 +60,11 @@ def test_heads_are_swapped_for_tokens_and_nothing_is_gathered():
   program = jax.jit(split).lower(x, x, x, ids).as_text()
   assert program.count("stablehlo.all_to_all") == 4
   assert "all_gather" not in program
+
+
+def test_no_device_takes_a_part_of_a_head():
+  mesh, rules = mesh_of(tensor=4), sharding.rules_named("fsdp_tensor")
+  attend = sharding.shard_attention(lambda q, k, v, ids: q, mesh, rules)
+  x, ids = jnp.ones((2, 8, 6, 16)), jnp.ones((2, 8), jnp.int32)  # 96 columns, which 4 divides.
+  with pytest.raises(UserError, match="6 heads do not divide over tensor"):
+    attend(x, x, x, ids)

@@ -20,9 +20,9 @@ from cogvideox_jax.models.layers import EPSILON, LINEAR, Attention, Block, per_t
 from cogvideox_jax.types import TEXT
 
 # What a block's backward pass finds saved of the forward pass, by name; the rest is computed again.
-# `attention`: its outputs, so that its kernel runs once. `linear`: these and the outputs of linear
-# layers, 11 tokens x width in place of 2. `offload`: what `attention` has and each block's input,
-# in the host's memory.
+# `attention`: its outputs, so that its kernel runs once, and the small statistics of norms.
+# `linear`: these and the outputs of linear layers, 11 tokens x width in place of 2. `offload`: what
+# `attention` has and each block's input, in the host's memory.
 REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
   # Inside a scan nothing can be shared between the passes, so CSE need not be prevented.
   "none": lambda run: run,

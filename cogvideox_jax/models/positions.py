@@ -105,7 +105,7 @@ def rotate(
 ) -> Float[Array, "b n heads head_dim"]:
   """Turns each pair of neighbouring dimensions by its angle, in fp32."""
   cos, sin = (jnp.repeat(part, 2, axis=-1)[:, :, None] for part in table)
-  # Neighbours change places in a product with ones and zeros, which is exact: matrix units do that
+  # Neighbours change places in a product with 1, -1 and 0, which is exact: matrix units do that
   # in passing, while to take pairs apart and put them together goes over all tokens again.
   quarter = jnp.kron(jnp.eye(x.shape[-1] // 2), jnp.array([[0, 1], [-1, 0]])).astype(x.dtype)
   exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
