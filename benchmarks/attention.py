@@ -25,14 +25,13 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from mix import ROWS, token_counts
 
 from cogvideox_jax.data import packing
-from cogvideox_jax.models import splash
+from cogvideox_jax.models import block_grid, splash
 
 TOP = 75_776
-CHIP = splash.CHIPS["TPU v5"]  # All have the same blocks.
+BLOCK = splash.BLOCKS["TPU v5"]  # All have the same.
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 # Tokens of a block of queries, of keys, and of the keys that are taken at a time.
 BLOCKS = (
@@ -44,7 +43,7 @@ BLOCKS = (
   (2048, 2048, 512),
 )
 HEADS, HEAD_DIM = 2, 64
-KERNEL = re.compile(r"splash_mha_(fwd|dq|dkv)_.*-final_bundles\.txt$")
+KERNEL = re.compile(r"(splash_mha_fwd|attention_backward).*-final_bundles\.txt$")
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s*(LB|PF)?")
 
 
@@ -65,7 +64,8 @@ def segment_ids(lengths: np.ndarray, tokens: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("block_q", "block_kv"))
 def blocks_run(ids: jax.Array, block_q: int, block_kv: int) -> jax.Array:
-  return jnp.count_nonzero(splash.block_grid(ids, block_q, block_kv).block_mask)
+  met = block_grid.meeting(ids, block_q, block_kv)
+  return (met.stop - met.start).sum()
 
 
 def count_blocks(
@@ -86,8 +86,8 @@ def count_blocks(
 
 def grid(clips: int, tokens: int) -> dict[str, Any]:
   rows = mix_rows(clips, tokens, most=200)
-  blocks = splash.make_plan(tokens, HEADS, CHIP).blocks
-  counts = count_blocks(rows, tokens, blocks.block_q, blocks.block_kv)
+  plan = splash.make_plan(tokens, BLOCK)
+  counts = count_blocks(rows, tokens, plan.block, plan.block_kv)
   return {
     "row_tokens": tokens,
     "rows": len(rows),
@@ -109,27 +109,28 @@ def read_cycles(listing: str) -> dict[str, int]:
     if mark == "LB" and not loop:
       loop = last
     if mark == "PF" and opened:
-      regions.append(last - opened.pop())
+      regions.append((opened.pop(), last))
     if "sbr.rel" in line and "target = $region" in line:
       opened.append(last)
-  # The longest is the pair's whole; in it, the run; then what only the first and last one do.
-  _, run, *ends = sorted(regions, reverse=True)
-  return {"run": run, "each": last - loop - run - sum(ends), "ends": sum(ends)}
+  # The run is the longest that does not hold one of half its length; what stands beside it only the
+  # first and the last pair of a block do.
+  whole, *others = sorted(regions, key=lambda region: region[0] - region[1])
+  begin, end = next((o for o in others if 2 * (o[1] - o[0]) > whole[1] - whole[0]), whole)
+  ends = sum(b - a for a, b in others if b <= begin or a >= end)
+  run = end - begin
+  return {"run": run, "each": last - loop - run - ends, "ends": ends}
 
 
-def compile_kernels(device: Any, sizes: tuple[int, int, int], fused: bool, folder: Path) -> Any:
+def compile_kernels(device: Any, sizes: tuple[int, int, int], folder: Path) -> Any:
   """Cycles of each kernel, for blocks of these sizes; what the compiler says where they fail."""
   q, kv, compute = sizes
-  separate = (None, None) if fused else (q, kv)
-  blocks = splash_attention_kernel.BlockSizes(
-    q, kv, compute, q, kv, compute, *separate, fused, **splash.TOKENS_IN_LANES
-  )
+  plan = splash.Plan(4 * kv, q, kv, compute)
   place = jax.sharding.SingleDeviceSharding(device)
-  x = jax.ShapeDtypeStruct((HEADS, HEAD_DIM, 4 * kv), jnp.bfloat16, sharding=place)
-  ids = jax.ShapeDtypeStruct((4 * kv,), jnp.int32, sharding=place)
+  x = jax.ShapeDtypeStruct((HEADS, HEAD_DIM, plan.tokens), jnp.bfloat16, sharding=place)
+  ids = jax.ShapeDtypeStruct((plan.tokens,), jnp.int32, sharding=place)
 
   def both_ways(q, k, v, ids, g):
-    return jax.vjp(lambda q, k, v: splash.attend_row(q, k, v, ids, blocks, False), q, k, v)[1](g)
+    return jax.vjp(lambda q, k, v: splash.attend_row(q, k, v, ids, plan, False), q, k, v)[1](g)
 
   for old in folder.iterdir():
     old.unlink()
@@ -160,23 +161,22 @@ def compile_all(topology: str, clips: int, folder: Path) -> list[dict[str, Any]]
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
   rows = mix_rows(clips, TOP, most=50)
   results = []
-  for fused in (False, True):
-    for sizes in BLOCKS:
-      kernels = compile_kernels(device, sizes, fused, folder)
-      result = {"topology": topology, "blocks": sizes, "fused": fused, "kernels": kernels}
-      if isinstance(kernels, dict):
-        counts = count_blocks(rows, TOP, *sizes[:2])
-        area = counts["needed"] * sizes[0] * sizes[1]
-        result["pace"] = sum(k["run"] for k in kernels.values() if isinstance(k, dict)) / (
-          sizes[0] * sizes[1]
-        )
-        result["cycles_a_needed_score"] = cycles_of_row(kernels, counts, TOP) / area
-      print(result, flush=True)
-      results.append(result)
-  best = {f: min(r["pace"] for r in results if "pace" in r and r["fused"] == f) for f in (0, 1)}
+  for sizes in BLOCKS:
+    kernels = compile_kernels(device, sizes, folder)
+    result = {"topology": topology, "blocks": sizes, "kernels": kernels}
+    if isinstance(kernels, dict):
+      counts = count_blocks(rows, TOP, *sizes[:2])
+      area = counts["needed"] * sizes[0] * sizes[1]
+      result["pace"] = sum(k["run"] for k in kernels.values() if isinstance(k, dict)) / (
+        sizes[0] * sizes[1]
+      )
+      result["cycles_a_needed_score"] = cycles_of_row(kernels, counts, TOP) / area
+    print(result, flush=True)
+    results.append(result)
+  best = min(result["pace"] for result in results if "pace" in result)
   for result in results:
     if "pace" in result:
-      result["cost"] = result["cycles_a_needed_score"] / best[result["fused"]]
+      result["cost"] = result["cycles_a_needed_score"] / best
   return results
 
 

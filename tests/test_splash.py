@@ -16,30 +16,24 @@ from cogvideox_jax.models import attention as plain
 from cogvideox_jax.models import splash
 from cogvideox_jax.models.backends import attention_for
 
-SEPARATE = splash.Chip(block=128, partial_bytes=0)  # The gradients by kernels of their own,
-FUSED = splash.Chip(block=128, partial_bytes=2**30)  # by one for both heads,
-GROUPED = splash.Chip(block=128, partial_bytes=2**20)  # and by one for each.
-
-
-def interpreted(chip=SEPARATE):
-  return partial(splash.attention, chip=chip, interpret=True)
+interpreted = partial(splash.attention, block=128, interpret=True)
 
 
 # Many clips and one, with padding and without; the tokens make no whole blocks.
 ROWS = np.stack([row(*[9] * 20, 211, 1, 88, n=700), row(300, n=700), row(700, n=700)])
 
 
-@pytest.mark.parametrize("chip", [SEPARATE, FUSED, GROUPED], ids=["separate", "fused", "grouped"])
-def test_equals_dense_masked_softmax_in_values_and_gradients(chip):
+@pytest.mark.parametrize("block", [128, 256])
+def test_equals_dense_masked_softmax_in_values_and_gradients(block):
   q, k, v = drawn(ROWS)
-  ours = value_and_grads(interpreted(chip), q, k, v, ROWS)
+  ours = value_and_grads(partial(interpreted, block=block), q, k, v, ROWS)
   for a, b in zip(ours, value_and_grads(dense_attention, q, k, v, ROWS), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_bfloat16_is_as_near_as_its_rounding():
   q, k, v = drawn(ROWS, jnp.bfloat16)
-  ours = value_and_grads(interpreted(), q, k, v, ROWS)
+  ours = value_and_grads(interpreted, q, k, v, ROWS)
   exact = (x.astype(jnp.float32) for x in (q, k, v))
   for a, b in zip(ours, value_and_grads(dense_attention, *exact, ROWS), strict=True):
     assert a.dtype == jnp.bfloat16
@@ -50,7 +44,7 @@ def test_bfloat16_is_as_near_as_its_rounding():
 def test_a_row_may_have_more_blocks_than_a_byte_counts(longest):
   segment_ids = row(*[600] * 20, longest, 1, 99, n=130 * 128)[None]
   q, k, v = drawn(segment_ids)[..., :1, :]
-  ours = value_and_grads(interpreted(), q, k, v, segment_ids)
+  ours = value_and_grads(interpreted, q, k, v, segment_ids)
   for a, b in zip(ours, value_and_grads(plain.attention, q, k, v, segment_ids), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -59,17 +53,17 @@ def test_blocks_that_share_no_segment_are_never_computed():
   # A masked product would still spread a NaN, since 0 * NaN is NaN.
   segment_ids = np.stack([row(128, 256, n=512), row(n=512)])
   q, k, v = drawn(segment_ids)
-  clean = value_and_grads(interpreted(), q, k, v, segment_ids)
+  clean = value_and_grads(interpreted, q, k, v, segment_ids)
   second = segment_ids == 2
   poisoned = (jnp.where(second[..., None, None], jnp.nan, x) for x in (q, k, v))
-  for a, b in zip(value_and_grads(interpreted(), *poisoned, segment_ids), clean, strict=True):
+  for a, b in zip(value_and_grads(interpreted, *poisoned, segment_ids), clean, strict=True):
     assert np.isnan(a[second]).all()
     np.testing.assert_array_equal(a[~second], b[~second])
 
 
 @pytest.mark.parametrize(
   ("attend", "part"),
-  [(plain.attention, "cond["), (interpreted(), "name=splash_mha_fwd")],
+  [(plain.attention, "cond["), (interpreted, "name=splash_mha_fwd")],
   ids=["plain", "splash"],
 )
 def test_a_policy_may_save_what_the_backward_pass_needs(attend, part):
@@ -84,18 +78,12 @@ def test_a_policy_may_save_what_the_backward_pass_needs(attend, part):
   assert count(saved) == count(None) - 1
 
 
-def test_long_rows_fit_scalar_memory_and_partial_gradients_their_share():
-  chip = splash.CHIPS["TPU v6 lite"]
-  short, middle, long = (splash.make_plan(tokens, 48, chip) for tokens in (17_776, 75_776, 716_800))
-  assert short.tokens == 9 * short.blocks.block_kv_dkv == 9 * 2048
-  assert short.blocks.use_fused_bwd_kernel
-  partial_bytes = 2 * 128 * 9 * short.tokens * 48 // short.groups
-  assert chip.partial_bytes / 2 < partial_bytes <= chip.partial_bytes
-  for plan in middle, long:
-    assert not plan.blocks.use_fused_bwd_kernel
-    assert plan.groups == 1
-  assert (middle.blocks.block_q, middle.blocks.block_kv) == (1024, 1024)
-  assert (long.blocks.block_q, long.blocks.block_kv) == (1024, 2048)
+def test_blocks_divide_a_row_and_the_longest_fit_scalar_memory():
+  block = splash.BLOCKS["TPU v6 lite"]
+  short, middle, long = (splash.make_plan(tokens, block) for tokens in (300, 75_776, 716_800))
+  assert short == splash.Plan(tokens=384, block=384, block_kv=384, compute=384)
+  assert middle == splash.Plan(tokens=75_776, block=1024, block_kv=1024, compute=512)
+  assert long == splash.Plan(tokens=716_800, block=1024, block_kv=2048, compute=512)
 
 
 def test_a_device_gets_its_own_attention_and_the_same_one_each_time():

@@ -18,7 +18,7 @@ from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import denoising
 from cogvideox_jax.inference.inputs import Size, check_size, latent_shape
-from cogvideox_jax.models import splash, vae
+from cogvideox_jax.models import vae
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.training import setup
@@ -69,10 +69,7 @@ def train_program(config: ConfigDict, stage_name: str, topology: Topology) -> Pr
   key = jax.eval_shape(lambda: jax.random.key(0))
   forward = work.forward_flops(model, clips)
   linear, attention = RECOMPUTED[config.remat]
-  heads = -(-model.heads // sharding.head_shards(mesh, rules))
-  kernel = splash.make_plan(stage.row_tokens, heads, splash.CHIPS[topology.devices[0].device_kind])
-  backward = 5 if kernel.blocks.use_fused_bwd_kernel else 7
-  products = work.FORWARD_PRODUCTS * (1 + attention) + backward
+  products = work.FORWARD_PRODUCTS * (1 + attention) + work.BACKWARD_PRODUCTS
   return Program(
     name="train",
     stage=stage_name,

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from cogvideox_jax.models.dit import DiTConfig
 
 FORWARD_PRODUCTS = 2  # Of tokens x tokens in attention: scores, and the weighted sum.
+BACKWARD_PRODUCTS = 5  # The scores again, the weights' gradient, and those of q, k and v.
 
 
 def clip_tokens(model: DiTConfig, num_frames: int, height: int, width: int) -> int:

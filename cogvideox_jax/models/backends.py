@@ -23,16 +23,16 @@ def filled(tokens: int, device: Any) -> int:
   """The tokens of a row and of the filling that its attention would add: so long, it needs none."""
   if device.platform != "tpu":
     return tokens
-  return splash.make_plan(tokens, 1, splash.CHIPS[device.device_kind]).tokens
+  return splash.make_plan(tokens, splash.BLOCKS[device.device_kind]).tokens
 
 
 @cache
 def _attention_for(platform: str, kind: str) -> Attention:
   if platform != "tpu":
     return attention.attention
-  if kind not in splash.CHIPS:
+  if kind not in splash.BLOCKS:
     raise UserError(
-      f"No block sizes are known for a {kind!r}; known are {', '.join(splash.CHIPS)}.\n"
-      "Add a line for it to CHIPS in cogvideox_jax/models/splash.py."
+      f"No block sizes are known for a {kind!r}; known are {', '.join(splash.BLOCKS)}.\n"
+      "Add it to BLOCKS in cogvideox_jax/models/splash.py."
     )
-  return partial(splash.attention, chip=splash.CHIPS[kind])
+  return partial(splash.attention, block=splash.BLOCKS[kind])

@@ -1,8 +1,8 @@
-"""Attention inside each segment of a packed row, by JAX's splash kernel for TPUs.
+"""Attention inside each segment of a packed row, on TPUs: forward by JAX's splash kernel.
 
 The kernel compares segment ids, but it skips a block of scores only where a block grid says so, and
 that is made for masks known when compiling. Here the grid is made from the ids of each row as the
-program runs, so that a packed row costs what its clips cost.
+program runs, so that a packed row costs what its clips cost. The gradients have a kernel of ours.
 """
 
 import math
@@ -20,41 +20,22 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jaxtyping import Array, Float, Float32, Int
 
 from cogvideox_jax.models.attention import CHECKPOINT_NAME
+from cogvideox_jax.models.block_grid import meeting, on_narrowest_grid
+from cogvideox_jax.models.splash_backward import LANES, backward
 
-LANES = 128  # Every block is a multiple of the registers' lanes.
-# Even to skip a pair of blocks takes time, and in rows of this many or more nearly all are skipped:
-# there the grid is narrowed to the longest clip.
-MANY_BLOCKS = 128
-# Adding up the partial gradients of a fused backward pass grows with the square of a row, of which
-# packed rows run a small part: on a v5p it takes 16 ms of a layer of 25,600 tokens and saves 9, and
-# 8 of one of 17,776, of one clip, and saves 21.
-MOST_FUSED = 20_480
 COMPUTE = 512  # Tokens of keys that a kernel takes at a time: more spill registers.
 # Two numbers a pair of blocks, of int16 and int8, stand in the scalar memory of 1 MiB.
 MOST_PAIRS = 300_000
 
 
-# How the kernels read queries, keys and values. With a head's 64 numbers in the lanes half of them
-# would stay empty, and what comes before would have to be turned; the kernels take as long.
+# How the kernel reads queries, keys and values. With a head's 64 numbers in the lanes half of them
+# would stay empty, and what comes before would have to be turned; the kernel takes as long.
 TOKENS_IN_LANES = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
 
 
-class Chip(NamedTuple):
-  """What the kernel may take of one chip."""
-
-  block: int  # The most tokens of a block.
-  partial_bytes: int  # The most memory for the partial gradients of a fused backward pass.
-
-
-# By `device_kind`. benchmarks/README.md has the compiled cycles from which the blocks follow; the
-# memory is a thirty-second of a device's.
-CHIPS = {
-  "TPU v4": Chip(block=1024, partial_bytes=2**30),
-  "TPU v5 lite": Chip(block=1024, partial_bytes=2**29),
-  "TPU v5": Chip(block=1024, partial_bytes=3 * 2**30),
-  "TPU v6 lite": Chip(block=1024, partial_bytes=2**30),
-  "TPU7x": Chip(block=1024, partial_bytes=3 * 2**30),
-}
+# The most tokens of a block, by `device_kind`. They follow from the compiled cycles that
+# benchmarks/README.md has.
+BLOCKS = {"TPU v4": 1024, "TPU v5 lite": 1024, "TPU v5": 1024, "TPU v6 lite": 1024, "TPU7x": 1024}
 
 
 def attention(
@@ -63,7 +44,7 @@ def attention(
   v: Float[Array, "b n heads head_dim"],
   segment_ids: Int[Array, "b n"],
   *,
-  chip: Chip,
+  block: int,
   interpret: bool = False,
 ) -> Float[Array, "b n heads head_dim"]:
   """Each token attends to all tokens of its own segment, as `attention.attention` has it.
@@ -72,11 +53,11 @@ def attention(
 
   Args:
     segment_ids: rising along a row, each segment in one piece, then padding (0).
-    chip: what it runs on.
+    block: the most tokens of a block, a multiple of the lanes.
     interpret: run as plain JAX operations, on any device, slowly.
   """
-  _, tokens, heads, head_dim = q.shape
-  plan = make_plan(tokens, heads, chip)
+  tokens, head_dim = q.shape[1], q.shape[-1]
+  plan = make_plan(tokens, block)
   filling = plan.tokens - tokens
   last = np.iinfo(np.int32).max  # Sorts padding after the clips, and our own filling after both.
   ids = jnp.where(segment_ids == 0, last - 1, segment_ids)
@@ -84,63 +65,39 @@ def attention(
 
   def by_head(x: Array) -> Array:
     x = jnp.pad(x, ((0, 0), (0, filling), (0, 0), (0, 0)))
-    return rearrange(x, "b n (groups heads) e -> (b groups) heads e n", groups=plan.groups)
+    return rearrange(x, "b n heads e -> b heads e n")
 
-  parts = by_head(q * head_dim**-0.5), by_head(k), by_head(v), jnp.repeat(ids, plan.groups, 0)
-  out = _map(lambda *part: attend_row(*part, plan.blocks, interpret), parts)
-  out = rearrange(out, "(b groups) heads e n -> b n (groups heads) e", groups=plan.groups)
-  return out[:, :tokens]
+  rows = by_head(q * head_dim**-0.5), by_head(k), by_head(v), ids
+  out = _map(lambda *row: attend_row(*row, plan, interpret), rows)
+  return rearrange(out, "b heads e n -> b n heads e")[:, :tokens]
 
 
-def _map(function: Callable[..., Array], parts: tuple[Array, ...]) -> Array:
-  """`jax.lax.map`, but one part is not copied in and out of a loop."""
-  if len(parts[0]) == 1:
-    return function(*(x[0] for x in parts))[None]
-  return jax.lax.map(lambda part: function(*part), parts)
+def _map(function: Callable[..., Array], rows: tuple[Array, ...]) -> Array:
+  """`jax.lax.map`, but one row is not copied in and out of a loop."""
+  if len(rows[0]) == 1:
+    return function(*(x[0] for x in rows))[None]
+  return jax.lax.map(lambda row: function(*row), rows)
 
 
 class Plan(NamedTuple):
   """How a row is cut."""
 
   tokens: int  # Its own and the filling, so that the blocks divide it.
-  groups: int  # Of heads, taken in turn.
-  blocks: splash.BlockSizes
+  block: int  # Of queries; of keys, too, but in the forward pass of the longest rows.
+  block_kv: int
+  compute: int  # Tokens of keys that a kernel takes at a time.
 
 
-def make_plan(tokens: int, heads: int, chip: Chip) -> Plan:
-  """The plan for a row of so many tokens.
+def make_plan(tokens: int, block: int) -> Plan:
+  """The plan for a row of so many tokens, in blocks of at most `block`.
 
-  Queries and keys are cut alike, but in rows too long for the scalar memory. The backward pass of
-  short rows is one kernel, of 5 matrix products instead of 7. It leaves a whole gradient of the
-  queries for each block of keys: these blocks are twice as long, and heads are taken in groups as
-  large as their partial gradients fit.
+  Queries and keys are cut alike, but in rows too long for the scalar memory of JAX's kernel.
   """
-  count = math.ceil(tokens / chip.block)
+  count = math.ceil(tokens / block)
   size = LANES * math.ceil(tokens / count / LANES)
   size_kv = size * math.ceil(count**2 / MOST_PAIRS)
   compute = COMPUTE if size % COMPUTE == 0 else size
-  groups = _groups(tokens, heads, 2 * size, chip) if tokens <= MOST_FUSED else 0
-  size_dkv = min(2, count) * size if groups else size_kv
-  blocks = splash.BlockSizes(
-    block_q=size,
-    block_kv=size_kv,
-    block_kv_compute=compute,
-    block_q_dkv=size,
-    block_kv_dkv=size_dkv,
-    block_kv_dkv_compute=compute,
-    block_q_dq=None if groups else size,
-    block_kv_dq=None if groups else size_kv,
-    use_fused_bwd_kernel=groups > 0,
-    **TOKENS_IN_LANES,
-  )
-  return Plan(tokens + -tokens % size_dkv, max(1, groups), blocks)
-
-
-def _groups(tokens: int, heads: int, block_kv: int, chip: Chip) -> int:
-  """The fewest groups of heads whose partial gradients fit; 0 if those of one do not."""
-  head_bytes = 2 * LANES * tokens * math.ceil(tokens / block_kv)  # 64 numbers take all lanes, too.
-  groups = (groups for groups in range(1, heads + 1) if heads % groups == 0)
-  return next((n for n in groups if heads // n * head_bytes <= chip.partial_bytes), 0)
+  return Plan(tokens + -tokens % size_kv, size, size_kv, compute)
 
 
 class Residuals(NamedTuple):
@@ -160,147 +117,77 @@ def attend_row(
   k: Float[Array, "heads head_dim n"],
   v: Float[Array, "heads head_dim n"],
   ids: Int[Array, "n"],  # Never falling along the row.
-  blocks: splash.BlockSizes,
+  plan: Plan,
   interpret: bool,
 ) -> Float[Array, "heads head_dim n"]:
-  return _forward(q, k, v, ids, blocks, interpret)[0]
+  return _forward(q, k, v, ids, plan, interpret)[0]
 
 
 def _forward(
-  q: Array, k: Array, v: Array, ids: Array, blocks: splash.BlockSizes, interpret: bool
+  q: Array, k: Array, v: Array, ids: Array, plan: Plan, interpret: bool
 ) -> tuple[Array, Residuals]:
   def run(divisor: int) -> Any:
     kernel = splash.SplashAttentionKernel(
-      block_grid(ids, blocks.block_q, blocks.block_kv, divisor),
+      block_grid(ids, plan.block, plan.block_kv, divisor),
       dq_mask_info=None,
       dkv_mask_info=None,
       save_residuals=True,
       residual_checkpoint_name=None,
-      **_options(blocks, interpret),
+      block_sizes=splash.BlockSizes(plan.block, plan.block_kv, plan.compute, **TOKENS_IN_LANES),
+      is_mqa=False,
+      mask_value=splash.DEFAULT_MASK_VALUE,
+      attn_logits_soft_cap=None,
+      mask_function=None,
+      interpret=interpret,
     )
-    return kernel(*_as_kernels_take(q, k, v), splash.SegmentIds(ids, ids))
+    # Tokens first by name, while TOKENS_IN_LANES has the kernel read them as they lie.
+    return kernel(*(x.swapaxes(1, 2) for x in (q, k, v)), splash.SegmentIds(ids, ids))
 
-  out, (log_sum,) = _on_narrowest_grid(run, ids, blocks)
+  out, (log_sum,) = on_narrowest_grid(run, ids, plan.block, plan.block_kv)
   out, log_sum = checkpoint_name((_tokens_last(out), log_sum), CHECKPOINT_NAME)
   return out, Residuals(q, k, v, ids, out, log_sum)
 
 
 def _backward(
-  blocks: splash.BlockSizes, interpret: bool, residuals: Residuals, g: Array
+  plan: Plan, interpret: bool, residuals: Residuals, g: Array
 ) -> tuple[Array, Array, Array, None]:
-  q, k, v, ids, out, log_sum = residuals
-  fused, block_kv = blocks.use_fused_bwd_kernel, blocks.block_kv_dkv or blocks.block_kv
-  out, g = _tokens_first(out), _tokens_first(g)
-
   def run(divisor: int) -> tuple[Array, Array, Array]:
-    by_query = None if fused else block_grid(ids, blocks.block_q, blocks.block_kv, divisor)
-    by_key = block_grid(ids, blocks.block_q, block_kv, divisor, by_key=True, whole=fused)
-    ids_of_both = splash.SegmentIds(ids, ids)
-    # JAX has no public name for the backward pass without the forward one.
-    grads = splash._splash_attention_bwd(
-      save_residuals=False,
-      residual_checkpoint_name=None,
-      res=(*_as_kernels_take(q, k, v), ids_of_both, None, out, log_sum, by_query, by_key),
-      do=g,
-      **_options(blocks, interpret),
+    return backward(
+      *residuals, g, block=plan.block, compute=plan.compute, divisor=divisor, interpret=interpret
     )
-    return grads[3], grads[4], grads[5]
 
-  dq, dk, dv = _on_narrowest_grid(run, ids, blocks)
-  return _tokens_last(dq), _tokens_last(dk), _tokens_last(dv), None
+  return *on_narrowest_grid(run, residuals.ids, plan.block, plan.block), None
 
 
 attend_row.defvjp(_forward, _backward)
 
 
-def _as_kernels_take(*arrays: Float[Array, "heads head_dim n"]) -> list[Any]:
-  """Tokens first by name, while TOKENS_IN_LANES has the kernels read them as they lie."""
-  return [x.swapaxes(1, 2) for x in arrays]
-
-
-# What kernels give has tokens first in memory, too. To turn it is a product with ones and zeros,
-# which is exact, and takes a third of the time of a copy.
 def _tokens_last(x: Float[Array, "heads n head_dim"]) -> Float[Array, "heads head_dim n"]:
-  return _times_one("hne,ef->hfn", x, x.shape[2])
+  """The kernel's output, turned, by a product with ones and zeros.
+
+  That is exact, and takes a third of the time of a copy.
+  """
+  one = jnp.eye(x.shape[2], dtype=x.dtype)
+  return jnp.einsum("hne,ef->hfn", x, one, precision=jax.lax.Precision.HIGHEST)
 
 
-def _tokens_first(x: Float[Array, "heads head_dim n"]) -> Float[Array, "heads n head_dim"]:
-  return _times_one("hen,ef->hnf", x, x.shape[1])
-
-
-def _times_one(product: str, x: Array, head_dim: int) -> Array:
-  one = jnp.eye(head_dim, dtype=x.dtype)
-  return jnp.einsum(product, x, one, precision=jax.lax.Precision.HIGHEST)
-
-
-def _options(blocks: splash.BlockSizes, interpret: bool) -> dict[str, Any]:
-  return {
-    "block_sizes": blocks,
-    "is_mqa": False,
-    "mask_value": splash.DEFAULT_MASK_VALUE,
-    "attn_logits_soft_cap": None,
-    "mask_function": None,
-    "interpret": interpret,
-  }
-
-
-def _on_narrowest_grid(run: Callable[[int], Any], ids: Array, blocks: splash.BlockSizes) -> Any:
-  """`run` with the largest divisor of the grid's width that leaves room for every clip."""
-  q, kv = ids.reshape(-1, blocks.block_q), ids.reshape(-1, blocks.block_kv)
-  divisors = (1, 2, 4, 8) if len(q) >= MANY_BLOCKS else (1,)
-  met = {len(inner): _meeting(outer, inner) for outer, inner in ((q, kv), (kv, q))}
-  fits = [
-    jnp.array([(stop - start).max() <= math.ceil(n / d) for n, (start, stop) in met.items()]).all()
-    for d in divisors
-  ]
-  return jax.lax.switch(sum(fits[1:]), [partial(run, divisor) for divisor in divisors])
-
-
-def block_grid(
-  ids: Int[Array, "n"],
-  block_q: int,
-  block_kv: int,
-  divisor: int = 1,
-  *,
-  by_key: bool = False,
-  whole: bool = False,
-) -> MaskInfo:
-  """Which pairs of blocks hold a common segment, and which block a kernel is to fetch for each.
+def block_grid(ids: Int[Array, "n"], block_q: int, block_kv: int, divisor: int = 1) -> MaskInfo:
+  """Which pairs of blocks hold a common segment, and which block the kernel is to fetch for each.
 
   Args:
     divisor: of the grid's width, which is that of the row where this is 1. It begins with the first
       block that is met.
-    by_key: for the kernel that goes through the queries of each block of keys; the others go
-      through the keys of each block of queries.
-    whole: the grid begins with the row and is as wide.
   """
-  q, kv = ids.reshape(-1, block_q), ids.reshape(-1, block_kv)
-  outer, inner = (kv, q) if by_key else (q, kv)
-  start, stop = _meeting(outer, inner)
-  if whole:
-    at = jnp.broadcast_to(jnp.arange(len(inner)), (len(outer), len(inner)))
-  else:
-    at = start[:, None] + jnp.arange(math.ceil(len(inner) / divisor))
-  meets = (start[:, None] <= at) & (at < stop[:, None])
-  # A skipped pair has the block of the next pair that is not, so that it is fetched in time. The
-  # kernel by keys has the other heads in between: there the last block stays.
-  after = stop - 1 if by_key else jnp.append(start[1:], stop[-1] - 1)
-  fetched = jnp.where(at < stop[:, None], jnp.maximum(at, start[:, None]), after[:, None])
-  if by_key:
-    meets, fetched = meets.T, fetched.T
+  start, stop = meeting(ids, block_q, block_kv)
+  at = start[:, None] + jnp.arange(math.ceil(len(ids) // block_kv / divisor))
+  meets = at < stop[:, None]
+  # A skipped pair has the block of the next pair that is not, so that it is fetched in time.
+  after = jnp.append(start[1:], stop[-1] - 1)
   # A mask of 2 leaves single scores to the ids. The numbers of blocks need more than int8.
   return MaskInfo(
-    data_next=fetched[None].astype(jnp.int16),
+    data_next=jnp.where(meets, at, after[:, None])[None].astype(jnp.int16),
     mask_next=None,
     block_mask=2 * meets[None].astype(jnp.int8),
     partial_mask_blocks=None,
     q_sequence=None,
   )
-
-
-def _meeting(
-  outer: Int[Array, "outer size"], inner: Int[Array, "inner size2"]
-) -> tuple[Int[Array, "outer"], Int[Array, "outer"]]:
-  """The inner blocks [start, stop) that hold a segment of each outer one. The ids never fall."""
-  start = jnp.searchsorted(inner[:, -1], outer[:, 0], side="left")
-  return start, jnp.searchsorted(inner[:, 0], outer[:, -1], side="right")

@@ -1,0 +1,257 @@
+"""The gradients of attention inside each segment of a packed row, by one kernel for TPUs.
+
+JAX's own backward kernels compute every block of scores twice, or leave a whole gradient of the
+queries for each block of keys, to be added up afterwards. Here a block of scores is computed once,
+and the gradient of a block of queries waits in vector memory, in float32, until the last block of
+keys that it meets: 5 matrix products instead of 7, whatever the row's length.
+
+Everything has tokens in the lanes, so that each product fills the matrix unit though heads are 64
+numbers wide; scores have keys along the first axis, so that what belongs to a query is a row.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32, Int
+
+from cogvideox_jax.models.block_grid import Meeting, meeting
+
+LANES = 128
+# Bytes of vector memory for the gradient of queries, 131,072 tokens of a head of 64, and for the
+# whole kernel, a little less than a core of a v5p has.
+WAITING = 32 * 2**20
+VECTOR_MEMORY = 60 * 2**20
+_HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # The score of a key of another segment.
+_FIRST, _LAST = ((0,), (0,)), ((1,), (1,))  # The axes that a product sums over.
+_PLAIN = ((1,), (0,))
+
+
+def backward(
+  q: Float[Array, "heads head_dim n"],  # Scaled.
+  k: Float[Array, "heads head_dim n"],
+  v: Float[Array, "heads head_dim n"],
+  ids: Int[Array, "n"],
+  out: Float[Array, "heads head_dim n"],
+  log_sum: Float32[Array, "heads n"],
+  g: Float[Array, "heads head_dim n"],
+  *,
+  block: int,
+  compute: int,
+  divisor: int,
+  interpret: bool,
+  waiting: int = WAITING,
+) -> tuple[
+  Float[Array, "heads head_dim n"],
+  Float[Array, "heads head_dim n"],
+  Float[Array, "heads head_dim n"],
+]:
+  """The gradients of q, k and v, given that of `out`, which is `g`.
+
+  Args:
+    ids: never falling along the row.
+    log_sum: logarithm of the sum of a query's exponentiated scores.
+    block: tokens of a block of queries, and of keys; divides n, a multiple of the lanes.
+    compute: tokens of keys that are taken at a time; divides `block`.
+    divisor: of the grid's width: no block may meet more blocks than the width that is left.
+    interpret: run as plain JAX operations.
+    waiting: bytes of vector memory for what waits.
+  """
+  blocks = q.shape[2] // block
+  width = math.ceil(blocks / divisor)
+  most = max(1, waiting // (4 * q.shape[1] * block))
+  # d scores = weights * (d weights - the sum of these by their weights), and that sum is g * out.
+  mean = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(1)
+  run = partial(
+    _call,
+    meeting(ids, block, block),
+    (q, k, v, g, log_sum[:, None], mean[:, None]),
+    ids,
+    width=min(width, most),
+    compute=compute,
+    interpret=interpret,
+  )
+  if width <= most:
+    return run(0, length=blocks, dtype=q.dtype)
+
+  # Some clip is too long for all of its queries' gradient to wait: it is taken in parts.
+  def add(sums: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], Array]:
+    dq, *of_part = run(first, length=most, dtype=jnp.float32)
+    return jax.tree.map(jnp.add, sums, tuple(of_part)), dq.astype(q.dtype)
+
+  zeros = jnp.zeros(q.shape, jnp.float32)
+  (dk, dv), dq = jax.lax.scan(add, (zeros, zeros), jnp.arange(0, blocks, most))
+  dq = rearrange(dq, "parts heads e n -> heads e (parts n)")[..., : q.shape[2]]
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _call(
+  met: Meeting,  # Alike for queries and for keys.
+  arrays: tuple[Array, ...],
+  ids: Int[Array, "n"],
+  first: Int[Array, ""] | int,
+  *,
+  length: int,
+  width: int,
+  compute: int,
+  dtype: Any,
+  interpret: bool,
+) -> Any:
+  """The gradients that the blocks of queries from `first` on give, `length` of them."""
+  q = arrays[0]
+  (heads, head_dim, n), blocks = q.shape, len(met.start)
+  block = n // blocks
+  start, stop = (jnp.clip(x, first, first + length) for x in met)
+
+  def query(head: Any, key: Any, step: Any, start: Any, stop: Any, *_: Any) -> Any:
+    # A skipped pair has what the next block of keys begins with, so that it is fetched in time.
+    at, following = start[key] + step, start[jnp.minimum(key + 1, blocks - 1)]
+    at = jnp.where(at < stop[key], at, following)
+    return head, 0, jnp.minimum(at, blocks - 1)
+
+  def key(head: Any, key: Any, *_: Any) -> Any:
+    return head, 0, key
+
+  of_queries = pl.BlockSpec((None, head_dim, block), query)
+  of_keys = pl.BlockSpec((None, head_dim, block), key)
+  number_a_query = pl.BlockSpec((None, 1, block), query)
+  ids_of_queries = pl.BlockSpec((None, 1, block), lambda *at: (0, *query(*at)[1:]))
+  ids_of_keys = pl.BlockSpec((block, LANES), lambda head, key, *_: (key, 0))
+  of_block = pltpu.VMEM((head_dim, block), jnp.float32)
+  gradient = partial(jax.ShapeDtypeStruct, dtype=dtype)
+  call = pl.pallas_call(
+    partial(_kernel, compute=compute),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=5,
+      grid=(heads, blocks, width),
+      in_specs=[
+        *(of_queries, of_keys, of_keys, of_queries),
+        *(number_a_query, number_a_query, ids_of_queries, ids_of_keys),
+      ],
+      out_specs=[pl.BlockSpec(memory_space=pl.ANY), of_keys, of_keys],
+      scratch_shapes=[
+        pltpu.VMEM((width, head_dim, block), jnp.float32),
+        pltpu.VMEM((head_dim, block), dtype),
+        pltpu.SemaphoreType.DMA,
+        of_block,
+        of_block,
+      ],
+    ),
+    out_shape=[gradient((heads, head_dim, length * block)), gradient(q.shape), gradient(q.shape)],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VECTOR_MEMORY
+    ),
+    name="attention_backward",
+    interpret=interpret,
+  )
+  scalars = start, stop, *met, jnp.reshape(first, 1)
+  spread = jnp.broadcast_to(ids[:, None], (n, LANES))
+  return tuple(call(*(x.astype(jnp.int32) for x in scalars), *arrays, ids[None, None], spread))
+
+
+def _kernel(
+  start_ref: Any,  # Of the blocks of queries that each block of keys meets, of this part.
+  stop_ref: Any,
+  first_key_ref: Any,  # Of the blocks of keys that each block of queries meets.
+  end_key_ref: Any,
+  part_ref: Any,  # Where the part begins.
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  g_ref: Any,
+  log_sum_ref: Any,
+  mean_ref: Any,
+  q_ids_ref: Any,
+  k_ids_ref: Any,
+  dq_hbm: Any,  # In the device's main memory.
+  dk_ref: Any,
+  dv_ref: Any,
+  waiting_ref: Any,  # Sums for the blocks of queries, each at its number modulo the width.
+  finished_ref: Any,  # One on its way to dq_hbm.
+  semaphore: Any,
+  dk_sum_ref: Any,
+  dv_sum_ref: Any,
+  *,
+  compute: int,
+) -> None:
+  """One block of queries and one of keys, of one head; the queries' follow one another."""
+  head, key, step = (pl.program_id(axis) for axis in range(3))
+  last_key, width = pl.num_programs(1) - 1, pl.num_programs(2)
+  block = q_ref.shape[1]
+  query = start_ref[key] + step
+
+  def send(number: Any) -> Any:
+    begin = pl.multiple_of((number - part_ref[0]) * block, block)
+    place = dq_hbm.at[head, :, pl.ds(begin, block)]
+    return pltpu.make_async_copy(finished_ref, place, semaphore)
+
+  @pl.when(step == 0)
+  def _() -> None:
+    dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
+    dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
+
+  @pl.when(query < stop_ref[key])
+  def _() -> None:
+    slot = jax.lax.rem(query, width)
+    sum_ref = waiting_ref.at[slot]
+
+    @pl.when(key == first_key_ref[query])
+    def _() -> None:
+      sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    for begin in range(0, block, compute):
+      some = pl.ds(begin, compute)
+      weights, d_scores = _scores(
+        *(q_ref[...], k_ref[:, some], v_ref[:, some], g_ref[...]),
+        *(log_sum_ref[...], mean_ref[...], q_ids_ref[...], k_ids_ref[some, :]),
+      )
+      dv_sum_ref[:, some] += _product(g_ref[...], weights, _LAST)
+      dk_sum_ref[:, some] += _product(q_ref[...], d_scores, _LAST)
+      sum_ref[...] += _product(k_ref[:, some], d_scores, _PLAIN)
+
+    @pl.when(key == end_key_ref[query] - 1)
+    def _() -> None:
+      # Blocks of queries are finished in their order: the one before has long been sent.
+      @pl.when(query > part_ref[0])
+      def _() -> None:
+        send(query - 1).wait()
+
+      finished_ref[...] = sum_ref[...].astype(finished_ref.dtype)
+      send(query).start()
+
+  @pl.when(step == width - 1)
+  def _() -> None:
+    dk_ref[...] = dk_sum_ref[...].astype(dk_ref.dtype)
+    dv_ref[...] = dv_sum_ref[...].astype(dv_ref.dtype)
+
+    @pl.when(key == last_key)
+    def _() -> None:
+      send(part_ref[0]).wait()  # For as much as any other.
+
+
+def _scores(
+  q: Float[Array, "head_dim q"],
+  k: Float[Array, "head_dim k"],
+  v: Float[Array, "head_dim k"],
+  g: Float[Array, "head_dim q"],
+  log_sum: Float32[Array, "1 q"],
+  mean: Float32[Array, "1 q"],
+  q_ids: Int[Array, "1 q"],
+  k_ids: Int[Array, "k lanes"],
+) -> tuple[Float[Array, "k q"], Float[Array, "k q"]]:
+  """Weights of keys, and the gradient of their scores."""
+  same = jnp.tile(k_ids, (1, q.shape[1] // LANES)) == q_ids
+  scores = jnp.where(same, _product(k, q, _FIRST), _HIDDEN)
+  weights = jnp.exp(scores - log_sum)
+  d_scores = (_product(v, g, _FIRST) - mean) * weights
+  return weights.astype(q.dtype), d_scores.astype(q.dtype)
+
+
+def _product(a: Array, b: Array, summed: tuple[tuple[int], tuple[int]]) -> Float32[Array, "m n"]:
+  return jax.lax.dot_general(a, b, (summed, ((), ())), preferred_element_type=jnp.float32)
