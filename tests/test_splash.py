@@ -16,17 +16,17 @@ from cogvideox_jax.models import attention as plain
 from cogvideox_jax.models import splash
 from cogvideox_jax.models.backends import attention_for
 
-interpreted = partial(splash.attention, block=128, interpret=True)
+interpreted = partial(splash.attention, blocks=splash.Blocks(128, 128, 128), interpret=True)
 
 
 # Many clips and one, with padding and without; the tokens make no whole blocks.
 ROWS = np.stack([row(*[9] * 20, 211, 1, 88, n=700), row(300, n=700), row(700, n=700)])
 
 
-@pytest.mark.parametrize("block", [128, 256])
-def test_equals_dense_masked_softmax_in_values_and_gradients(block):
+@pytest.mark.parametrize("blocks", [splash.Blocks(128, 128, 128), splash.Blocks(256, 128, 256)])
+def test_equals_dense_masked_softmax_in_values_and_gradients(blocks):
   q, k, v = drawn(ROWS)
-  ours = value_and_grads(partial(interpreted, block=block), q, k, v, ROWS)
+  ours = value_and_grads(partial(interpreted, blocks=blocks), q, k, v, ROWS)
   for a, b in zip(ours, value_and_grads(dense_attention, q, k, v, ROWS), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -63,7 +63,7 @@ def test_blocks_that_share_no_segment_are_never_computed():
 
 @pytest.mark.parametrize(
   ("attend", "part"),
-  [(plain.attention, "cond["), (interpreted, "name=splash_mha_fwd")],
+  [(plain.attention, "cond["), (interpreted, "name=attention_forward")],
   ids=["plain", "splash"],
 )
 def test_a_policy_may_save_what_the_backward_pass_needs(attend, part):
@@ -78,12 +78,13 @@ def test_a_policy_may_save_what_the_backward_pass_needs(attend, part):
   assert count(saved) == count(None) - 1
 
 
-def test_blocks_divide_a_row_and_the_longest_fit_scalar_memory():
-  block = splash.BLOCKS["TPU v6 lite"]
-  short, middle, long = (splash.make_plan(tokens, block) for tokens in (300, 75_776, 716_800))
-  assert short == splash.Plan(tokens=384, block=384, block_kv=384, compute=384)
-  assert middle == splash.Plan(tokens=75_776, block=1024, block_kv=1024, compute=512)
-  assert long == splash.Plan(tokens=716_800, block=1024, block_kv=2048, compute=512)
+def test_a_row_is_filled_up_by_less_than_the_lanes_a_block():
+  most = splash.Blocks(1024, 256, 512)
+  assert splash.fitting(300, most) == (384, 384, 384)
+  assert splash.fitting(1100, most) == (640, 640, 640)
+  assert splash.fitting(75_776, most) == most
+  assert splash.fitting(17_776, most) == most
+  assert splash.fitting(1500, most) == (768, 256, 768)
 
 
 def test_a_device_gets_its_own_attention_and_the_same_one_each_time():

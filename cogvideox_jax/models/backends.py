@@ -23,7 +23,8 @@ def filled(tokens: int, device: Any) -> int:
   """The tokens of a row and of the filling that its attention would add: so long, it needs none."""
   if device.platform != "tpu":
     return tokens
-  return splash.make_plan(tokens, splash.BLOCKS[device.device_kind]).tokens
+  blocks = splash.fitting(tokens, splash.BLOCKS[device.device_kind])
+  return tokens + -tokens % blocks.size
 
 
 @cache
@@ -35,4 +36,4 @@ def _attention_for(platform: str, kind: str) -> Attention:
       f"No block sizes are known for a {kind!r}; known are {', '.join(splash.BLOCKS)}.\n"
       "Add it to BLOCKS in cogvideox_jax/models/splash.py."
     )
-  return partial(splash.attention, block=splash.BLOCKS[kind])
+  return partial(splash.attention, blocks=splash.BLOCKS[kind])

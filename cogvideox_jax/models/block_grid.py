@@ -19,34 +19,28 @@ MANY_BLOCKS = 128
 
 
 class Meeting(NamedTuple):
-  """Of each block of an outer loop, the inner blocks [start, stop) that hold a segment of it."""
+  """Of each block of queries, the blocks of keys [start, stop) that hold a segment of it.
 
-  start: Int[Array, "outer"]
-  stop: Int[Array, "outer"]
+  And the other way round, since both are cut alike.
+  """
 
-  def widest(self) -> Int[Array, ""]:
-    """The most inner blocks that one outer block meets."""
-    return (self.stop - self.start).max()
-
-
-def meeting(ids: Int[Array, "n"], outer_size: int, inner_size: int) -> Meeting:
-  """How blocks of `outer_size` tokens meet those of `inner_size`."""
-  outer, inner = ids.reshape(-1, outer_size), ids.reshape(-1, inner_size)
-  start = jnp.searchsorted(inner[:, -1], outer[:, 0], side="left")
-  return Meeting(start, jnp.searchsorted(inner[:, 0], outer[:, -1], side="right"))
+  start: Int[Array, "blocks"]
+  stop: Int[Array, "blocks"]
 
 
-def on_narrowest_grid(
-  run: Callable[[int], Any], ids: Int[Array, "n"], block_q: int, block_kv: int
-) -> Any:
-  """`run` with the largest divisor of the grid's width that leaves room for every clip."""
-  if len(ids) // block_q < MANY_BLOCKS:
-    return run(1)
-  divisors = (1, 2, 4, 8)
-  both = (block_q, block_kv), (block_kv, block_q)
-  widest = [(meeting(ids, *sizes).widest(), len(ids) // sizes[1]) for sizes in both]
-  fits = [
-    jnp.array([width <= math.ceil(whole / divisor) for width, whole in widest]).all()
-    for divisor in divisors[1:]
-  ]
-  return jax.lax.switch(sum(fits), [partial(run, divisor) for divisor in divisors])
+def meeting(ids: Int[Array, "n"], block: int) -> Meeting:
+  """Which blocks of `block` tokens meet, in a row whose ids never fall."""
+  first, last = ids[::block], ids[block - 1 :: block]
+  start = jnp.searchsorted(last, first, side="left")
+  return Meeting(start, jnp.searchsorted(first, last, side="right"))
+
+
+def on_narrowest_grid(run: Callable[[int], Any], ids: Int[Array, "n"], block: int) -> Any:
+  """`run` with the least of some widths that has room for every block's meetings."""
+  blocks = len(ids) // block
+  if blocks < MANY_BLOCKS:
+    return run(blocks)
+  widths = [math.ceil(blocks / divisor) for divisor in (1, 2, 4, 8)]
+  start, stop = meeting(ids, block)
+  fits = [(stop - start).max() <= width for width in widths[1:]]
+  return jax.lax.switch(sum(fits), [partial(run, width) for width in widths])

@@ -4,33 +4,34 @@ JAX's own backward kernels compute every block of scores twice, or leave a whole
 queries for each block of keys, to be added up afterwards. Here a block of scores is computed once,
 and the gradient of a block of queries waits in vector memory, in float32, until the last block of
 keys that it meets: 5 matrix products instead of 7, whatever the row's length.
-
-Everything has tokens in the lanes, so that each product fills the matrix unit though heads are 64
-numbers wide; scores have keys along the first axis, so that what belongs to a query is a row.
 """
 
-import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
 from cogvideox_jax.models.block_grid import Meeting, meeting
+from cogvideox_jax.models.splash_scores import (
+  FIRST,
+  LANES,
+  LAST,
+  PLAIN,
+  SUBLANES,
+  product,
+  scores,
+  spread,
+)
 
-LANES = 128
 # Bytes of vector memory for the gradient of queries, 131,072 tokens of a head of 64, and for the
 # whole kernel, a little less than a core of a v5p has.
 WAITING = 32 * 2**20
 VECTOR_MEMORY = 60 * 2**20
-_HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # The score of a key of another segment.
-_FIRST, _LAST = ((0,), (0,)), ((1,), (1,))  # The axes that a product sums over.
-_PLAIN = ((1,), (0,))
 
 
 def backward(
@@ -41,10 +42,10 @@ def backward(
   out: Float[Array, "heads head_dim n"],
   log_sum: Float32[Array, "heads n"],
   g: Float[Array, "heads head_dim n"],
-  *,
   block: int,
   compute: int,
-  divisor: int,
+  width: int,
+  *,
   interpret: bool,
   waiting: int = WAITING,
 ) -> tuple[
@@ -59,18 +60,17 @@ def backward(
     log_sum: logarithm of the sum of a query's exponentiated scores.
     block: tokens of a block of queries, and of keys; divides n, a multiple of the lanes.
     compute: tokens of keys that are taken at a time; divides `block`.
-    divisor: of the grid's width: no block may meet more blocks than the width that is left.
+    width: the most blocks that one block may meet.
     interpret: run as plain JAX operations.
     waiting: bytes of vector memory for what waits.
   """
   blocks = q.shape[2] // block
-  width = math.ceil(blocks / divisor)
   most = max(1, waiting // (4 * q.shape[1] * block))
   # d scores = weights * (d weights - the sum of these by their weights), and that sum is g * out.
   mean = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(1)
   run = partial(
     _call,
-    meeting(ids, block, block),
+    meeting(ids, block),
     (q, k, v, g, log_sum[:, None], mean[:, None]),
     ids,
     width=min(width, most),
@@ -92,7 +92,7 @@ def backward(
 
 
 def _call(
-  met: Meeting,  # Alike for queries and for keys.
+  met: Meeting,
   arrays: tuple[Array, ...],
   ids: Int[Array, "n"],
   first: Int[Array, ""] | int,
@@ -121,7 +121,7 @@ def _call(
   of_queries = pl.BlockSpec((None, head_dim, block), query)
   of_keys = pl.BlockSpec((None, head_dim, block), key)
   number_a_query = pl.BlockSpec((None, 1, block), query)
-  ids_of_queries = pl.BlockSpec((None, 1, block), lambda *at: (0, *query(*at)[1:]))
+  ids_of_queries = pl.BlockSpec((SUBLANES, block), lambda *at: query(*at)[1:])
   ids_of_keys = pl.BlockSpec((block, LANES), lambda head, key, *_: (key, 0))
   of_block = pltpu.VMEM((head_dim, block), jnp.float32)
   gradient = partial(jax.ShapeDtypeStruct, dtype=dtype)
@@ -151,8 +151,7 @@ def _call(
     interpret=interpret,
   )
   scalars = start, stop, *met, jnp.reshape(first, 1)
-  spread = jnp.broadcast_to(ids[:, None], (n, LANES))
-  return tuple(call(*(x.astype(jnp.int32) for x in scalars), *arrays, ids[None, None], spread))
+  return tuple(call(*(x.astype(jnp.int32) for x in scalars), *arrays, *spread(ids)))
 
 
 def _kernel(
@@ -207,13 +206,12 @@ def _kernel(
 
     for begin in range(0, block, compute):
       some = pl.ds(begin, compute)
-      weights, d_scores = _scores(
-        *(q_ref[...], k_ref[:, some], v_ref[:, some], g_ref[...]),
-        *(log_sum_ref[...], mean_ref[...], q_ids_ref[...], k_ids_ref[some, :]),
-      )
-      dv_sum_ref[:, some] += _product(g_ref[...], weights, _LAST)
-      dk_sum_ref[:, some] += _product(q_ref[...], d_scores, _LAST)
-      sum_ref[...] += _product(k_ref[:, some], d_scores, _PLAIN)
+      q, k, v, g = q_ref[...], k_ref[:, some], v_ref[:, some], g_ref[...]
+      weights = jnp.exp(scores(q, k, q_ids_ref[:1], k_ids_ref[some, :]) - log_sum_ref[...])
+      d_scores = ((product(v, g, FIRST) - mean_ref[...]) * weights).astype(q.dtype)
+      dv_sum_ref[:, some] += product(g, weights.astype(q.dtype), LAST)
+      dk_sum_ref[:, some] += product(q, d_scores, LAST)
+      sum_ref[...] += product(k, d_scores, PLAIN)
 
     @pl.when(key == end_key_ref[query] - 1)
     def _() -> None:
@@ -233,25 +231,3 @@ def _kernel(
     @pl.when(key == last_key)
     def _() -> None:
       send(part_ref[0]).wait()  # For as much as any other.
-
-
-def _scores(
-  q: Float[Array, "head_dim q"],
-  k: Float[Array, "head_dim k"],
-  v: Float[Array, "head_dim k"],
-  g: Float[Array, "head_dim q"],
-  log_sum: Float32[Array, "1 q"],
-  mean: Float32[Array, "1 q"],
-  q_ids: Int[Array, "1 q"],
-  k_ids: Int[Array, "k lanes"],
-) -> tuple[Float[Array, "k q"], Float[Array, "k q"]]:
-  """Weights of keys, and the gradient of their scores."""
-  same = jnp.tile(k_ids, (1, q.shape[1] // LANES)) == q_ids
-  scores = jnp.where(same, _product(k, q, _FIRST), _HIDDEN)
-  weights = jnp.exp(scores - log_sum)
-  d_scores = (_product(v, g, _FIRST) - mean) * weights
-  return weights.astype(q.dtype), d_scores.astype(q.dtype)
-
-
-def _product(a: Array, b: Array, summed: tuple[tuple[int], tuple[int]]) -> Float32[Array, "m n"]:
-  return jax.lax.dot_general(a, b, (summed, ((), ())), preferred_element_type=jnp.float32)
