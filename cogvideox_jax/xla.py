@@ -17,7 +17,7 @@ _WHOLE_PRODUCTS = {
 _VECTOR_MEMORY = {
   "TPU v5 lite": 49_152,
   "TPU v5": 49_152,
-  "TPU v6 lite": 65_536,
+  "TPU v6 lite": 98_304,
   "TPU7x": 65_536,
 }
 

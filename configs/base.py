@@ -15,9 +15,9 @@ def get_config() -> ConfigDict:
   config.init_from = ""  # Model folder or workdir whose transformer to start from; "": none.
   config.dtype = "auto"  # Compute: bfloat16, float32; auto is float32 on CPU, else bfloat16.
   # What each layer's backward pass computes again of the forward one. none: nothing; full: all;
-  # attention: all but attention; linear: neither that nor linear layers; offload: as attention,
-  # with what is kept for it in the host's memory.
-  config.remat = "attention"
+  # attention: all but attention; branches: neither that nor what the MLP adds; linear: no linear
+  # layers either; offload: as attention, with what is kept for it in the host's memory.
+  config.remat = "branches"
 
   config.model = ConfigDict()  # Fields of models.dit.DiTConfig.
   config.model.depth = 30

@@ -125,8 +125,10 @@ def products(remat):
 
 
 def test_a_policy_spares_the_products_that_it_names():
-  none, linear, attend, full = map(products, ("none", "linear", "attention", "full"))
-  assert none <= linear < attend < full
+  none, linear, branches, attend, full = map(
+    products, ("none", "linear", "branches", "attention", "full")
+  )
+  assert none <= linear < branches == attend - 1 < full
   assert products("offload") == attend
 
 

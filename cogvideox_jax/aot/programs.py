@@ -29,6 +29,7 @@ RECOMPUTED = {
   "none": (0, 0),
   "full": (1, 1),
   "attention": (1, 0),
+  "branches": (2 / 3, 0),
   "linear": (0, 0),
   "offload": (1, 0),
 }

@@ -11,18 +11,20 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from cogvideox_jax.models import positions
 from cogvideox_jax.models.layer_norm import STATISTICS, LayerNorm
-from cogvideox_jax.models.layers import EPSILON, LINEAR, Attention, Block, per_token
+from cogvideox_jax.models.layers import EPSILON, LINEAR, MLP_OUT, Attention, Block, per_token
 from cogvideox_jax.types import TEXT
 
 # What a block's backward pass finds saved of the forward pass, by name; the rest is computed again.
 # `attention`: its outputs, so that its kernel runs once, and the small statistics of norms.
-# `linear`: these and the outputs of linear layers, 11 tokens x width in place of 2. `offload`: what
-# `attention` has and each block's input, in the host's memory.
+# `branches`: these and the MLP's outputs, with the block's input 3 tokens x width. `linear`: with
+# those of all linear layers, 11. `offload`: what `attention` has and each block's input, in the
+# host's memory.
 REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
   # Inside a scan nothing can be shared between the passes, so CSE need not be prevented.
   "none": lambda run: run,
@@ -31,6 +33,11 @@ REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     jax.checkpoint,
     prevent_cse=False,
     policy=jax.checkpoint_policies.save_only_these_names("attention", STATISTICS),
+  ),
+  "branches": partial(
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names("attention", STATISTICS, MLP_OUT),
   ),
   "linear": partial(
     jax.checkpoint,
@@ -230,7 +237,9 @@ class DiT(nnx.Module):
     graphdef, stacked = nnx.split(self.blocks)
 
     def run(x, params):
-      block, x = nnx.merge(graphdef, params), checkpoint_name(x, "block")
+      # The same layout in both passes: else TPUs turn what is saved, in each layer.
+      x = with_layout_constraint(checkpoint_name(x, "block"), Layout(tuple(range(x.ndim))))
+      block = nnx.merge(graphdef, params)
       return block(x, time, segment_ids, experts, rotary, attention), None
 
     return jax.lax.scan(REMAT[self.remat](run), x, stacked)[0]

@@ -57,6 +57,8 @@ def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array
 def _backward(epsilon: float, residuals: Residuals, g: Array) -> tuple[Array, Array, Array]:
   del epsilon
   x, scale, mean, inverse = residuals
+  if x.ndim > 3:  # Heads: XLA would keep them for both passes in fp32 as well, and read that.
+    x = jax.lax.optimization_barrier(x)
   g = jnp.float32(g)
   normed = (jnp.float32(x) - mean) * inverse
   scaled = g * jnp.float32(scale)

@@ -19,7 +19,8 @@ from cogvideox_jax.models.positions import rotate
 Attention = Callable[..., Float[Array, "b n heads head_dim"]]
 RotaryTable = tuple[Float[Array, "b n half"], Float[Array, "b n half"]]
 
-LINEAR = "linear"  # The name of the linear layers' outputs, for rematerialization.
+# Names for rematerialization: of the outputs of all linear layers, and of the MLP's last one.
+LINEAR, MLP_OUT = "linear", "mlp_out"
 EPSILON = 1e-5
 HEAD_NORM_EPSILON = 1e-6  # Of the norms of queries and keys.
 
@@ -48,7 +49,8 @@ class ExpertAdaLayerNorm(nnx.Module):
       self.modulation(nnx.silu(time)), "b s (two m d) -> m b (s two) d", two=2, m=3
     )
     shift, scale, gate = per_token(tables, 2 * segment_ids + experts)
-    return self.norm(x) * (1 + scale) + shift, gate
+    # Stands once in memory: XLA would make it anew for each tile of the product that takes it.
+    return jax.lax.optimization_barrier(self.norm(x) * (1 + scale) + shift), gate
 
 
 def per_token(
@@ -110,7 +112,8 @@ class MLP(nnx.Module):
     self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    return _named(self.down(jax.nn.gelu(_named(self.up(x)), approximate=True)))
+    out = self.down(jax.nn.gelu(_named(self.up(x)), approximate=True))
+    return checkpoint_name(_named(out), MLP_OUT)
 
 
 class Block(nnx.Module):
