@@ -42,7 +42,7 @@ class Residuals(NamedTuple):
 def normalize(
   x: Float[Array, "*b d"], scale: Float[Array, "d"], bias: Float[Array, "d"], epsilon: float
 ) -> Float[Array, "*b d"]:
-  return _forward(x, scale, bias, epsilon)[0]
+  return _forward(_as_it_is(x), scale, bias, epsilon)[0]
 
 
 def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Residuals]:
@@ -57,8 +57,7 @@ def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array
 def _backward(epsilon: float, residuals: Residuals, g: Array) -> tuple[Array, Array, Array]:
   del epsilon
   x, scale, mean, inverse = residuals
-  if x.ndim > 3:  # Heads: XLA would keep them for both passes in fp32 as well, and read that.
-    x = jax.lax.optimization_barrier(x)
+  x = _as_it_is(x)
   g = jnp.float32(g)
   normed = (jnp.float32(x) - mean) * inverse
   scaled = g * jnp.float32(scale)
@@ -69,6 +68,14 @@ def _backward(epsilon: float, residuals: Residuals, g: Array) -> tuple[Array, Ar
 
 
 normalize.defvjp(_forward, _backward)
+
+
+def _as_it_is(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  """Heads in their own precision: XLA would write them in fp32 besides, and read that.
+
+  Not where a forward pass is followed by a backward one, which it shares the copy with.
+  """
+  return jax.lax.optimization_barrier(x) if x.ndim > 3 else x
 
 
 def _sum_rows(x: Float32[Array, "b n *heads d"]) -> Float32[Array, "d"]:

@@ -60,7 +60,7 @@ def attention(
     blocks: the most that are taken.
     interpret: run as plain JAX operations, on any device, slowly.
   """
-  tokens, head_dim = q.shape[1], q.shape[-1]
+  tokens = q.shape[1]
   blocks = fitting(tokens, blocks)
   filling = -tokens % blocks.size
   last = np.iinfo(np.int32).max  # Sorts padding after the clips, and our own filling after both.
@@ -71,7 +71,7 @@ def attention(
     x = jnp.pad(x, ((0, 0), (0, filling), (0, 0), (0, 0)))
     return rearrange(x, "b n heads e -> b heads e n")
 
-  rows = by_head(q * head_dim**-0.5), by_head(k), by_head(v), ids
+  rows = by_head(q), by_head(k), by_head(v), ids
   out = _map(lambda *row: attend_row(*row, blocks, interpret), rows)
   return rearrange(out, "b heads e n -> b n heads e")[:, :tokens]
 
@@ -103,7 +103,7 @@ class Residuals(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_row(
-  q: Float[Array, "heads head_dim n"],  # Scaled.
+  q: Float[Array, "heads head_dim n"],
   k: Float[Array, "heads head_dim n"],
   v: Float[Array, "heads head_dim n"],
   ids: Int[Array, "n"],  # Never falling along the row.

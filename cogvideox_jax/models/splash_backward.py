@@ -24,6 +24,7 @@ from cogvideox_jax.models.splash_scores import (
   PLAIN,
   SUBLANES,
   product,
+  scaled,
   scores,
   spread,
 )
@@ -35,7 +36,7 @@ VECTOR_MEMORY = 60 * 2**20
 
 
 def backward(
-  q: Float[Array, "heads head_dim n"],  # Scaled.
+  q: Float[Array, "heads head_dim n"],
   k: Float[Array, "heads head_dim n"],
   v: Float[Array, "heads head_dim n"],
   ids: Int[Array, "n"],
@@ -204,9 +205,10 @@ def _kernel(
     def _() -> None:
       sum_ref[...] = jnp.zeros_like(sum_ref)
 
+    q, g = scaled(q_ref[...]), g_ref[...]
     for begin in range(0, block, compute):
       some = pl.ds(begin, compute)
-      q, k, v, g = q_ref[...], k_ref[:, some], v_ref[:, some], g_ref[...]
+      k, v = k_ref[:, some], v_ref[:, some]
       weights = jnp.exp(scores(q, k, q_ids_ref[:1], k_ids_ref[some, :]) - log_sum_ref[...])
       d_scores = ((product(v, g, FIRST) - mean_ref[...]) * weights).astype(q.dtype)
       dv_sum_ref[:, some] += product(g, weights.astype(q.dtype), LAST)
@@ -220,7 +222,7 @@ def _kernel(
       def _() -> None:
         send(query - 1).wait()
 
-      finished_ref[...] = sum_ref[...].astype(finished_ref.dtype)
+      finished_ref[...] = scaled(sum_ref[...]).astype(finished_ref.dtype)
       send(query).start()
 
   @pl.when(step == width - 1)

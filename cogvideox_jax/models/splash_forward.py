@@ -20,13 +20,14 @@ from cogvideox_jax.models.splash_scores import (
   PLAIN,
   SUBLANES,
   product,
+  scaled,
   scores,
   spread,
 )
 
 
 def forward(
-  q: Float[Array, "heads head_dim n"],  # Scaled.
+  q: Float[Array, "heads head_dim n"],
   k: Float[Array, "heads head_dim n"],
   v: Float[Array, "heads head_dim n"],
   ids: Int[Array, "n"],
@@ -115,9 +116,10 @@ def _kernel(
 
   @pl.when(start_ref[query] + step < stop_ref[query])
   def _() -> None:
+    q = scaled(q_ref[...])
     for begin in range(0, k_ref.shape[1], compute):
       some = pl.ds(begin, compute)
-      found = scores(q_ref[...], k_ref[:, some], q_ids_ref[:1], k_ids_ref[some, :])
+      found = scores(q, k_ref[:, some], q_ids_ref[:1], k_ids_ref[some, :])
       before = most_ref[...]
       most = jnp.maximum(before, found.max(0, keepdims=True))
       weights, kept = jnp.exp(found - most[:1]), jnp.exp(before - most)

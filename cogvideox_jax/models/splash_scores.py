@@ -26,8 +26,13 @@ def product(a: Array, b: Array, summed: tuple[tuple[int], tuple[int]]) -> Float3
   return jax.lax.dot_general(a, b, (summed, ((), ())), preferred_element_type=jnp.float32)
 
 
+def scaled(q: Float[Array, "head_dim q"]) -> Float[Array, "head_dim q"]:
+  """Here and not before: around an exchange of heads that would take a pass of its own."""
+  return q * q.shape[0] ** -0.5
+
+
 def scores(
-  q: Float[Array, "head_dim q"],
+  q: Float[Array, "head_dim q"],  # Scaled.
   k: Float[Array, "head_dim k"],
   q_ids: Int[Array, "1 q"],
   k_ids: Int[Array, "k lanes"],  # The same in every lane.
