@@ -47,7 +47,7 @@ def backward(
   compute: int,
   width: int,
   *,
-  interpret: bool,
+  interpret: bool | pltpu.InterpretParams,
   waiting: int = WAITING,
 ) -> tuple[
   Float[Array, "heads head_dim n"],
@@ -102,7 +102,7 @@ def _call(
   width: int,
   compute: int,
   dtype: Any,
-  interpret: bool,
+  interpret: bool | pltpu.InterpretParams,
 ) -> Any:
   """The gradients that the blocks of queries from `first` on give, `length` of them."""
   q = arrays[0]
