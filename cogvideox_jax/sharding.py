@@ -239,11 +239,6 @@ def row_shards(mesh: Mesh, rules: Rules) -> int:
   return _size(mesh, rules["rows"])
 
 
-def head_shards(mesh: Mesh, rules: Rules) -> int:
-  """Over how many devices the heads of a row are spread in attention."""
-  return _size(mesh, rules.get("tokens", ())) * _size(mesh, rules.get("heads", ()))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
   """Of an array that every device holds wholly."""
   return NamedSharding(mesh, PartitionSpec())

@@ -173,10 +173,6 @@ benchmarks/compile/ has the command of each line, its collectives and the rest o
 - Seconds: of one step; the cycles that the compiler estimates, and attention's FLOPs at .40 of the
   peak on v5e and v5p, .30 on v6e, .25 on tpu7x. Time spent waiting for other devices is not in it.
 - MFU: the model's FLOPs by that time, of the peak; so a ceiling.
-- Lines without seconds that fit were compiled before a mistake in the estimate was mended; their
-  sizes are those of older code, which took more. `make_sizes.py --again --only=NAME` renews one.
-- Lines without seconds that fit were compiled before a mistake in the estimate was mended; their
-  sizes are those of older code, which took more. `make_sizes.py --again --only=NAME` renews one.
 
 | config | program | pod | mesh | rows | state | total | fits | seconds | MFU |
 |---|---|---|---|---|---|---|---|---|---|"""
