@@ -1,5 +1,6 @@
 """Programs compiled for TPUs that are not there, and what is read from them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox_jax.aot import hlo, topology
+from cogvideox_jax.aot import fixes, hlo, topology
 from cogvideox_jax.aot.hlo import Traffic
 from cogvideox_jax.errors import UserError
 
@@ -141,6 +142,19 @@ def test_two_layers_of_the_2b_fit_a_small_pod():
   assert result["collectives"]["all-gather"]["count"] > 0
   assert result["estimated_from"] == "cycles"
   assert 0 < result["roofline_seconds"] < result["estimated_seconds"]
+
+
+def test_the_least_change_comes_first_where_it_is_enough():
+  config = importlib.import_module("configs.5b").get_config()
+  pod = topology.Topology("v6e:8x8", "v6e", (8, 8), slices=1, devices=[None] * 64)
+  limit, kept = pod.chip.hbm_bytes, 2 * 42 * 25_600 * 3072
+
+  def first(total):
+    return fixes.suggest(config, pod, "train", "stage1", state=2**30, total=total)[0]
+
+  assert first(limit + kept - 1).startswith("Set config.remat=attention: what the MLPs of the 42")
+  assert "6.2 GiB" in first(limit + 1)
+  assert "remat=attention" not in first(limit + kept)
 
 
 def test_the_5b_does_not_fit_one_small_chip_and_three_fixes_say_what_would():

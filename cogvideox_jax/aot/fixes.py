@@ -20,7 +20,7 @@ def suggest(
 
   state, total: bytes that the program wants on a device.
   """
-  found = _of_training(config, topology, stage, state) if program == "train" else []
+  found = _of_training(config, topology, stage, state, total) if program == "train" else []
   found += _of_chips(topology, total)
   if program != "train":
     found.append(
@@ -30,9 +30,19 @@ def suggest(
   return found[:3]
 
 
-def _of_training(config: ConfigDict, topology: Topology, stage: str, state: int) -> list[str]:
+def _of_training(
+  config: ConfigDict, topology: Topology, stage: str, state: int, total: int
+) -> list[str]:
   chip, sizes, devices = topology.chip, config.stages[stage], len(topology.devices)
+  width = config.model.heads * config.model.head_dim
+  tokens = sizes.row_tokens // sizes.context
+  kept = 2 * config.model.depth * tokens * width  # Of one array of each layer, in bfloat16.
   found = []
+  if config.remat == "branches" and total - kept < chip.hbm_bytes:
+    found.append(
+      f"Set config.remat=attention: what the MLPs of the {config.model.depth} layers add, "
+      f"{kept / GIB:.1f} GiB for each row that a device computes with, is computed again."
+    )
   if state > chip.hbm_bytes / 2:
     everywhere = state * devices
     for shape in _SHAPES[len(topology.shape)]:
@@ -53,9 +63,6 @@ def _of_training(config: ConfigDict, topology: Topology, stage: str, state: int)
       f"{sizes.row_tokens // sizes.context:,}."
     )
   if config.remat != "offload":
-    width = config.model.heads * config.model.head_dim
-    tokens = sizes.row_tokens // sizes.context
-    kept = 2 * config.model.depth * tokens * width
     found.append(
       f"Set config.remat=offload: the inputs of the {config.model.depth} layers, {kept / GIB:.1f} "
       "GiB for each row that a device computes with, wait in the host's memory."
