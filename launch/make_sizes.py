@@ -172,6 +172,7 @@ benchmarks/compile/ has the command of each line, its collectives and the rest o
   devices a chip.
 - Seconds: of one step; the cycles that the compiler estimates, and attention's FLOPs at .40 of the
   peak on v5e and v5p, .30 on v6e, .25 on tpu7x. Time spent waiting for other devices is not in it.
+  None where the program has a loop whose trips the compiler's text does not tell.
 - MFU: the model's FLOPs by that time, of the peak; so a ceiling.
 
 | config | program | pod | mesh | rows | state | total | fits | seconds | MFU |
