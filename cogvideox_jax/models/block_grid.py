@@ -35,6 +35,16 @@ def meeting(ids: Int[Array, "n"], block: int) -> Meeting:
   return Meeting(start, jnp.searchsorted(first, last, side="right"))
 
 
+def fetched(block: Any, step: Any, start: Any, stop: Any) -> Any:
+  """Which block a kernel is to fetch at a step of a block's loop; start, stop: as of Meeting.
+
+  A step that is skipped has what the next block begins with, so that it is there in time.
+  """
+  last = start.shape[0] - 1
+  at, following = start[block] + step, start[jnp.minimum(block + 1, last)]
+  return jnp.minimum(jnp.where(at < stop[block], at, following), last)
+
+
 def on_narrowest_grid(run: Callable[[int], Any], ids: Int[Array, "n"], block: int) -> Any:
   """`run` with the least of some widths that has room for every block's meetings."""
   blocks = len(ids) // block

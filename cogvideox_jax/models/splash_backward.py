@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
-from cogvideox_jax.models.block_grid import Meeting, meeting
+from cogvideox_jax.models.block_grid import Meeting, fetched, meeting
 from cogvideox_jax.models.splash_scores import (
   FIRST,
   LANES,
@@ -111,10 +111,7 @@ def _call(
   start, stop = (jnp.clip(x, first, first + length) for x in met)
 
   def query(head: Any, key: Any, step: Any, start: Any, stop: Any, *_: Any) -> Any:
-    # A skipped pair has what the next block of keys begins with, so that it is fetched in time.
-    at, following = start[key] + step, start[jnp.minimum(key + 1, blocks - 1)]
-    at = jnp.where(at < stop[key], at, following)
-    return head, 0, jnp.minimum(at, blocks - 1)
+    return head, 0, fetched(key, step, start, stop)
 
   def key(head: Any, key: Any, *_: Any) -> Any:
     return head, 0, key

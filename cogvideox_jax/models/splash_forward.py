@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
-from cogvideox_jax.models.block_grid import meeting
+from cogvideox_jax.models.block_grid import fetched, meeting
 from cogvideox_jax.models.splash_scores import (
   HIDDEN,
   LANES,
@@ -54,9 +54,7 @@ def forward(
     return head, 0, query
 
   def key(head: Any, query: Any, step: Any, start: Any, stop: Any) -> Any:
-    # A skipped pair has what the next block of queries begins with, so that it is fetched in time.
-    at, following = start[query] + step, start[jnp.minimum(query + 1, blocks - 1)]
-    return head, 0, jnp.where(at < stop[query], at, following)
+    return head, 0, fetched(query, step, start, stop)
 
   of_queries = pl.BlockSpec((None, head_dim, block), query)
   of_keys = pl.BlockSpec((None, head_dim, block), key)
