@@ -12,6 +12,7 @@ import pytest
 from cogvideox_jax.aot import fixes, hlo, topology
 from cogvideox_jax.aot.hlo import Traffic
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference.inputs import Size
 
 ROOT = Path(__file__).parent.parent
 KEYS = {
@@ -150,11 +151,25 @@ def test_the_least_change_comes_first_where_it_is_enough():
   limit, kept = pod.chip.hbm_bytes, 2 * 42 * 25_600 * 3072
 
   def first(total):
-    return fixes.suggest(config, pod, "train", "stage1", state=2**30, total=total)[0]
+    size = Size(49, 256, 384)
+    return fixes.suggest(config, pod, "train", "stage1", size, state=2**30, total=total)[0]
 
   assert first(limit + kept - 1).startswith("Set config.remat=attention: what the MLPs of the 42")
   assert "6.2 GiB" in first(limit + 1)
   assert "remat=attention" not in first(limit + kept)
+
+
+def test_frames_too_large_to_decode_whole_are_to_be_decoded_in_tiles():
+  config = importlib.import_module("configs.2b").get_config()
+  chip = topology.Topology("v5e:1x1", "v5e", (1, 1), slices=1, devices=[None])
+
+  def first(program, height, width):
+    size = Size(49, height, width)
+    return fixes.suggest(config, chip, program, "stage1", size, state=2**30, total=2**35)[0]
+
+  assert first("decode", 480, 720).startswith("Sample with --tiling: then 240x360 of the 480x720")
+  assert "--height=240 --width=360" in first("decode", 240, 368)
+  assert "tiling" not in first("decode", 240, 360) + first("encode", 480, 720)
 
 
 def test_the_5b_does_not_fit_one_small_chip_and_three_fixes_say_what_would():

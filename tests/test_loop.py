@@ -131,6 +131,10 @@ def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
   assert ends[0]["digest"] == ends[1]["digest"]
 
 
+def test_what_is_computed_again_may_change(inputs, finished):
+  assert loop.train(make_config(inputs, remat="full"), finished) == 0
+
+
 def test_a_finished_run_is_left_as_it_is(inputs, finished):
   digests = (finished / "checkpoints" / "6" / "digests.json").read_text()
   assert loop.train(make_config(inputs), finished) == 0

@@ -5,6 +5,8 @@ import math
 from ml_collections import ConfigDict
 
 from cogvideox_jax.aot.topology import CHIPS, GIB, Topology
+from cogvideox_jax.inference.inputs import Size
+from cogvideox_jax.training import setup
 
 # Shapes of pods in rising size, of two axes (v5e, v6e) and of three.
 _SHAPES = {
@@ -14,13 +16,23 @@ _SHAPES = {
 
 
 def suggest(
-  config: ConfigDict, topology: Topology, program: str, stage: str, state: int, total: int
+  config: ConfigDict,
+  topology: Topology,
+  program: str,
+  stage: str,
+  size: Size,
+  state: int,
+  total: int,
 ) -> list[str]:
   """Three, those that change least first.
 
+  size: of the largest clip.
   state, total: bytes that the program wants on a device.
   """
-  found = _of_training(config, topology, stage, state, total) if program == "train" else []
+  if program == "train":
+    found = _of_training(config, topology, stage, state, total)
+  else:
+    found = _of_tiles(config, program, size)
   found += _of_chips(topology, total)
   if program != "train":
     found.append(
@@ -28,6 +40,17 @@ def suggest(
       f"holds beside its parameters, which is {(total - state) / GIB:.1f} GiB now."
     )
   return found[:3]
+
+
+def _of_tiles(config: ConfigDict, program: str, size: Size) -> list[str]:
+  height, width = (side.pixels for side in setup.vae_config(config).tiling)
+  if program != "decode" or (size.height <= height and size.width <= width):
+    return []
+  advice = (
+    f"Sample with --tiling: then {height}x{width} of the {size.height}x{size.width} pixels are "
+    f"decoded at a time, which compiles with --height={height} --width={width}."
+  )
+  return [advice]
 
 
 def _of_training(

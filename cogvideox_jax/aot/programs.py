@@ -47,7 +47,7 @@ class Program(NamedTuple):
 
   name: str
   stage: str
-  size: tuple[int, int, int]  # num_frames, height, width.
+  size: Size  # Of the largest clip.
   mesh: Mapping[str, int]  # Devices along each axis.
   rows: int  # Of one step, on all devices: packed rows, halves of guidance, or clips.
   parts: Sequence[Part]
@@ -122,7 +122,7 @@ def sample_program(config: ConfigDict, topology: Topology, size: Size) -> Progra
   Parameters are in bfloat16, as most published ones are, and whole on each device.
   """
   model, vae = setup.model_config(config), setup.vae_config(config)
-  check_size(size, model, vae)
+  check_size(size, vae, model.patch)
   rows = 2  # The halves of guidance.
   spread = denoising.spread(rows, topology.devices)
   shapes = jax.eval_shape(
@@ -173,7 +173,7 @@ def vae_program(config: ConfigDict, topology: Topology, name: str, size: Size) -
   VAE is on each device.
   """
   sizes = setup.vae_config(config)
-  check_size(size, setup.model_config(config), sizes)
+  check_size(size, sizes)
   graph = graph_of(vae.VAE, sizes)
   mesh, rules = sharding.mesh_of_rows(len(topology.devices), topology.devices), encoders.RULES
   shapes = jax.eval_shape(lambda: nnx.split(vae.VAE(sizes, rngs=nnx.Rngs(0)))[1])

@@ -124,7 +124,7 @@ def as_object(
   rest = costs.cycles / chip.clock if costs else program.linear_flops / (devices * chip.peak)
   compute = program.model_flops / (devices * chip.peak)
   state = programs.bytes_per_device(program.state)
-  wanted = (config, topology, program.name, program.stage, state, memory.total)
+  wanted = (config, topology, program.name, program.stage, program.size, state, memory.total)
   num_frames, height, width = program.size
   return {
     "program": program.name,

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cogvideox_jax.inference.inputs import Size
 from cogvideox_jax.models.dit import DiTConfig
 
 FORWARD_PRODUCTS = 2  # Of tokens x tokens in attention: scores, and the weighted sum.
@@ -25,9 +26,9 @@ def clip_tokens(model: DiTConfig, num_frames: int, height: int, width: int) -> i
   )
 
 
-def longest_clip(model: DiTConfig, stage: ConfigDict) -> tuple[int, int, int]:
-  """(num_frames, height, width) of the stage's clips with the most tokens."""
-  sizes = [(max(stage.durations), height, width) for height, width in stage.sizes]
+def longest_clip(model: DiTConfig, stage: ConfigDict) -> Size:
+  """Of the stage's clips with the most tokens."""
+  sizes = [Size(max(stage.durations), height, width) for height, width in stage.sizes]
   return max(sizes, key=lambda size: clip_tokens(model, *size))
 
 

@@ -139,8 +139,8 @@ def call_back(
   return jnp.asarray(arrays["latents"]), jnp.stack(halves)
 
 
-def check_size(size: Size, model: DiTConfig, vae: VAEConfig) -> None:
-  """Raises UserError for a size that the VAE and the patches cannot hold."""
+def check_size(size: Size, vae: VAEConfig, patch: Sequence[int] = (1, 1, 1)) -> None:
+  """Raises UserError for a size that the VAE, and the transformer's patches, cannot hold."""
   step = vae.temporal_compression
   frames = size.num_frames
   if frames < 1 or (frames - 1) % step:
@@ -149,13 +149,14 @@ def check_size(size: Size, model: DiTConfig, vae: VAEConfig) -> None:
       f"num_frames={frames}: the VAE keeps the first frame and compresses the others {step} at a "
       f"time,\nso it must be {step}k + 1. The nearest are {lower} and {lower + step}."
     )
-  for name, patch in (("height", model.patch[1]), ("width", model.patch[2])):
-    value, multiple = getattr(size, name), vae.spatial_compression * patch
+  for name, side in (("height", patch[1]), ("width", patch[2])):
+    value, multiple = getattr(size, name), vae.spatial_compression * side
     if value < multiple or value % multiple:
       lower = max(value // multiple, 1) * multiple
+      times = f" times the patch's {side}" if side > 1 else ""
       raise UserError(
         f"{name}={value}: must be a multiple of {multiple} pixels (the VAE's "
-        f"{vae.spatial_compression} times the patch's {patch}).\n"
+        f"{vae.spatial_compression}{times}).\n"
         f"The nearest are {lower} and {lower + multiple}."
       )
 

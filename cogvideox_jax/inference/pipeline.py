@@ -246,7 +246,7 @@ class Pipeline(Adapters):
     """The size asked for, num_frames, height and width, checked; the model's where it is None."""
     pairs = zip(given, self.default_size, strict=True)
     size = Size(*(default if value is None else value for value, default in pairs))
-    inputs.check_size(size, self.config, self.vae_config)
+    inputs.check_size(size, self.vae_config, self.config.patch)
     if self.config.learned_positions and size != self.default_size:
       raise UserError(
         f"This transformer has learned positions, which fix its videos to "

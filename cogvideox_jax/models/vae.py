@@ -85,9 +85,11 @@ class Carry:
   def extend(self, x: Float[Array, "b f h w c"], count: int) -> Float[Array, "b f2 h w c"]:
     """Puts the `count` frames before x in front of it: at the first chunk, its first, repeated."""
     before = jnp.repeat(x[:, :1], count, axis=1) if self._frames is None else next(self._frames)
-    x = jnp.concatenate([before, x], axis=1)
-    self._kept.append(x[:, -count:])
-    return x
+    kept = jnp.concatenate([before, x], axis=1)[:, -count:]
+    # Taken before anything is made of x: a compiler that puts it off keeps all of x meanwhile.
+    x, kept = jax.lax.optimization_barrier((x, kept))
+    self._kept.append(kept)
+    return jnp.concatenate([before, x], axis=1)
 
   @property
   def kept(self) -> Frames:
@@ -192,21 +194,22 @@ class DecoderNorm(nnx.Module):
   def __call__(
     self, x: Float[Array, "b f h w c"], z: Float[Array, "b f2 h2 w2 z"]
   ) -> Float[Array, "b f h w c"]:
-    # The reference resizes z first; a 1x1x1 convolution of repeated values is the same, dearer.
-    scale, shift = (resize_like(layer(z), x) for layer in (self.scale, self.shift))
+    # The reference resizes z first. A 1x1x1 convolution of repeated values is the same, dearer: so
+    # rows, which all hardware repeats for nothing as it multiplies and adds, come after it.
+    z = _repeat(_resize_frames(z, x.shape[1]), x.shape[3], 3)
+    scale, shift = (_repeat(layer(z), x.shape[2], 2) for layer in (self.scale, self.shift))
     return self.norm(x) * scale + shift
 
 
-def resize_like(z: Float[Array, "b f2 h2 w2 c"], x: Array) -> Float[Array, "b f h w c"]:
-  """Nearest-neighbour resize of z to x's frames and size; a first frame of its own stays alone."""
-  z = _repeat(_repeat(z, x.shape[2], 2), x.shape[3], 3)
-  frames = x.shape[1]
+def _resize_frames(z: Float[Array, "b f2 h w z"], frames: int) -> Float[Array, "b f h w z"]:
+  """Nearest-neighbour resize in time; the first of an odd number of frames stays alone."""
   if frames > 1 and frames % 2:
     return jnp.concatenate([z[:, :1], _repeat(z[:, 1:], frames - 1, 1)], axis=1)
   return _repeat(z, frames, 1)
 
 
 def _repeat(x: Array, size: int, axis: int) -> Array:
+  """Nearest-neighbour resize of one axis."""
   return jnp.repeat(x, size // x.shape[axis], axis)
 
 
@@ -239,8 +242,8 @@ class Downsample(nnx.Module):
   def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f2 h2 w2 c"]:
     if self.compress_time:
       alone = x.shape[1] % 2
-      pairs = rearrange(x[:, alone:], "b (f two) h w c -> b f two h w c", two=2)
-      x = jnp.concatenate([x[:, :alone], pairs.mean(axis=2)], axis=1)
+      pairs = (x[:, alone::2] + x[:, alone + 1 :: 2]) / 2
+      x = jnp.concatenate([x[:, :alone], pairs], axis=1)
     return self.conv(x)
 
 
@@ -357,13 +360,13 @@ PLANS = {
 }
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
 def encode_chunk(graphdef, params, x, frames):
   carry = Carry(frames)
   return nnx.merge(graphdef, params).encoder(x, carry), carry.kept
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode_chunk(graphdef, params, z, frames):
   carry = Carry(frames)
   return nnx.merge(graphdef, params).decoder(z, carry), carry.kept

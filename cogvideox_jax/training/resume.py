@@ -13,7 +13,7 @@ from cogvideox_jax.errors import UserError
 
 NAME, MIXTURE = "config.json", "mixture.json"
 DIGESTS = "data_digests"  # In that file, beside the config's keys.
-# Keys that do not change what is trained, or whose change is compared by other means.
+# Keys that do not change what is trained beyond rounding, or are compared by other means.
 FREE = (
   "log_every",
   "checkpoint",
@@ -21,6 +21,7 @@ FREE = (
   "mesh",
   "sharding",
   "cpu_devices",
+  "remat",
   "data.path",
   "data.mixture",
 )
