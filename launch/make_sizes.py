@@ -71,6 +71,9 @@ CASES = (
     program="sample",
     flags=("--num_frames=81", "--height=768", "--width=1360"),
   ),
+  *(Case("2b", "v6e:1x1", program=program) for program in ("decode", "encode")),
+  Case("2b", "v5e:1x1", program="decode"),
+  Case("2b", "v5e:1x1", program="decode", flags=("--height=240", "--width=360"), tag="tile"),
   *(Case(config, "v5p:4x4x8", 3) for config in ("2b", "5b", "1_5_5b")),
   *(
     Case(config, topology, 2, flags=flags)
@@ -166,12 +169,13 @@ HEAD = """\
 Made by `python launch/make_sizes.py` from what the TPU compiler says; nothing was run on a TPU.
 benchmarks/compile/ has the command of each line, its collectives and the rest of what was said.
 
-- Rows: of the global batch; in sampling, the two halves of guidance.
+- Rows: of the global batch; in sampling, the two halves of guidance; clips to encode or decode.
 - State and total: GiB on each device, of those that the compiler lets a program use. State is
-  fp32 parameters, average and moments; in sampling, the parameters in bfloat16. tpu7x has two
-  devices a chip.
-- Seconds: of one step; the cycles that the compiler estimates, and attention's FLOPs at .40 of the
-  peak on v5e and v5p, .30 on v6e, .25 on tpu7x. Time spent waiting for other devices is not in it.
+  fp32 parameters, average and moments; in sampling, the parameters in bfloat16; the VAE's in fp32.
+  tpu7x has two devices a chip.
+- Seconds: of one step, or of a whole clip to encode or decode; the cycles that the compiler
+  estimates, and attention's FLOPs at .40 of the peak on v5e and v5p, .30 on v6e, .25 on tpu7x. Time
+  spent waiting for other devices is not in it.
   None where the program has a loop whose trips the compiler's text does not tell.
 - MFU: the model's FLOPs by that time, of the peak; so a ceiling.
 

@@ -52,6 +52,21 @@ def test_in_bfloat16_sums_are_in_float32():
     assert error < 1e-2  # A bfloat16 has 8 bits; sums of 1,000 of them in it would be 10% off.
 
 
+@pytest.mark.parametrize("offset", [0.0, 8.0, 100.0])
+def test_far_from_0_bfloat16_is_normed_as_well_as_its_digits_allow(offset):
+  x = jnp.asarray(drawn(200, 3072, offset=offset)).astype(jnp.bfloat16)
+  norm = LayerNorm(3072, EPSILON, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  wide = torch.from_numpy(np.asarray(x, np.float32))
+  expected = torch.nn.functional.layer_norm(wide, (3072,), eps=EPSILON).numpy()
+  np.testing.assert_allclose(np.float32(norm(x)), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_equal_numbers_are_normed_to_zero_in_bfloat16():
+  x = jnp.full((3, 3072), 777, jnp.bfloat16)
+  norm = LayerNorm(3072, EPSILON, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  assert jnp.abs(norm(x)).max() < 1e-2
+
+
 def test_its_statistics_can_be_saved_by_name():
   x = jnp.asarray(drawn(2, 5, 16))
   norm = LayerNorm(16, EPSILON, dtype=jnp.float32, rngs=nnx.Rngs(0))

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from cogvideox_jax.models import positions
 from cogvideox_jax.models.layer_norm import STATISTICS, LayerNorm
-from cogvideox_jax.models.layers import EPSILON, LINEAR, MLP_OUT, Attention, Block, per_token
+from cogvideox_jax.models.layers import EPSILON, LINEAR, MLP_OUT, Attention, Block
+from cogvideox_jax.models.modulation import per_token
 from cogvideox_jax.types import TEXT
 
 # What a block's backward pass finds saved of the forward pass, by name; the rest is computed again.
@@ -188,19 +189,20 @@ class DiT(nnx.Module):
     Args:
       vision: noised patches, in front of an image's if it `takes_image`; whatever stands at text
         tokens is not read.
-      time: each segment's timestep, as `timestep_sinusoid` of the transformer's width.
+      time: each segment's timestep, as `timestep_sinusoid` of the transformer's width; padding,
+        segment 0, is modulated as some clip.
       attention: function of query, key, value [b n heads head_dim] and segment_ids.
       ofs: read by models with an ofs_width only.
     """
-    time = self.time_out(nnx.silu(self.time_in(time.astype(self.dtype))))
+    time = self.time_out(nnx.silu(self.time_in(time[:, 1:].astype(self.dtype))))
     if self.config.ofs_width:
       sinusoid = timestep_sinusoid(jnp.asarray(ofs), self.config.ofs_width).astype(self.dtype)
       time = time + self.ofs_out(nnx.silu(self.ofs_in(sinusoid)))
     x = self._embed(vision, text, segment_ids, experts, coordinates, grids)
     rotary = self._rotary(segment_ids, experts, coordinates, grids)
     x = self._run_blocks(x, time, segment_ids, experts, rotary, attention)
-    tables = rearrange(self.out_modulation(nnx.silu(time)), "b s (m d) -> m b s d", m=2)
-    shift, scale = per_token(tables, segment_ids)
+    tables = rearrange(self.out_modulation(nnx.silu(time)), "b clips (m d) -> m b clips d", m=2)
+    shift, scale = (per_token(table, segment_ids - 1) for table in tables)
     return self.out(self.out_norm(self.final_norm(x)) * (1 + scale) + shift)
 
   def _embed(self, vision, text, segment_ids, experts, coordinates, grids) -> Float[Array, "b n d"]:

@@ -6,7 +6,6 @@ Text and vision tokens live in one row and share every weight but their modulati
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -14,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from cogvideox_jax.models.layer_norm import LayerNorm
+from cogvideox_jax.models.modulation import per_token
 from cogvideox_jax.models.positions import rotate
 
 Attention = Callable[..., Float[Array, "b n heads head_dim"]]
@@ -40,30 +40,18 @@ class ExpertAdaLayerNorm(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "b n d"],
-    time: Float[Array, "b s e"],
+    time: Float[Array, "b clips e"],
     segment_ids: Int[Array, "b n"],
     experts: Int[Array, "b n"],
   ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
     """Returns the modulated tokens, and the gate for the branch they are about to enter."""
     tables = rearrange(
-      self.modulation(nnx.silu(time)), "b s (two m d) -> m b (s two) d", two=2, m=3
+      self.modulation(nnx.silu(time)), "b clips (two m d) -> m b (clips two) d", two=2, m=3
     )
-    shift, scale, gate = per_token(tables, 2 * segment_ids + experts)
+    index = 2 * (segment_ids - 1) + experts
+    shift, scale, gate = (per_token(table, index) for table in tables)
     # Stands once in memory: XLA would make it anew for each tile of the product that takes it.
     return jax.lax.optimization_barrier(self.norm(x) * (1 + scale) + shift), gate
-
-
-def per_token(
-  tables: Float[Array, "m b rows d"], index: Int[Array, "b n"]
-) -> list[Float[Array, "b n d"]]:
-  """Each token's row of several small tables, of the same values bit by bit.
-
-  As products with ones and zeros, for matrix units: the gradient of a lookup would be added up one
-  token after the other.
-  """
-  chosen = jax.nn.one_hot(index, tables.shape[2], dtype=tables.dtype)
-  exact = jax.lax.Precision.HIGHEST
-  return [jnp.einsum("bnr,brd->bnd", chosen, table, precision=exact) for table in tables]
 
 
 def _named(x: Array) -> Array:
@@ -128,7 +116,7 @@ class Block(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "b n d"],
-    time: Float[Array, "b s e"],
+    time: Float[Array, "b clips e"],
     segment_ids: Int[Array, "b n"],
     experts: Int[Array, "b n"],
     rotary: RotaryTable | None,
