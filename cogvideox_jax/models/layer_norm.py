@@ -18,7 +18,7 @@ STATISTICS = "statistics"  # The name of mean and size of what is normed, for re
 
 
 class LayerNorm(nnx.Module):
-  """Over the last axis, as torch's: all sums are in fp32, and in fp32 the variance about the mean."""
+  """Over the last axis, as torch's: sums are in fp32, the variance of fp32 is about the mean."""
 
   def __init__(self, width: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
     del rngs  # It starts as the plain norm.
