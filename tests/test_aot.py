@@ -12,7 +12,8 @@ import pytest
 from cogvideox_jax.aot import fixes, hlo, topology
 from cogvideox_jax.aot.hlo import Traffic
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference.inputs import Size
+from cogvideox_jax.inference.inputs import Size, check_size
+from cogvideox_jax.models.vae import VAEConfig
 
 ROOT = Path(__file__).parent.parent
 KEYS = {
@@ -170,6 +171,14 @@ def test_frames_too_large_to_decode_whole_are_to_be_decoded_in_tiles():
   assert first("decode", 480, 720).startswith("Sample with --tiling: then 240x360 of the 480x720")
   assert "--height=240 --width=360" in first("decode", 240, 368)
   assert "tiling" not in first("decode", 240, 360) + first("encode", 480, 720)
+
+
+def test_the_vae_alone_takes_sizes_that_no_patch_divides():
+  check_size(Size(49, 240, 360), VAEConfig())
+  with pytest.raises(UserError, match=r"width=364: .* multiple of 8 .*\n.* 360 and 368"):
+    check_size(Size(49, 240, 364), VAEConfig())
+  with pytest.raises(UserError, match=r"width=360: .* multiple of 16 .* patch's 2"):
+    check_size(Size(49, 240, 360), VAEConfig(), patch=(1, 2, 2))
 
 
 def test_the_5b_does_not_fit_one_small_chip_and_three_fixes_say_what_would():

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 # Rows of the clips of a row that has one: its text's and its vision's.
 ONE_CLIP = 2
+_EXACT = jax.lax.Precision.HIGHEST
 
 
 @jax.custom_vjp
@@ -22,9 +23,6 @@ def per_token(table: Float[Array, "b rows d"], index: Int[Array, "b n"]) -> Floa
   for row in range(1, table.shape[1]):
     found = jnp.where(index[..., None] == row, table[:, row : row + 1], found)
   return jnp.broadcast_to(found, (*index.shape, table.shape[2]))
-
-
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 def _forward(table: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:

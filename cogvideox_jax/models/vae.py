@@ -194,8 +194,9 @@ class DecoderNorm(nnx.Module):
   def __call__(
     self, x: Float[Array, "b f h w c"], z: Float[Array, "b f2 h2 w2 z"]
   ) -> Float[Array, "b f h w c"]:
-    # The reference resizes z first. A 1x1x1 convolution of repeated values is the same, dearer: so
-    # rows, which all hardware repeats for nothing as it multiplies and adds, come after it.
+    # The reference resizes z first; a 1x1x1 convolution of repeated values is the same, dearer. So
+    # it comes before rows are repeated, which XLA does as it multiplies and adds. Along a row TPUs
+    # would write all of scale and shift to memory: there the few channels of z are repeated.
     z = _repeat(_resize_frames(z, x.shape[1]), x.shape[3], 3)
     scale, shift = (_repeat(layer(z), x.shape[2], 2) for layer in (self.scale, self.shift))
     return self.norm(x) * scale + shift
