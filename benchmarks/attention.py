@@ -3,13 +3,13 @@
 python benchmarks/attention.py --json
 python benchmarks/attention.py --json --compile
 
-Counts the blocks of scores that the kernel runs, in rows of benchmarks/mix.py, with the blocks that
-training uses: of those in the row, and of those needed (the sum of the clips' squared lengths over
-a block's area). The top-level figures are for 75k tokens.
+Counts the scores that the kernels run, in rows of benchmarks/mix.py, with the blocks that training
+uses on a v6e: of those in the row, and of those needed (the sum of the clips' squared lengths). The
+top-level figures are the forward kernel's for 75k tokens.
 
 With --compile, for TPUs that need not be here: the compiler (libtpu 0.0.52) schedules the kernels,
-and its listing tells how many bundles of instructions, one a cycle, a pair of blocks takes, run or
-skipped. With them `cost` says how many times longer the mix's attention takes than if exactly the
+and its listing tells how many bundles of instructions, one a cycle, each case of a pair of blocks
+takes. With them `cost` says how many times longer the mix's attention takes than if exactly the
 needed scores ran, at the pace of the best blocks, with nothing skipped. Stalls are not in it. JAX's
 splash kernels are compiled beside ours, in blocks of 1024.
 """
@@ -18,9 +18,8 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +31,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from mix import ROWS, token_counts
 
 from cogvideox_jax.data import packing
-from cogvideox_jax.models import block_grid, splash
+from cogvideox_jax.models import block_grid, splash, splash_forward
 
 TOP = 75_776
-BLOCK = splash.BLOCKS["TPU v5"]  # All are of the same size.
+BLOCKS_OF_TRAINING = splash.BLOCKS["TPU v6 lite"]
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 # Tokens of a block, and of the keys that each kernel takes at a time.
 BLOCKS = tuple(
@@ -55,6 +54,29 @@ KERNEL = re.compile(r"(splash_mha_[a-z]+|attention_[a-z]+).*-final_bundles\.txt$
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s*(LB|PF)?")
 
 
+class Cut(NamedTuple):
+  """How a kernel cuts a row, in tokens: blocks of its outer and inner loop, and parts of keys."""
+
+  outer: int
+  inner: int
+  part: int
+  ways: int  # In how many it may compute scores: of each it has code of its own.
+
+  @property
+  def parts(self) -> int:
+    """Of a block of keys."""
+    return max(self.outer, self.inner) // self.part
+
+
+def cuts(blocks: splash.Blocks, tokens: int) -> dict[str, Cut]:
+  """By kernel."""
+  keys = splash_forward.block_of_keys(tokens, blocks.size)
+  return {
+    "attention_forward": Cut(blocks.size, keys, blocks.forward, 2),
+    "attention_backward": Cut(blocks.size, blocks.size, blocks.backward, 1),
+  }
+
+
 def mix_rows(clips: int, tokens: int, most: int) -> list[np.ndarray]:
   """The lengths of the clips in each row."""
   lengths = token_counts(clips)
@@ -65,45 +87,71 @@ def mix_rows(clips: int, tokens: int, most: int) -> list[np.ndarray]:
 
 def segment_ids(lengths: np.ndarray, tokens: int) -> np.ndarray:
   """As the kernel sees them: padding sorts last."""
-  last = np.iinfo(np.int32).max
-  ids = np.append(np.repeat(np.arange(1, len(lengths) + 1), lengths), [])
-  return np.pad(ids, (0, tokens - len(ids)), constant_values=last).astype(np.int32)
+  ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+  return np.pad(ids, (0, tokens - len(ids)), constant_values=len(lengths) + 1).astype(np.int32)
 
 
-@partial(jax.jit, static_argnames="block")
-def blocks_run(ids: jax.Array, block: int) -> jax.Array:
-  met = block_grid.meeting(ids, block)
-  return (met.stop - met.start).sum()
+def count_pairs(ids: np.ndarray, cut: Cut) -> np.ndarray:
+  """Pairs of blocks that are of one segment, and parts of the others that run.
+
+  Keys are the inner blocks, or as large as these.
+  """
+  queries = block_grid.edges(ids, cut.outer, cut.outer)
+  keys, parts = (block_grid.edges(ids, size, cut.inner) for size in (cut.inner, cut.part))
+
+  def overlap(some: block_grid.Edges) -> np.ndarray:
+    first, last = (np.asarray(x)[:, None] for x in queries)
+    return (np.asarray(some.first) <= last) & (first <= np.asarray(some.last))
+
+  first, last = (np.asarray(x) for x in keys)
+  alone = overlap(keys) & (queries.first == queries.last)[:, None] & (first == last)
+  others = overlap(parts) & ~np.repeat(alone, cut.inner // cut.part, axis=1)
+  return np.array([alone.sum(), others.sum()])
 
 
-def count_blocks(rows: list[np.ndarray], tokens: int, block: int) -> dict[str, Any]:
-  """The mean row's pairs of blocks, and how many of them run and are needed."""
-  tokens += -tokens % block
-  run = sum(int(blocks_run(segment_ids(row, tokens), block)) for row in rows)
+def count(rows: list[np.ndarray], tokens: int, cut: Cut) -> dict[str, float]:
+  """What the mean row has: scores run, in the row and needed, and steps of a kernel by kind."""
+  tokens += -tokens % cut.outer
+  alone, parts = np.mean([count_pairs(segment_ids(row, tokens), cut) for row in rows], axis=0)
   needed = sum(float(np.square(row, dtype=np.float64).sum()) for row in rows)
   return {
-    "block": block,
-    "run": run / len(rows),
-    "row": (tokens // block) ** 2,
-    "needed": needed / block**2 / len(rows),
+    "alone": alone,
+    "parts": parts,
+    "blocks": tokens // cut.outer,
+    "steps": tokens // cut.outer * -(-tokens // cut.inner),
+    "run": cut.outer * (cut.inner * alone + cut.part * parts),
+    "row": tokens**2,
+    "needed": needed / len(rows),
   }
 
 
-def grid(clips: int, tokens: int) -> dict[str, Any]:
+def grid(clips: int, tokens: int) -> list[dict[str, Any]]:
   rows = mix_rows(clips, tokens, most=200)
-  counts = count_blocks(rows, tokens, splash.fitting(tokens, BLOCK).size)
-  return {
-    "row_tokens": tokens,
-    "rows": len(rows),
-    "clips_a_row": sum(map(len, rows)) / len(rows),
-    **counts,
-    "run_of_row": counts["run"] / counts["row"],
-    "run_of_needed": counts["run"] / counts["needed"],
-  }
+  results = []
+  for name, cut in cuts(splash.fitting(tokens, BLOCKS_OF_TRAINING), tokens).items():
+    counts = count(rows, tokens, cut)
+    results.append(
+      {
+        "row_tokens": tokens,
+        "kernel": name,
+        "rows": len(rows),
+        "clips_a_row": sum(map(len, rows)) / len(rows),
+        **cut._asdict(),
+        **counts,
+        "run_of_row": counts["run"] / counts["row"],
+        "run_of_needed": counts["run"] / counts["needed"],
+      }
+    )
+  return results
 
 
-def read_cycles(listing: str) -> dict[str, int]:
-  """Bundles of a pair of blocks that runs, of every pair, of every block of the outer loop."""
+def read_cycles(listing: str, parts: int, ways: int) -> dict[str, int]:
+  """Bundles of a pair of blocks, by the first way of those that a kernel has.
+
+  Of one that is of a segment alone, of a part of another, of every pair, run or not, and of every
+  block of the outer loop. A kernel has code for the first, then for each part, and that for each
+  way; parts: 0 where it knows no parts.
+  """
   loop, last, opened, regions = 0, 0, [], []
   for line in listing.splitlines():
     found = BUNDLE.match(line)
@@ -116,13 +164,23 @@ def read_cycles(listing: str) -> dict[str, int]:
       regions.append((opened.pop(), last))
     if "sbr.rel" in line and "target = $region" in line:
       opened.append(last)
-  # The run is the longest that does not hold one of half its length; what stands beside it only the
+  # A region that mostly holds others is not one of products. What stands beside these only the
   # first and the last pair of a block do.
-  whole, *others = sorted(regions, key=lambda region: region[0] - region[1])
-  begin, end = next((o for o in others if 2 * (o[1] - o[0]) > whole[1] - whole[0]), whole)
-  ends = sum(b - a for a, b in others if b <= begin or a >= end)
-  run = end - begin
-  return {"run": run, "each": last - loop - run - ends, "ends": ends}
+  bodies = [one for one in regions if 2 * _within(one, regions) < one[1] - one[0]]
+  bodies = sorted(sorted(bodies, key=lambda one: one[0] - one[1])[: ways * (1 + parts)])
+  alone, *of_parts = (end - begin for begin, end in bodies[: 1 + parts])
+  ends = sum(b - a for a, b in regions if all(b <= c or d <= a for c, d in bodies))
+  return {
+    "alone": alone,
+    "part": sum(of_parts) // max(1, parts),
+    "each": last - loop - sum(end - begin for begin, end in bodies) - ends,
+    "ends": ends,
+  }
+
+
+def _within(one: tuple[int, int], regions: list[tuple[int, int]]) -> int:
+  """How much of a region is of others inside it, those inside of these counted again."""
+  return sum(b - a for a, b in regions if one != (a, b) and one[0] <= a and b <= one[1])
 
 
 def ours(blocks: splash.Blocks) -> Callable[..., jax.Array]:
@@ -143,7 +201,9 @@ def jaxs(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
   return attend(*(x.swapaxes(1, 2) for x in (q, k, v)), peer.SegmentIds(ids, ids))
 
 
-def compile_kernels(device: Any, attend: Callable[..., jax.Array], folder: Path) -> Any:
+def compile_kernels(
+  device: Any, attend: Callable[..., jax.Array], cut: dict[str, Cut], folder: Path
+) -> Any:
   """Cycles of each kernel, forward and backward; what the compiler says where they fail."""
   place = jax.sharding.SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((HEADS, HEAD_DIM, TOKENS), jnp.bfloat16, sharding=place)
@@ -160,17 +220,16 @@ def compile_kernels(device: Any, attend: Callable[..., jax.Array], folder: Path)
     return str(error).splitlines()[0]
   listings = [(found[1], path) for path in folder.iterdir() if (found := KERNEL.search(path.name))]
   return {
-    name: read_cycles(path.read_text()) for name, path in listings if "analysis" not in path.name
+    name: read_cycles(path.read_text(), *((cut[name].parts, cut[name].ways) if cut else (0, 1)))
+    for name, path in listings
+    if "analysis" not in path.name
   }
 
 
-def cycles_of_row(kernels: dict[str, Any], counts: dict[str, Any], tokens: int) -> float:
-  """Of the mean row and one head, all kernels together, on a grid as wide as the row."""
-  outer = tokens / counts["block"]
-  return sum(
-    counts["run"] * cycles["run"] + counts["row"] * cycles["each"] + outer * cycles["ends"]
-    for cycles in kernels.values()
-  )
+def cycles_of_row(cycles: dict[str, int], counts: dict[str, float]) -> float:
+  """Of the mean row, one head and one kernel, on a grid as wide as the row."""
+  of_pairs = counts["alone"] * cycles["alone"] + counts["parts"] * cycles["part"]
+  return of_pairs + counts["steps"] * cycles["each"] + counts["blocks"] * cycles["ends"]
 
 
 def compile_all(topology: str, clips: int, folder: Path) -> list[dict[str, Any]]:
@@ -178,19 +237,24 @@ def compile_all(topology: str, clips: int, folder: Path) -> list[dict[str, Any]]
   rows = mix_rows(clips, TOP, most=50)
   results = []
   for blocks in BLOCKS:
-    kernels = compile_kernels(device, ours(blocks), folder)
+    cut = cuts(blocks, TOKENS)
+    kernels = compile_kernels(device, ours(blocks), cut, folder)
     result = {"topology": topology, "blocks": blocks, "kernels": kernels}
     if isinstance(kernels, dict):
-      counts = count_blocks(rows, TOP, blocks.size)
-      area = counts["needed"] * blocks.size**2
-      result["pace"] = sum(kernel["run"] for kernel in kernels.values()) / blocks.size**2
-      result["cycles_a_needed_score"] = cycles_of_row(kernels, counts, TOP) / area
+      counts = {name: count(rows, TOP, of_kernel) for name, of_kernel in cut.items()}
+      result["pace"] = sum(
+        kernel["alone"] / cut[name].outer / cut[name].inner for name, kernel in kernels.items()
+      )
+      result["cycles_a_needed_score"] = sum(
+        cycles_of_row(kernel, counts[name]) / counts[name]["needed"]
+        for name, kernel in kernels.items()
+      )
     results.append(result)
   best = min(result["pace"] for result in results if "pace" in result)
   for result in results:
     if "pace" in result:
       result["cost"] = result["cycles_a_needed_score"] / best
-  results.append({"topology": topology, "jax": compile_kernels(device, jaxs, folder)})
+  results.append({"topology": topology, "jax": compile_kernels(device, jaxs, {}, folder)})
   print(*results, sep="\n", flush=True)
   return results
 
@@ -201,7 +265,8 @@ def main() -> None:
   parser.add_argument("--compile", action="store_true", help="for TPUs; about five minutes")
   args = parser.parse_args()
   grids = {tokens: grid(args.clips, tokens) for tokens in ROWS}
-  result = {**measure.device("jax"), **grids[TOP], "all": list(grids.values())}
+  lines = [line for lines in grids.values() for line in lines]
+  result = {**measure.device("jax"), **grids[TOP][0], "all": lines}
   if args.compile:
     with tempfile.TemporaryDirectory() as folder:
       os.environ |= {

@@ -14,7 +14,7 @@ from test_attention import dense_attention, drawn, row, value_and_grads
 
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import attention as plain
-from cogvideox_jax.models import splash, splash_backward
+from cogvideox_jax.models import splash, splash_backward, splash_forward
 from cogvideox_jax.models.backends import attention_for
 
 interpreted = partial(splash.attention, blocks=splash.Blocks(128, 128, 128), interpret=True)
@@ -39,6 +39,30 @@ def test_bfloat16_is_as_near_as_its_rounding():
   for a, b in zip(ours, value_and_grads(dense_attention, *exact, ROWS), strict=True):
     assert a.dtype == jnp.bfloat16
     np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2e-2)
+
+
+def sized(*largest):
+  """Heads whose queries and keys allow scores up to so much, and no more."""
+  q, k, v = drawn(ROWS)
+  longest = jnp.sqrt(jnp.square(jnp.stack([q, k])).sum(-1).max((1, 2)))[:, :, None]
+  return q / longest[0] * jnp.array(largest)[:, None] * 4, k / longest[1], v
+
+
+def test_scores_of_any_size_neither_overflow_nor_vanish():
+  q, k, v = sized(59.9, 1000)  # Up to 60 they are exponentiated as they are.
+  ours = value_and_grads(interpreted, q, k, v, ROWS)
+  dense = value_and_grads(dense_attention, q, k, v, ROWS)
+  assert all(np.isfinite(x).all() for x in ours)
+  np.testing.assert_allclose(ours[0], dense[0], atol=5e-4)
+  for a, b in zip(ours, dense, strict=True):
+    np.testing.assert_allclose(a[..., 0, :], b[..., 0, :], atol=1e-4)
+
+
+def test_the_largest_score_is_looked_for_only_where_it_may_be_large(monkeypatch):
+  monkeypatch.setattr(splash_forward, "_SMALL", 500)
+  out = interpreted(*sized(400, 1000), jnp.asarray(ROWS))
+  assert not np.isfinite(out[..., 0, :]).all()
+  assert np.isfinite(out[..., 1, :]).all()
 
 
 @pytest.mark.parametrize("longest", [600, 2400], ids=["narrow", "half"])
@@ -93,6 +117,31 @@ def test_blocks_that_share_no_segment_are_never_computed():
   for a, b in zip(value_and_grads(interpreted, *poisoned, segment_ids), clean, strict=True):
     assert np.isnan(a[second]).all()
     np.testing.assert_array_equal(a[~second], b[~second])
+
+
+def test_parts_of_keys_that_share_no_segment_with_the_queries_are_never_computed():
+  # The second block of 256 has half of both segments: its second part is none of the first block's.
+  blocks, segment_ids = splash.Blocks(256, 128, 128), row(384, 128, n=512)[None]
+  q, k, v = drawn(segment_ids)
+  poisoned = (jnp.where(segment_ids[..., None, None] == 2, jnp.nan, x) for x in (q, k, v))
+  attend = partial(interpreted, blocks=blocks)
+  clean = value_and_grads(attend, q, k, v, segment_ids)
+  out, dq, dk, dv = value_and_grads(attend, *poisoned, segment_ids)
+  np.testing.assert_array_equal(out[:, :256], clean[0][:, :256])
+  np.testing.assert_array_equal(dq[:, :256], clean[1][:, :256])
+  assert np.isnan(dk[:, 256:]).any()
+
+
+def test_nothing_beyond_the_end_of_the_last_block_of_keys_is_used():
+  # Of two blocks of 256 keys the last has 128. Memory that was not written is NaN.
+  segment_ids = row(150, 234, n=384)
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 16, 384))
+  attend = partial(splash_forward.forward, q, k, v, jnp.asarray(segment_ids), 128, 128, 2)
+  ours, dense = attend(interpret=pltpu.InterpretParams()), attend(interpret=True)
+  assert splash_forward.block_of_keys(384, 128) == 256
+  for a, b in zip(ours, dense, strict=True):
+    assert np.isfinite(a).all()
+    np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize(

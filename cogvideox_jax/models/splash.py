@@ -11,15 +11,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from cogvideox_jax.models.attention import CHECKPOINT_NAME
-from cogvideox_jax.models.block_grid import on_narrowest_grid
+from cogvideox_jax.models.block_grid import NO_SEGMENT, on_narrowest_grid
 from cogvideox_jax.models.splash_backward import backward
-from cogvideox_jax.models.splash_forward import forward
+from cogvideox_jax.models.splash_forward import block_of_keys, forward
 from cogvideox_jax.models.splash_scores import LANES
 
 
@@ -63,9 +62,9 @@ def attention(
   tokens = q.shape[1]
   blocks = fitting(tokens, blocks)
   filling = -tokens % blocks.size
-  last = np.iinfo(np.int32).max  # Sorts padding after the clips, and our own filling after both.
-  ids = jnp.where(segment_ids == 0, last - 1, segment_ids)
-  ids = jnp.pad(ids, ((0, 0), (0, filling)), constant_values=last)
+  # Padding sorts after the clips, and our own filling after both.
+  ids = jnp.where(segment_ids == 0, NO_SEGMENT - 2, segment_ids)
+  ids = jnp.pad(ids, ((0, 0), (0, filling)), constant_values=NO_SEGMENT - 1)
 
   def by_head(x: Array) -> Array:
     x = jnp.pad(x, ((0, 0), (0, filling), (0, 0), (0, 0)))
@@ -106,7 +105,7 @@ def attend_row(
   q: Float[Array, "heads head_dim n"],
   k: Float[Array, "heads head_dim n"],
   v: Float[Array, "heads head_dim n"],
-  ids: Int[Array, "n"],  # Never falling along the row.
+  ids: Int[Array, "n"],  # Never falling along the row, below NO_SEGMENT.
   blocks: Blocks,
   interpret: bool,
 ) -> Float[Array, "heads head_dim n"]:
@@ -117,7 +116,8 @@ def _forward(
   q: Array, k: Array, v: Array, ids: Array, blocks: Blocks, interpret: bool
 ) -> tuple[Array, Residuals]:
   run = partial(forward, q, k, v, ids, blocks.size, blocks.forward, interpret=interpret)
-  found = checkpoint_name(on_narrowest_grid(run, ids, blocks.size), CHECKPOINT_NAME)
+  keys = block_of_keys(len(ids), blocks.size)
+  found = checkpoint_name(on_narrowest_grid(run, ids, blocks.size, keys), CHECKPOINT_NAME)
   return found[0], Residuals(q, k, v, ids, *found)
 
 
@@ -125,7 +125,7 @@ def _backward(
   blocks: Blocks, interpret: bool, residuals: Residuals, g: Array
 ) -> tuple[Array, Array, Array, None]:
   run = partial(backward, *residuals, g, blocks.size, blocks.backward, interpret=interpret)
-  return *on_narrowest_grid(run, residuals.ids, blocks.size), None
+  return *on_narrowest_grid(run, residuals.ids, blocks.size, blocks.size), None
 
 
 attend_row.defvjp(_forward, _backward)

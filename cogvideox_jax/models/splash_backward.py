@@ -16,10 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
-from cogvideox_jax.models.block_grid import Meeting, fetched, meeting
+from cogvideox_jax.models.block_grid import Edges, Meeting, edges, fetched, for_parts, meeting
 from cogvideox_jax.models.splash_scores import (
   FIRST,
-  LANES,
   LAST,
   PLAIN,
   SUBLANES,
@@ -57,7 +56,7 @@ def backward(
   """The gradients of q, k and v, given that of `out`, which is `g`.
 
   Args:
-    ids: never falling along the row.
+    ids: never falling along the row; below `block_grid.NO_SEGMENT`.
     log_sum: logarithm of the sum of a query's exponentiated scores.
     block: tokens of a block of queries, and of keys; divides n, a multiple of the lanes.
     compute: tokens of keys that are taken at a time; divides `block`.
@@ -71,7 +70,7 @@ def backward(
   mean = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(1)
   run = partial(
     _call,
-    meeting(ids, block),
+    meeting(ids, block, block),
     (q, k, v, g, log_sum[:, None], mean[:, None]),
     ids,
     width=min(width, most),
@@ -111,7 +110,7 @@ def _call(
   start, stop = (jnp.clip(x, first, first + length) for x in met)
 
   def query(head: Any, key: Any, step: Any, start: Any, stop: Any, *_: Any) -> Any:
-    return head, 0, fetched(key, step, start, stop)
+    return head, 0, fetched(key, step, start, stop, blocks - 1)
 
   def key(head: Any, key: Any, *_: Any) -> Any:
     return head, 0, key
@@ -120,13 +119,13 @@ def _call(
   of_keys = pl.BlockSpec((None, head_dim, block), key)
   number_a_query = pl.BlockSpec((None, 1, block), query)
   ids_of_queries = pl.BlockSpec((SUBLANES, block), lambda *at: query(*at)[1:])
-  ids_of_keys = pl.BlockSpec((block, LANES), lambda head, key, *_: (key, 0))
+  ids_of_keys = pl.BlockSpec((SUBLANES, block), lambda *at: key(*at)[1:])
   of_block = pltpu.VMEM((head_dim, block), jnp.float32)
   gradient = partial(jax.ShapeDtypeStruct, dtype=dtype)
   call = pl.pallas_call(
     partial(_kernel, compute=compute),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=5,
+      num_scalar_prefetch=7,
       grid=(heads, blocks, width),
       in_specs=[
         *(of_queries, of_keys, of_keys, of_queries),
@@ -148,8 +147,9 @@ def _call(
     name="attention_backward",
     interpret=interpret,
   )
-  scalars = start, stop, *met, jnp.reshape(first, 1)
-  return tuple(call(*(x.astype(jnp.int32) for x in scalars), *arrays, *spread(ids)))
+  scalars = start, stop, *met, *edges(ids, compute, block), jnp.reshape(first, 1)
+  ids = spread(ids)
+  return tuple(call(*(x.astype(jnp.int32) for x in scalars), *arrays, ids, ids))
 
 
 def _kernel(
@@ -157,6 +157,8 @@ def _kernel(
   stop_ref: Any,
   first_key_ref: Any,  # Of the blocks of keys that each block of queries meets.
   end_key_ref: Any,
+  first_ref: Any,  # The segments at the edges of each part of keys.
+  last_ref: Any,
   part_ref: Any,  # Where the part begins.
   q_ref: Any,
   k_ref: Any,
@@ -182,6 +184,8 @@ def _kernel(
   last_key, width = pl.num_programs(1) - 1, pl.num_programs(2)
   block = q_ref.shape[1]
   query = start_ref[key] + step
+  sum_ref = waiting_ref.at[jax.lax.rem(query, width)]
+  segments, parts = Edges(first_ref, last_ref), block // compute
 
   def send(number: Any) -> Any:
     begin = pl.multiple_of((number - part_ref[0]) * block, block)
@@ -193,24 +197,23 @@ def _kernel(
     dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
     dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
+  def take(part: int, masked: bool) -> None:
+    some, q, g = pl.ds(part * compute, compute), scaled(q_ref[...]), g_ref[...]
+    k, v = k_ref[:, some], v_ref[:, some]
+    found = scores(q, k, q_ids_ref[...], k_ids_ref[:, some], masked)
+    weights = jnp.exp(found - log_sum_ref[...])
+    d_scores = ((product(v, g, FIRST) - mean_ref[...]) * weights).astype(q.dtype)
+    dv_sum_ref[:, some] += product(g, weights.astype(q.dtype), LAST)
+    dk_sum_ref[:, some] += product(q, d_scores, LAST)
+    sum_ref[...] += product(k, d_scores, PLAIN)
+
   @pl.when(query < stop_ref[key])
   def _() -> None:
-    slot = jax.lax.rem(query, width)
-    sum_ref = waiting_ref.at[slot]
-
     @pl.when(key == first_key_ref[query])
     def _() -> None:
       sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    q, g = scaled(q_ref[...]), g_ref[...]
-    for begin in range(0, block, compute):
-      some = pl.ds(begin, compute)
-      k, v = k_ref[:, some], v_ref[:, some]
-      weights = jnp.exp(scores(q, k, q_ids_ref[:1], k_ids_ref[some, :]) - log_sum_ref[...])
-      d_scores = ((product(v, g, FIRST) - mean_ref[...]) * weights).astype(q.dtype)
-      dv_sum_ref[:, some] += product(g, weights.astype(q.dtype), LAST)
-      dk_sum_ref[:, some] += product(q, d_scores, LAST)
-      sum_ref[...] += product(k, d_scores, PLAIN)
+    for_parts(segments.of_block(query, parts), segments, key * parts, parts, take)
 
     @pl.when(key == end_key_ref[query] - 1)
     def _() -> None:

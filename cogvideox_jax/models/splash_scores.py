@@ -16,10 +16,9 @@ HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # The score of a key of another
 PLAIN, FIRST, LAST = ((1,), (0,)), ((0,), (0,)), ((1,), (1,))
 
 
-def spread(ids: Int[Array, "n"]) -> tuple[Int[Array, "sublanes n"], Int[Array, "n lanes"]]:
-  """The segments of queries and of keys, as the kernels take them."""
-  n = len(ids)
-  return jnp.broadcast_to(ids, (SUBLANES, n)), jnp.broadcast_to(ids[:, None], (n, LANES))
+def spread(ids: Int[Array, "n"]) -> Int[Array, "sublanes n"]:
+  """The segments of tokens, as the kernels take them."""
+  return jnp.broadcast_to(ids, (SUBLANES, len(ids)))
 
 
 def product(a: Array, b: Array, summed: tuple[tuple[int], tuple[int]]) -> Float32[Array, "m n"]:
@@ -34,8 +33,14 @@ def scaled(q: Float[Array, "head_dim q"]) -> Float[Array, "head_dim q"]:
 def scores(
   q: Float[Array, "head_dim q"],  # Scaled.
   k: Float[Array, "head_dim k"],
-  q_ids: Int[Array, "1 q"],
-  k_ids: Int[Array, "k lanes"],  # The same in every lane.
+  q_ids: Int[Array, "sublanes q"],
+  k_ids: Int[Array, "sublanes k"],
+  masked: bool,
 ) -> Float32[Array, "k q"]:
-  same = jnp.tile(k_ids, (1, q.shape[1] // LANES)) == q_ids
-  return jnp.where(same, product(k, q, FIRST), HIDDEN)
+  """Where they are not masked, all tokens are of one segment."""
+  found = product(k, q, FIRST)
+  if not masked:
+    return found
+  of_keys = jnp.tile(k_ids, (LANES // SUBLANES, 1)).T
+  same = jnp.tile(of_keys, (1, q.shape[1] // LANES)) == q_ids[:1]
+  return jnp.where(same, found, HIDDEN)
