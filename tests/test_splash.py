@@ -126,7 +126,7 @@ def test_parts_of_keys_that_share_no_segment_with_the_queries_are_never_computed
   poisoned = (jnp.where(segment_ids[..., None, None] == 2, jnp.nan, x) for x in (q, k, v))
   attend = partial(interpreted, blocks=blocks)
   clean = value_and_grads(attend, q, k, v, segment_ids)
-  out, dq, dk, dv = value_and_grads(attend, *poisoned, segment_ids)
+  out, dq, dk, _ = value_and_grads(attend, *poisoned, segment_ids)
   np.testing.assert_array_equal(out[:, :256], clean[0][:, :256])
   np.testing.assert_array_equal(dq[:, :256], clean[1][:, :256])
   assert np.isnan(dk[:, 256:]).any()

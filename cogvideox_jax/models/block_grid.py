@@ -22,7 +22,7 @@ NO_SEGMENT = np.iinfo(np.int32).max  # Of what a last block has beyond the row's
 
 
 class Meeting(NamedTuple):
-  """Of each block of one side, the blocks of the other, [start, stop), that hold a segment of it."""
+  """Of each block of one side, the other's blocks [start, stop) that hold a segment of it."""
 
   start: Int[Array, "blocks"]
   stop: Int[Array, "blocks"]
