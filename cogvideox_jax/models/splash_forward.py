@@ -26,11 +26,11 @@ from cogvideox_jax.models.splash_scores import (
   spread,
 )
 
-# Keys come so many blocks at a time, since what a step takes beside its products is the same for all.
+# Keys come so many blocks at a time: what a step takes beside its products is the same for all.
 _KEYS = 2
-# Where no score can be beyond it, either way, exponentials stay in float32's range as they are: sums
-# of 1e6 times e**60 are about 1e32. Otherwise all wait for the largest score before, and take nearly
-# twice as long. Heads that are normalized, as all CogVideoX's are, seldom have larger ones.
+# Where no score can be beyond it, either way, exponentials stay in float32's range as they are: a
+# sum of 1e6 times e**60 is about 1e32. Otherwise all wait for the largest score before, and take
+# nearly twice as long. Heads that are normalized, as all CogVideoX's are, seldom have larger ones.
 _SMALL = 60.0
 
 
