@@ -4,7 +4,7 @@ python benchmarks/attention.py --json
 python benchmarks/attention.py --json --compile
 
 Counts the scores that the kernels run, in rows of benchmarks/mix.py, with the blocks that training
-uses on a v6e: of those in the row, and of those needed (the sum of the clips' squared lengths). The
+uses: of those in the row, and of those needed (the sum of the clips' squared lengths). The
 top-level figures are the forward kernel's for 75k tokens.
 
 With --compile, for TPUs that need not be here: the compiler (libtpu 0.0.52) schedules the kernels,
@@ -34,21 +34,10 @@ from cogvideox_jax.data import packing
 from cogvideox_jax.models import block_grid, splash, splash_forward
 
 TOP = 75_776
-BLOCKS_OF_TRAINING = splash.BLOCKS["TPU v6 lite"]
+BLOCKS_OF_TRAINING = splash.BLOCKS["TPU v5"]  # All have the same.
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-# Tokens of a block, and of the keys that each kernel takes at a time.
-BLOCKS = tuple(
-  splash.Blocks(*sizes)
-  for sizes in (
-    (256, 256, 256),
-    (512, 256, 256),
-    (512, 512, 512),
-    (1024, 256, 256),
-    (1024, 256, 512),
-    (1024, 512, 512),
-    (1024, 1024, 1024),
-  )
-)
+SIZES = (256, 256), (512, 256), (512, 512), (1024, 256), (1024, 512), (1024, 1024)
+BLOCKS = tuple(splash.Blocks(*sizes) for sizes in SIZES)
 HEADS, HEAD_DIM, TOKENS = 2, 64, 8192
 KERNEL = re.compile(r"(splash_mha_[a-z]+|attention_[a-z]+).*-final_bundles\.txt$")
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s*(LB|PF)?")
@@ -72,8 +61,8 @@ def cuts(blocks: splash.Blocks, tokens: int) -> dict[str, Cut]:
   """By kernel."""
   keys = splash_forward.block_of_keys(tokens, blocks.size)
   return {
-    "attention_forward": Cut(blocks.size, keys, blocks.forward, 2),
-    "attention_backward": Cut(blocks.size, blocks.size, blocks.backward, 1),
+    "attention_forward": Cut(blocks.size, keys, blocks.part, 2),
+    "attention_backward": Cut(blocks.size, blocks.size, blocks.part, 1),
   }
 
 

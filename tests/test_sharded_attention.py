@@ -15,7 +15,7 @@ from cogvideox_jax.models import splash
 from cogvideox_jax.models.attention import attention
 
 IDS = np.stack([row(50, 1, 13, n=96), row(96, n=96)])
-INTERPRETED = partial(splash.attention, blocks=splash.Blocks(128, 128, 128), interpret=True)
+INTERPRETED = partial(splash.attention, blocks=splash.Blocks(128, 128), interpret=True)
 
 
 def mesh_of(**sizes):

@@ -17,14 +17,14 @@ from cogvideox_jax.models import attention as plain
 from cogvideox_jax.models import splash, splash_backward, splash_forward
 from cogvideox_jax.models.backends import attention_for
 
-interpreted = partial(splash.attention, blocks=splash.Blocks(128, 128, 128), interpret=True)
+interpreted = partial(splash.attention, blocks=splash.Blocks(128, 128), interpret=True)
 
 
 # Many clips and one, with padding and without; the tokens make no whole blocks.
 ROWS = np.stack([row(*[9] * 20, 211, 1, 88, n=700), row(300, n=700), row(700, n=700)])
 
 
-@pytest.mark.parametrize("blocks", [splash.Blocks(128, 128, 128), splash.Blocks(256, 128, 256)])
+@pytest.mark.parametrize("blocks", [splash.Blocks(128, 128), splash.Blocks(256, 128)])
 def test_equals_dense_masked_softmax_in_values_and_gradients(blocks):
   q, k, v = drawn(ROWS)
   ours = value_and_grads(partial(interpreted, blocks=blocks), q, k, v, ROWS)
@@ -121,7 +121,7 @@ def test_blocks_that_share_no_segment_are_never_computed():
 
 def test_parts_of_keys_that_share_no_segment_with_the_queries_are_never_computed():
   # The second block of 256 has half of both segments: its second part is none of the first block's.
-  blocks, segment_ids = splash.Blocks(256, 128, 128), row(384, 128, n=512)[None]
+  blocks, segment_ids = splash.Blocks(256, 128), row(384, 128, n=512)[None]
   q, k, v = drawn(segment_ids)
   poisoned = (jnp.where(segment_ids[..., None, None] == 2, jnp.nan, x) for x in (q, k, v))
   attend = partial(interpreted, blocks=blocks)
@@ -162,12 +162,12 @@ def test_a_policy_may_save_what_the_backward_pass_needs(attend, part):
 
 
 def test_a_row_is_filled_up_by_less_than_the_lanes_a_block():
-  most = splash.Blocks(1024, 256, 512)
-  assert splash.fitting(300, most) == (384, 384, 384)
-  assert splash.fitting(1100, most) == (640, 640, 640)
+  most = splash.Blocks(1024, 256)
+  assert splash.fitting(300, most) == (384, 384)
+  assert splash.fitting(1100, most) == (640, 640)
   assert splash.fitting(75_776, most) == most
   assert splash.fitting(17_776, most) == most
-  assert splash.fitting(1500, most) == (768, 256, 768)
+  assert splash.fitting(1500, most) == (768, 256)
 
 
 def test_a_device_gets_its_own_attention_and_the_same_one_each_time():

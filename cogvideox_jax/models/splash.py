@@ -25,19 +25,18 @@ from cogvideox_jax.models.splash_scores import LANES
 class Blocks(NamedTuple):
   """How a kernel goes through a row, in tokens, multiples of the lanes."""
 
-  size: int  # Of a block of queries, and of keys.
-  forward: int  # Of a block's keys, what each kernel takes at a time.
-  backward: int
+  size: int  # Of a block.
+  part: int  # Of a block's keys, what is taken, or left out, at a time.
 
 
 # The most of each, by `device_kind`: benchmarks/README.md has the compiled cycles of which this
 # follows.
 BLOCKS = {
-  "TPU v4": Blocks(1024, 256, 512),
-  "TPU v5 lite": Blocks(1024, 256, 512),
-  "TPU v5": Blocks(1024, 256, 512),
-  "TPU v6 lite": Blocks(1024, 512, 512),
-  "TPU7x": Blocks(1024, 512, 512),
+  "TPU v4": Blocks(1024, 512),
+  "TPU v5 lite": Blocks(1024, 512),
+  "TPU v5": Blocks(1024, 512),
+  "TPU v6 lite": Blocks(1024, 512),
+  "TPU7x": Blocks(1024, 512),
 }
 
 
@@ -86,7 +85,7 @@ def fitting(tokens: int, most: Blocks) -> Blocks:
   """The blocks that leave the least of a row of so many tokens to be filled."""
   count = math.ceil(tokens / most.size)
   size = LANES * math.ceil(tokens / count / LANES)
-  return Blocks(size, *(part if size % part == 0 else size for part in most[1:]))
+  return Blocks(size, most.part if size % most.part == 0 else size)
 
 
 class Residuals(NamedTuple):
@@ -115,7 +114,7 @@ def attend_row(
 def _forward(
   q: Array, k: Array, v: Array, ids: Array, blocks: Blocks, interpret: bool
 ) -> tuple[Array, Residuals]:
-  run = partial(forward, q, k, v, ids, blocks.size, blocks.forward, interpret=interpret)
+  run = partial(forward, q, k, v, ids, blocks.size, blocks.part, interpret=interpret)
   keys = block_of_keys(len(ids), blocks.size)
   found = checkpoint_name(on_narrowest_grid(run, ids, blocks.size, keys), CHECKPOINT_NAME)
   return found[0], Residuals(q, k, v, ids, *found)
@@ -124,7 +123,7 @@ def _forward(
 def _backward(
   blocks: Blocks, interpret: bool, residuals: Residuals, g: Array
 ) -> tuple[Array, Array, Array, None]:
-  run = partial(backward, *residuals, g, blocks.size, blocks.backward, interpret=interpret)
+  run = partial(backward, *residuals, g, blocks.size, blocks.part, interpret=interpret)
   return *on_narrowest_grid(run, residuals.ids, blocks.size, blocks.size), None
 
 
