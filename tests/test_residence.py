@@ -1,4 +1,4 @@
-"""Parts that take turns in the devices' memory."""
+"""Parts that take turns in the devices' memory, and what is said when even one does not fit."""
 
 import gc
 from functools import partial
@@ -10,7 +10,8 @@ from drawn import DIT_CONFIG, draw, make_pipeline
 from safetensors.numpy import save_file
 
 from cogvideox_jax import sharding
-from cogvideox_jax.inference import pipeline, residence
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference import out_of_memory, pipeline, residence
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.video_to_video import VideoToVideo
@@ -183,3 +184,52 @@ def test_offloading_later_moves_all_that_is_loaded_and_keeps_once_what_is_shared
   changed = [path for path, same in jax.tree.leaves_with_path(shared) if not same]
   assert [sharding.path_name(path) for path in changed] == ["blocks/attention/query/kernel"]
   np.testing.assert_array_equal(frames_of(pipe), expected)
+
+
+def fail(message: str):
+  def function(*_, **__):
+    raise jax.errors.JaxRuntimeError(message)
+
+  return function
+
+
+FULL = "RESOURCE_EXHAUSTED: Out of memory allocating 9663676416 bytes."
+CASES = {
+  "encode_text": (Pipeline, "encoding the prompts", False),
+  "encode": (VideoToVideo, "encoding the image or video", True),
+  "denoise": (Pipeline, "denoising", False),
+  "decode": (Pipeline, "decoding the video", True),
+}
+
+
+@pytest.mark.parametrize(("function", "case"), CASES.items())
+def test_too_little_memory_is_explained_by_phase(monkeypatch, function, case):
+  kind, phase, tiles = case
+  monkeypatch.setattr(pipeline, function, fail(FULL))
+  pipe = make(kind)
+  with pytest.raises(UserError, match=f"memory is too small for {phase}") as caught:
+    frames_of(pipe)
+  assert "--offload (offload=True)" in str(caught.value)
+  assert ("--tiling" in str(caught.value)) == tiles
+  assert len(str(caught.value).splitlines()) <= 8
+  assert str(caught.value.__cause__) == FULL
+
+
+def test_what_is_in_use_is_not_advised_and_an_error_holds_no_part_on_the_devices(monkeypatch):
+  pipe = make(offload=True)
+  pipe.enable_tiling()
+  before = on_devices(pipe)
+  monkeypatch.setattr(pipeline, "decode", fail(FULL))
+  with pytest.raises(UserError, match="--height, --width") as caught:
+    frames_of(pipe)
+  assert "--offload" not in str(caught.value) and "--tiling" not in str(caught.value)
+  assert on_devices(pipe) == before
+
+
+def test_other_errors_stay_what_they_are(monkeypatch):
+  monkeypatch.setattr(pipeline, "decode", fail("INTERNAL: a fault of ours"))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="a fault of ours"):
+    frames_of(make())
+  explained = out_of_memory.explained(out_of_memory.TEXT, ())
+  with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"), explained:
+    raise ValueError("RESOURCE_EXHAUSTED")

@@ -8,7 +8,8 @@ by all pipelines of the same model configs, so that a training run may make a ne
 preview.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from cogvideox_jax.diffusion import guidance, solvers
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference import inputs, residence
+from cogvideox_jax.inference import inputs, out_of_memory, residence
 from cogvideox_jax.inference.adapters import Adapters
 from cogvideox_jax.inference.denoising import (
   INITIAL,
@@ -267,6 +268,17 @@ class Pipeline(Adapters):
     parts = self._params, self._base, self._text_params, self._vae_params
     self._params, self._base, self._text_params, self._vae_params = residence.to_host(parts)
 
+  @contextmanager
+  def _turn(self, phase: str, params: Params) -> Iterator[Params]:
+    """Has a part's parameters on the devices for a phase (of out_of_memory.REMEDIES)."""
+    remedies = {
+      out_of_memory.OFFLOAD: residence.rests_on_host(params),
+      out_of_memory.TILING: self._tiling is not None,
+    }
+    in_use = [remedy for remedy, used in remedies.items() if used]
+    with out_of_memory.explained(phase, in_use), residence.on_devices(params) as there:
+      yield there
+
   def _size(self, *given: int | None) -> Size:
     """The size asked for, num_frames, height and width, checked; the model's where it is None."""
     pairs = zip(given, self.default_size, strict=True)
@@ -319,7 +331,7 @@ class Pipeline(Adapters):
   def _latents_of(self, job: Job, given: Float[np.ndarray, "prompts F H W 3"]) -> list[Array]:
     """Latents, not scaled, of each prompt's image or video, for the videos of each chunk."""
     latents = []
-    with residence.on_devices(self._vae_params) as params:
+    with self._turn(out_of_memory.GIVEN, self._vae_params) as params:
       vae = nnx.merge(self._vae_graphdef, params)
       for chunk in job.chunks:
         mean, logvar = encode(vae, jnp.asarray(given[chunk.prompts]), tiling=self._tiling)
@@ -361,7 +373,7 @@ class Pipeline(Adapters):
       chunks = inputs.chunks(len(prompts), job.arguments.batch_size)
       with (
         self.progress.phase("encode", len(chunks)) as bar,
-        residence.on_devices(self._text_params) as params,
+        self._turn(out_of_memory.TEXT, self._text_params) as params,
       ):
         for chunk in chunks:
           states = encode_text(params, ids[chunk], graphdef=self._text_graphdef)
@@ -386,7 +398,7 @@ class Pipeline(Adapters):
     start, texts, seen = jax.device_put((start, texts, images or [None] * len(start)), self._place)
     with (
       self._scaled((job.arguments.attention_kwargs or {}).get("scale", 1.0)),
-      residence.on_devices(self._params) as params,
+      self._turn(out_of_memory.DENOISE, self._params) as params,
     ):
       return self._run(params, job, start, texts, seen)
 
@@ -444,7 +456,7 @@ class Pipeline(Adapters):
     videos = []
     with (
       self.progress.phase("decode", len(chunks)) as bar,
-      residence.on_devices(self._vae_params) as params,
+      self._turn(out_of_memory.DECODE, self._vae_params) as params,
     ):
       vae = nnx.merge(self._vae_graphdef, params)
       for chunk in chunks:
