@@ -1,4 +1,4 @@
-"""What to do when the devices' memory is too small for a phase of sampling."""
+"""What to do when the memory is too small for a phase of sampling."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -12,15 +12,17 @@ TILING = "--tiling (enable_tiling()): the VAE takes one tile of the frames at a 
 SMALLER = "--height, --width, --num_frames: a smaller or shorter video"
 FEWER = "(batch_size=1): of several, one at a time"
 SHARED = "more devices, which share each step"
-LARGER = "devices with more memory"
+LARGER = "devices, and a host, with more memory"
 
-TEXT, GIVEN, DENOISE, DECODE = (
+LOAD, TEXT, GIVEN, DENOISE, DECODE = (
+  "loading the parameters",
   "encoding the prompts",
   "encoding the image or video",
   "denoising",
   "decoding the video",
 )
 REMEDIES = {  # Those that change least first. Only a denoising step is shared by devices.
+  LOAD: (OFFLOAD, LARGER),
   TEXT: (OFFLOAD, FEWER, LARGER),
   GIVEN: (OFFLOAD, TILING, FEWER, SMALLER, LARGER),
   DENOISE: (OFFLOAD, FEWER, SMALLER, SHARED, LARGER),
@@ -30,7 +32,7 @@ REMEDIES = {  # Those that change least first. Only a denoising step is shared b
 
 @contextmanager
 def explained(phase: str, in_use: Collection[str]) -> Iterator[None]:
-  """Has the user told what helps, should the devices' memory be too small for what runs inside.
+  """Has the user told what helps, should what runs inside run out of memory.
 
   Args:
     phase: of REMEDIES.
@@ -46,6 +48,6 @@ def explained(phase: str, in_use: Collection[str]) -> Iterator[None]:
       raise
     remedies = [remedy for remedy in REMEDIES[phase] if remedy not in in_use]
     raise UserError(
-      f"The devices' memory is too small for {phase}.\n"
+      f"Out of memory while {phase}.\n"
       "What helps, by the flag of `sample` or (from Python):\n  " + "\n  ".join(remedies)
     ) from error

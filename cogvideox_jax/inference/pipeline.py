@@ -228,7 +228,8 @@ class Pipeline(Adapters):
       return_dict: taken for diffusers' sake; what is returned is a tuple in any case.
       attention_kwargs: {"scale": x} multiplies the weights of all adapters by x for this call.
       callback_on_step_end: called as f(pipe, step, timestep, arrays) after each step of each batch.
-        Arrays of those names that it returns replace the loop's own.
+        Arrays of those names that it returns replace the loop's own. Adapters that it sets count
+        from the next call on.
       callback_on_step_end_tensor_inputs: which arrays it is given: latents, prompt_embeds,
         negative_prompt_embeds.
       max_sequence_length: text tokens; by default the model's. Others are for rotary models only.
@@ -379,12 +380,8 @@ class Pipeline(Adapters):
           states = encode_text(params, ids[chunk], graphdef=self._text_graphdef)
           table.update(zip((prompts[i] for i in chunk), jax.block_until_ready(states), strict=True))
           bar.update()
-    return jnp.stack(
-      [
-        jnp.stack([table[p] for p in half]) if isinstance(half, list) else jnp.asarray(half)
-        for half in halves
-      ]
-    )
+    texts = [jnp.stack([table[p] for p in h]) if isinstance(h, list) else h for h in halves]
+    return jnp.stack(jax.device_put(texts, self._place))  # Given states may lie elsewhere.
 
   def _denoise(
     self, job: Job, start: list[Array], images: list[Array] | None = None

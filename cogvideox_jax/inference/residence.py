@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 
 from cogvideox_jax.conversion import tensors
 from cogvideox_jax.conversion.tensors import Params
+from cogvideox_jax.inference import out_of_memory
 
 HOST, DEVICE = "pinned_host", "device"  # JAX's kinds of memory.
 
@@ -23,9 +24,13 @@ def put(params: Params, place: Sharding, offload: bool) -> Params:
   """Parameters, which may be lazy, in the memory of the place's devices or of their host.
 
   One is read after the other, so that no second copy of all is made on the way.
+
+  Raises:
+    UserError: the memory is too small.
   """
   there = place.with_memory_kind(HOST if offload else DEVICE)
-  return jax.tree.map(lambda leaf: jax.device_put(tensors.whole(leaf), there), params)
+  with out_of_memory.explained(out_of_memory.LOAD, [out_of_memory.OFFLOAD] * offload):
+    return jax.tree.map(lambda leaf: jax.device_put(tensors.whole(leaf), there), params)
 
 
 def to_host(tree: Any) -> Any:
