@@ -139,16 +139,22 @@ def test_loading_never_puts_parameters_on_the_devices(monkeypatch):
   assert {place.memory_kind for place in places} == {residence.HOST}
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_devices_hold_the_same_parts_as_they_would_without(offload):
-  """A mesh splits the transformer; the VAE is on all devices, the text encoder on the first."""
+def on_a_mesh():
+  """A transformer's config, and parameters that eight devices share."""
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "context": 1, "tensor": 1})
   config, params = draw(DiT, DIT_CONFIG)
   places = sharding.shardings(params, mesh, sharding.rules_named("fsdp"))
-  pipe = make(transformer=(config, jax.device_put(params, places)), offload=offload)
+  return config, jax.device_put(params, places)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_devices_hold_the_same_parts_as_they_would_without(offload):
+  """A mesh splits the transformer; the VAE is on all devices, the text encoder on the first."""
+  config, params = on_a_mesh()
+  pipe = make(transformer=(config, params), offload=offload)
   memory = residence.HOST if offload else residence.DEVICE
   assert resting(pipe) == {memory}
-  wanted = [place.with_memory_kind(memory) for place in jax.tree.leaves(places)]
+  wanted = [leaf.sharding.with_memory_kind(memory) for leaf in jax.tree.leaves(params)]
   assert [leaf.sharding for leaf in jax.tree.leaves(pipe._params)] == wanted
   counts = [len(jax.tree.leaves(getattr(pipe, part))[0].devices()) for part in PARTS]
   assert counts == [8, 1, 8]
@@ -171,6 +177,16 @@ def test_adapters_rest_with_the_parameters_and_change_them_by_the_same_bits(tmp_
   assert np.abs(frames_of(offloaded) - base).max() > 1e-2
   offloaded.unload_lora_weights()
   np.testing.assert_array_equal(frames_of(offloaded), base)
+
+
+def test_adapters_change_by_the_same_bits_what_devices_share(tmp_path):
+  plain, offloaded = (make(transformer=on_a_mesh(), offload=offload) for offload in (False, True))
+  for pipe in (plain, offloaded):
+    pipe.load_lora_weights(write_lora(tmp_path))
+  assert resting(offloaded) == {residence.HOST}
+  for one, other in zip(*map(jax.tree.leaves, (plain._params, offloaded._params)), strict=True):
+    np.testing.assert_array_equal(one, other)
+    assert one.sharding == other.sharding.with_memory_kind(residence.DEVICE)
 
 
 def test_offloading_later_moves_all_that_is_loaded_and_keeps_once_what_is_shared(tmp_path):

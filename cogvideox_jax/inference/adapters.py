@@ -75,7 +75,7 @@ class Adapters:
 
   def _apply(self, adapters: dict[str, tuple[LoRA, float]]) -> None:
     base = self._params if self._base is None else self._base
-    # Of an array that rests in the host's memory JAX cuts no layers.
+    # JAX cuts no layers of arrays that are split in the host's memory.
     with residence.on_devices(base) as readable:
       total = readable
       for updates, weight in adapters.values():
