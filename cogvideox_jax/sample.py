@@ -33,6 +33,9 @@ IMAGE = flags.DEFINE_string("image", None, "Image file that the video begins wit
 VIDEO = flags.DEFINE_string("video", None, "Video file to change.")
 STRENGTH = flags.DEFINE_float("strength", 0.8, "Of the change to --video: 1 forgets it.", 0.0, 1.0)
 TILING = flags.DEFINE_bool("tiling", False, "Decode in tiles: less memory, more time.")
+OFFLOAD = flags.DEFINE_bool(
+  "offload", False, "Keep what waits for its turn in the host's memory: the same video."
+)
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What it should not show.")
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's.")
 WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's.")
@@ -57,7 +60,13 @@ def main() -> None:
   check_output(output)
   progress = Progress()
   with progress.phase("load") as bar:
-    pipe = workdir.load(MODEL.value, kind=kind(), weights=WEIGHTS.value, progress=progress)
+    pipe = workdir.load(
+      MODEL.value,
+      kind=kind(),
+      weights=WEIGHTS.value,
+      progress=progress,
+      offload=OFFLOAD.value,
+    )
     if LORA.value:
       pipe.load_lora_weights(LORA.value)
       pipe.set_adapters(["default"], LORA_WEIGHT.value)

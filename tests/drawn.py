@@ -51,7 +51,13 @@ def draw(model, config, seed=0):
 
 
 def make_pipeline(
-  transformer=None, settings=ZEROS, kind=Pipeline, vae_config=VAE_CONFIG, devices=None, **changes
+  transformer=None,
+  settings=ZEROS,
+  kind=Pipeline,
+  vae_config=VAE_CONFIG,
+  devices=None,
+  offload=False,
+  **changes,
 ):
   """A silent pipeline, of a given transformer or of one drawn with changes of its config."""
   return kind(
@@ -63,4 +69,5 @@ def make_pipeline(
     settings,
     progress=Progress(show=False),
     devices=devices,
+    offload=offload,
   )

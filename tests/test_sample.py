@@ -13,6 +13,7 @@ from cogvideox_jax import __version__, sample
 from cogvideox_jax.conversion.folder import Settings
 from cogvideox_jax.data.video import probe, read_metadata
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference import residence
 from cogvideox_jax.inference.pipeline import Pipeline
 
 
@@ -20,8 +21,11 @@ from cogvideox_jax.inference.pipeline import Pipeline
 def run(monkeypatch, tmp_path):
   """Runs the verb on drawn weights, with flags by name; returns where the video should be."""
   settings = Settings(text_drop="zeros", guidance_scale=2.0, num_inference_steps=2, fps=12.0)
-  pipe = make_pipeline(settings=settings)
-  monkeypatch.setattr(Pipeline, "from_pretrained", lambda model, progress: pipe)
+
+  def load(model, progress, offload):
+    return make_pipeline(settings=settings, offload=offload)
+
+  monkeypatch.setattr(Pipeline, "from_pretrained", load)
 
   flags.FLAGS.mark_as_parsed()
 
@@ -71,6 +75,22 @@ def test_the_same_command_writes_the_same_bytes(run, tmp_path):
     for i, seed in enumerate((1, 1, 2))
   )
   assert first == again != other
+
+
+def test_parts_that_take_turns_make_the_same_file(run, tmp_path, monkeypatch):
+  rested, call = [], Pipeline.__call__
+
+  def spy(pipe, *args, **kwargs):
+    rested.append(residence.rests_on_host(pipe._params))
+    return call(pipe, *args, **kwargs)
+
+  monkeypatch.setattr(Pipeline, "__call__", spy)
+  plain, offloaded = (
+    Path(run(offload=offload, output=str(tmp_path / f"{offload}.mp4"))).read_bytes()
+    for offload in (False, True)
+  )
+  assert plain == offloaded
+  assert rested == [False, True]
 
 
 def test_it_says_where_the_video_is_and_what_compiling_took(run, capsys):

@@ -74,6 +74,10 @@ class ModelFolder(NamedTuple):
     fields, _ = diffusers.read_fields(part, "scheduler_config.json")
     return "dpm" if fields.get("_class_name") == "CogVideoXDPMScheduler" else "ddim"
 
+  def open(self, name: str) -> tuple[Any, Params]:
+    """Config and lazy parameters of a network (of COMPONENTS)."""
+    return open_network(name, self._part(name))
+
   def transformer(self) -> tuple[DiTConfig, Params]:
     return self._load("transformer")
 
@@ -84,7 +88,7 @@ class ModelFolder(NamedTuple):
     return self._load("text_encoder")
 
   def _load(self, name: str) -> tuple[Any, Params]:
-    config, params = open_network(name, self._part(name))
+    config, params = self.open(name)
     return config, tensors.materialize(params)
 
   def has(self, part: str) -> bool:

@@ -77,16 +77,17 @@ class Lazy(abc.ABC):
 
 def materialize(params: Params, allocate: Callable[..., np.ndarray] = np.empty) -> Params:
   """The parameters with an array for each that is lazy, made by `allocate(shape, dtype)`."""
+  return jax.tree.map(functools.partial(whole, allocate=allocate), params)
 
-  def whole(leaf):
-    if not isinstance(leaf, Lazy):
-      return leaf
-    array = allocate(leaf.shape, leaf.dtype)
-    for place in leaf.places:
-      array[place] = leaf[place]
-    return array
 
-  return jax.tree.map(whole, params)
+def whole(leaf: Any, allocate: Callable[..., np.ndarray] = np.empty) -> Any:
+  """One parameter, as `materialize` makes it."""
+  if not isinstance(leaf, Lazy):
+    return leaf
+  array = allocate(leaf.shape, leaf.dtype)
+  for place in leaf.places:
+    array[place] = leaf[place]
+  return array
 
 
 class Slot(NamedTuple):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 from etils import epath
@@ -10,6 +11,7 @@ from cogvideox_jax.conversion import lora, tensors
 from cogvideox_jax.conversion.lora import LoRA
 from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference import residence
 from cogvideox_jax.models.dit import DiTConfig
 
 
@@ -73,9 +75,16 @@ class Adapters:
 
   def _apply(self, adapters: dict[str, tuple[LoRA, float]]) -> None:
     base = self._params if self._base is None else self._base
-    total = base
-    for updates, weight in adapters.values():
-      total = lora.fuse(total, self.config, updates, weight)
-    total = tensors.materialize(total)
-    self._params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), total, base)
+    # JAX cuts no layers of arrays that are split in the host's memory.
+    with residence.on_devices(base) as readable:
+      total = readable
+      for updates, weight in adapters.values():
+        total = lora.fuse(total, self.config, updates, weight)
+      total = tensors.materialize(total)
+      self._params = jax.tree.map(_beside, total, readable, base)
     self._base, self._adapters = base, adapters
+
+
+def _beside(new: Any, read: jax.Array, old: jax.Array) -> jax.Array:
+  """A parameter where the old one rests; the old one if it is what was read of it."""
+  return old if new is read else jax.device_put(new, old.sharding)

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from cogvideox_jax.inference import inputs, pixels
-from cogvideox_jax.inference.denoising import POSTERIOR
-from cogvideox_jax.inference.pipeline import Job, Latents, Pipeline, VideoOutput
-from cogvideox_jax.models.vae import IMAGE_SCALES, encode, sample_posterior
+from cogvideox_jax.inference.pipeline import Latents, Pipeline, VideoOutput
+from cogvideox_jax.models.vae import IMAGE_SCALES
 
 
 class ImageToVideo(Pipeline):
@@ -71,15 +69,7 @@ class ImageToVideo(Pipeline):
     job = self._job(size, arguments, self._solver(arguments))
     images = pixels.images(image, len(job.halves[-1]), size)
     scale = self.vae_config.image_scale(choice)
-    seen = [scale * self._image_latents(job, chunk, images) for chunk in job.chunks]
-    return self._output(job, self._denoise(job, self._initial_noise(job), seen))
-
-  def _image_latents(
-    self, job: Job, chunk: inputs.Videos, images: Float[np.ndarray, "prompts H W 3"]
-  ) -> Float[Array, "b f h w c"]:
-    """Those of each video's image in the first latent frame, zeros in all others."""
-    frames = jnp.asarray(images[chunk.prompts])[:, None]
-    mean, logvar = encode(self._vae, frames, tiling=self._tiling)
-    latents = sample_posterior(mean, logvar, job.noise(chunk, POSTERIOR, mean.shape[1:]))
     rest = ((0, 0), (0, job.shape[0] - 1), (0, 0), (0, 0), (0, 0))
-    return jnp.pad(latents, rest)
+    # An image is a video of one frame; all other latents are zeros.
+    seen = [jnp.pad(scale * first, rest) for first in self._latents_of(job, images[:, None])]
+    return self._output(job, self._denoise(job, self._initial_noise(job), seen))

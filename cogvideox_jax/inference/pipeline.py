@@ -8,7 +8,8 @@ by all pipelines of the same model configs, so that a training run may make a ne
 preview.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,20 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Float32
 from PIL import Image
 
+from cogvideox_jax.conversion import tensors
 from cogvideox_jax.conversion.folder import Settings, open_model
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion import guidance, solvers
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference import inputs
+from cogvideox_jax.inference import inputs, out_of_memory, residence
 from cogvideox_jax.inference.adapters import Adapters
 from cogvideox_jax.inference.denoising import (
   INITIAL,
+  POSTERIOR,
   Params,
   Step,
   denoise,
@@ -45,7 +48,7 @@ from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.models.t5 import T5Config, T5Encoder, encode_text
 from cogvideox_jax.models.tiling import Tiling
-from cogvideox_jax.models.vae import VAE, VAEConfig, decode
+from cogvideox_jax.models.vae import VAE, VAEConfig, decode, encode, sample_posterior
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
 Latents = Float[Array | np.ndarray, "b f h w c"]
@@ -95,12 +98,13 @@ class Pipeline(Adapters):
     dtype: str = "auto",
     progress: Progress | None = None,
     devices: Sequence[Any] | None = None,
+    offload: bool = False,
   ):
     """Puts parameters that are on the host on the devices; those already on a mesh stay there.
 
     Args:
-      transformer: config and parameters, as are vae and text_encoder. The parameters are an
-        argument of the compiled programs: other values compile nothing anew.
+      transformer: config and parameters, lazy or not, as are vae and text_encoder. The parameters
+        are an argument of the compiled programs: other values compile nothing anew.
       tokenizer: may be None where every call passes prompt_embeds and negative_prompt_embeds.
       noise: the schedule that the transformer was trained with.
       settings: what a caption dropped in training was, and how the model is best sampled.
@@ -109,10 +113,13 @@ class Pipeline(Adapters):
       progress: what to show; by default bars on stderr.
       devices: that share each step of the transformer; by default those of its parameters' mesh,
         else all accelerators of this host, or the first CPU.
+      offload: keeps all parameters in the host's memory, and on the devices only those of the phase
+        that runs: what a call needs there is its largest phase, not the sum. The videos are the
+        same; each call copies every part to the devices once. Each device has a copy of its own.
     """
     super().__init__()
     self.config = transformer[0]
-    self._devices, self._params = place(transformer[1], devices)
+    self._devices, self._params = place(transformer[1], devices, offload)
     if self.config.takes_image != self.takes_image:
       wanted, is_there = (
         ("Pipeline", "no image") if self.takes_image else ("ImageToVideo", "an image")
@@ -122,7 +129,9 @@ class Pipeline(Adapters):
         f"{self.config.out_channels}: it sees {is_there} beside the noise.\nUse {wanted} for it."
       )
     self.vae_config, vae_params = vae
-    text_config, self._text_params = text_encoder[0], jax.tree.map(jnp.asarray, text_encoder[1])
+    text_config, text_params = text_encoder
+    first = SingleDeviceSharding(self._devices[0])
+    self._text_params = residence.put(text_params, first, offload)
     self.settings = settings or Settings()
     self.progress = progress or Progress()
     self._tokenizer = tokenizer
@@ -131,30 +140,39 @@ class Pipeline(Adapters):
     compute = compute_dtype(dtype)
     self._graphdef = graph_of(DiT, self.config, dtype=compute)
     self._text_graphdef = graph_of(T5Encoder, text_config, dtype=compute)
-    vae_params = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), vae_params)
-    self._vae = nnx.merge(graph_of(VAE, self.vae_config), vae_params)
+    self._vae_graphdef = graph_of(VAE, self.vae_config)
+    floats = jax.tree.map(partial(np.asarray, dtype=np.float32), tensors.materialize(vae_params))
+    self._vae_params = residence.put(floats, self._place, offload)
     self._tiling: Tiling | None = None
     self._slicing = False
 
   @classmethod
   def from_pretrained(
-    cls, model: epath.PathLike, *, dtype: str = "auto", progress: Progress | None = None
+    cls,
+    model: epath.PathLike,
+    *,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    offload: bool = False,
   ) -> "Pipeline":
     """A pipeline of a shipped name (`tiny`) or of a model folder in diffusers' layout.
+
+    The other arguments are those of `Pipeline`.
 
     Raises:
       UserError: there is no such model, or a part of it is missing or damaged.
     """
     folder = open_model(model)
     return cls(
-      folder.transformer(),
-      folder.vae(),
-      folder.text_encoder(),
+      folder.open("transformer"),
+      folder.open("vae"),
+      folder.open("text_encoder"),
       folder.tokenizer() if folder.has("tokenizer") else None,
       folder.scheduler(),
       folder.settings(),
       dtype=dtype,
       progress=progress,
+      offload=offload,
     )
 
   def __call__(
@@ -210,7 +228,8 @@ class Pipeline(Adapters):
       return_dict: taken for diffusers' sake; what is returned is a tuple in any case.
       attention_kwargs: {"scale": x} multiplies the weights of all adapters by x for this call.
       callback_on_step_end: called as f(pipe, step, timestep, arrays) after each step of each batch.
-        Arrays of those names that it returns replace the loop's own.
+        Arrays of those names that it returns replace the loop's own. Adapters that it sets count
+        from the next call on.
       callback_on_step_end_tensor_inputs: which arrays it is given: latents, prompt_embeds,
         negative_prompt_embeds.
       max_sequence_length: text tokens; by default the model's. Others are for rotary models only.
@@ -241,6 +260,25 @@ class Pipeline(Adapters):
   def enable_tiling(self, enabled: bool = True) -> None:
     """Has the VAE take videos larger than half its sample size in overlapping tiles."""
     self._tiling = self.vae_config.tiling if enabled else None
+
+  def enable_model_cpu_offload(self) -> None:
+    """Has all parameters wait in the host's memory for their turn, as `offload` of `Pipeline` does.
+
+    Which spares the devices from now on; to load a model that they cannot hold, say it there.
+    """
+    parts = self._params, self._base, self._text_params, self._vae_params
+    self._params, self._base, self._text_params, self._vae_params = residence.to_host(parts)
+
+  @contextmanager
+  def _turn(self, phase: str, params: Params) -> Iterator[Params]:
+    """Has a part's parameters on the devices for a phase (of out_of_memory.REMEDIES)."""
+    remedies = {
+      out_of_memory.OFFLOAD: residence.rests_on_host(params),
+      out_of_memory.TILING: self._tiling is not None,
+    }
+    in_use = [remedy for remedy, used in remedies.items() if used]
+    with out_of_memory.explained(phase, in_use), residence.on_devices(params) as there:
+      yield there
 
   def _size(self, *given: int | None) -> Size:
     """The size asked for, num_frames, height and width, checked; the model's where it is None."""
@@ -291,6 +329,17 @@ class Pipeline(Adapters):
       return [job.noise(chunk, INITIAL, job.shape) for chunk in job.chunks]
     return [jnp.asarray(given[chunk.places], jnp.float32) for chunk in job.chunks]
 
+  def _latents_of(self, job: Job, given: Float[np.ndarray, "prompts F H W 3"]) -> list[Array]:
+    """Latents, not scaled, of each prompt's image or video, for the videos of each chunk."""
+    latents = []
+    with self._turn(out_of_memory.GIVEN, self._vae_params) as params:
+      vae = nnx.merge(self._vae_graphdef, params)
+      for chunk in job.chunks:
+        mean, logvar = encode(vae, jnp.asarray(given[chunk.prompts]), tiling=self._tiling)
+        noise = job.noise(chunk, POSTERIOR, mean.shape[1:])
+        latents.append(sample_posterior(mean, logvar, noise))
+      return jax.block_until_ready(latents)
+
   def _negative(self, arguments: Arguments, count: int, length: int) -> Condition:
     """What each of `count` prompts, of `length` tokens, moves away from."""
     prompt, embeds = arguments.negative_prompt, arguments.negative_prompt_embeds
@@ -323,17 +372,16 @@ class Pipeline(Adapters):
         raise UserError("There is no tokenizer: pass prompt_embeds and negative_prompt_embeds.")
       ids = self._tokenizer.encode(prompts, job.text_length)
       chunks = inputs.chunks(len(prompts), job.arguments.batch_size)
-      with self.progress.phase("encode", len(chunks)) as bar:
+      with (
+        self.progress.phase("encode", len(chunks)) as bar,
+        self._turn(out_of_memory.TEXT, self._text_params) as params,
+      ):
         for chunk in chunks:
-          states = encode_text(self._text_params, ids[chunk], graphdef=self._text_graphdef)
+          states = encode_text(params, ids[chunk], graphdef=self._text_graphdef)
           table.update(zip((prompts[i] for i in chunk), jax.block_until_ready(states), strict=True))
           bar.update()
-    return jnp.stack(
-      [
-        jnp.stack([table[p] for p in half]) if isinstance(half, list) else jnp.asarray(half)
-        for half in halves
-      ]
-    )
+    texts = [jnp.stack([table[p] for p in h]) if isinstance(h, list) else h for h in halves]
+    return jnp.stack(jax.device_put(texts, self._place))  # Given states may lie elsewhere.
 
   def _denoise(
     self, job: Job, start: list[Array], images: list[Array] | None = None
@@ -345,11 +393,19 @@ class Pipeline(Adapters):
     text = self._encode(job)
     texts = [text[:, chunk.prompts] for chunk in job.chunks]
     start, texts, seen = jax.device_put((start, texts, images or [None] * len(start)), self._place)
-    with self._scaled((job.arguments.attention_kwargs or {}).get("scale", 1.0)):
-      return self._run(job, start, texts, seen)
+    with (
+      self._scaled((job.arguments.attention_kwargs or {}).get("scale", 1.0)),
+      self._turn(out_of_memory.DENOISE, self._params) as params,
+    ):
+      return self._run(params, job, start, texts, seen)
 
   def _run(
-    self, job: Job, start: list[Array], texts: list[Array], seen: list[Array | None]
+    self,
+    params: Params,
+    job: Job,
+    start: list[Array],
+    texts: list[Array],
+    seen: list[Array | None],
   ) -> Float[Array, "b f h w c"]:
     """Compiles one step, and takes them all for each chunk."""
     rows = texts[0].shape[0] * texts[0].shape[1]
@@ -362,13 +418,13 @@ class Pipeline(Adapters):
     with self.progress.phase(COMPILE) as bar:
       x = start[0]
       arrays = x, x, x, texts[0], seen[0]
-      denoise_step.lower(self._params, *arrays, job.steps[0], **fixed).compile()
+      denoise_step.lower(params, *arrays, job.steps[0], **fixed).compile()
       bar.update()
 
     def run(*arguments):
       # New noise, and what a callback gives, may lie elsewhere.
       *arrays, step = arguments
-      return denoise_step(self._params, *jax.device_put(arrays, self._place), step, **fixed)
+      return denoise_step(params, *jax.device_put(arrays, self._place), step, **fixed)
 
     with self.progress.phase("denoise", len(job.chunks) * len(job.steps)) as bar:
 
@@ -395,29 +451,36 @@ class Pipeline(Adapters):
     """Frames in [0, 1], on the host."""
     chunks = inputs.chunks(len(latents), 1 if self._slicing else batch_size)
     videos = []
-    with self.progress.phase("decode", len(chunks)) as bar:
+    with (
+      self.progress.phase("decode", len(chunks)) as bar,
+      self._turn(out_of_memory.DECODE, self._vae_params) as params,
+    ):
+      vae = nnx.merge(self._vae_graphdef, params)
       for chunk in chunks:
         z = latents[chunk] / self.vae_config.scaling_factor
-        frames = decode(self._vae, z, tiling=self._tiling)
+        frames = decode(vae, z, tiling=self._tiling)
         videos.append(np.asarray(jnp.clip(frames / 2 + 0.5, 0, 1)))
         bar.update()
     return np.concatenate(videos)[: len(latents)]
 
 
-def place(params: Params, devices: Sequence[Any] | None) -> tuple[tuple[Any, ...], Params]:
+def place(
+  params: Params, devices: Sequence[Any] | None, offload: bool
+) -> tuple[tuple[Any, ...], Params]:
   """The devices that sample, and the parameters on them: on each wholly, or as a mesh splits them.
+
+  With `offload`, split so in the host's memory.
 
   Latents go to all of these from the start: left on one, the first step's would lie elsewhere than
   those that it returns, and the program be compiled twice.
   """
   where = getattr(jax.tree.leaves(params)[0], "sharding", None)
   if devices is None and isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
-    return tuple(where.mesh.devices.flat), params
+    return tuple(where.mesh.devices.flat), residence.to_host(params) if offload else params
   if devices is None:
     local = jax.local_devices()
     devices = local[:1] if local[0].platform == "cpu" else local
-  everywhere = spread(1, devices).everywhere
-  return tuple(devices), jax.device_put(params, everywhere)
+  return tuple(devices), residence.put(params, spread(1, devices).everywhere, offload)
 
 
 def as_output(frames: Float[np.ndarray, "b F H W 3"], output_type: str) -> Any:

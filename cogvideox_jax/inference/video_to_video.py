@@ -8,15 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from cogvideox_jax.diffusion.noise import add_noise
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import inputs, pixels
-from cogvideox_jax.inference.denoising import POSTERIOR
 from cogvideox_jax.inference.pipeline import Job, Latents, Pipeline, VideoOutput
-from cogvideox_jax.models.vae import encode, sample_posterior
 
 
 class VideoToVideo(Pipeline):
@@ -86,20 +83,16 @@ class VideoToVideo(Pipeline):
     if latents is not None:
       return self._output(job, self._denoise(job, self._initial_noise(job)))
     videos = pixels.videos(video, len(job.halves[-1]), size)
-    start = [self._noised(job, chunk, videos) for chunk in job.chunks]
-    return self._output(job, self._denoise(job, start))
+    return self._output(job, self._denoise(job, self._noised(job, self._latents_of(job, videos))))
 
   def _num_frames(self, video: Any, latents: Latents | None) -> int:
     if latents is not None:
       return (latents.shape[1] - 1) * self.vae_config.temporal_compression + 1
     return pixels.count_frames(video)
 
-  def _noised(
-    self, job: Job, chunk: inputs.Videos, videos: Float[np.ndarray, "prompts F H W 3"]
-  ) -> Float[Array, "b f h w c"]:
-    """The latents of each video, noised to the first timestep."""
-    mean, logvar = encode(self._vae, jnp.asarray(videos[chunk.prompts]), tiling=self._tiling)
-    clean = sample_posterior(mean, logvar, job.noise(chunk, POSTERIOR, mean.shape[1:]))
+  def _noised(self, job: Job, latents: list[Array]) -> list[Array]:
+    """The latents of each chunk, scaled and noised to the first timestep."""
     alpha = self._schedule.alpha(jnp.asarray(job.steps[0].timestep))
-    (noise,) = self._initial_noise(job._replace(chunks=[chunk]))
-    return add_noise(clean * self.vae_config.scaling_factor, noise, alpha)
+    scale = self.vae_config.scaling_factor
+    pairs = zip(latents, self._initial_noise(job), strict=True)
+    return [add_noise(clean * scale, noise, alpha) for clean, noise in pairs]

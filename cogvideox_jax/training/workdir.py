@@ -6,7 +6,7 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from cogvideox_jax.conversion import convert, tensors
+from cogvideox_jax.conversion import convert
 from cogvideox_jax.conversion.configs import write_noise
 from cogvideox_jax.conversion.folder import Settings, index_fields, open_model
 from cogvideox_jax.data.tokenizer import Tokenizer
@@ -29,23 +29,24 @@ def load(
   kind: type[Pipeline] = Pipeline,
   weights: str = "ema",
   progress: Progress | None = None,
+  offload: bool = False,
 ) -> Pipeline:
   """The pipeline of a shipped name, a model folder, or a training workdir.
 
   Args:
     kind: Pipeline, ImageToVideo or VideoToVideo.
     weights: of a workdir's newest good checkpoint: `ema`, the moving average, or `raw`.
+    progress, offload: as of `Pipeline`.
 
   Raises:
     UserError: there is no such model, or a part of it is missing or damaged.
   """
   workdir = epath.Path(model)
   if not is_workdir(workdir):
-    return kind.from_pretrained(model, progress=progress)
+    return kind.from_pretrained(model, progress=progress, offload=offload)
   config = _config(workdir)
-  network, params = _transformer(config, workdir, weights)
-  transformer = network, tensors.materialize(params)
-  return with_transformer(config, transformer, load_frozen(config), progress, kind)
+  transformer = _transformer(config, workdir, weights)
+  return with_transformer(config, transformer, load_frozen(config), progress, kind, offload)
 
 
 def is_workdir(path: epath.Path) -> bool:
@@ -103,6 +104,7 @@ def with_transformer(
   frozen: Frozen,
   progress: Progress | None = None,
   kind: type[Pipeline] = Pipeline,
+  offload: bool = False,
 ) -> Pipeline:
   """The pipeline of a training config's frozen networks and a transformer."""
   return kind(
@@ -112,6 +114,7 @@ def with_transformer(
     _settings(config),
     dtype=config.dtype,
     progress=progress,
+    offload=offload,
   )
 
 
