@@ -115,7 +115,7 @@ class Pipeline(Adapters):
         else all accelerators of this host, or the first CPU.
       offload: keeps all parameters in the host's memory, and on the devices only those of the phase
         that runs: what a call needs there is its largest phase, not the sum. The videos are the
-        same; each call copies every part to the devices once. Each device has a copy of its own.
+        same; each phase copies its part to the devices anew. The host keeps a copy for each device.
     """
     super().__init__()
     self.config = transformer[0]
