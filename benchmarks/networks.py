@@ -2,7 +2,6 @@
 
 import math
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from einops import rearrange
+from turns import TORCH_DEVICE, Run, check_agreement, synchronize
 
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.conversion.tensors import abstract_params
@@ -27,11 +27,7 @@ from cogvideox_jax.training import state, step
 from cogvideox_jax.types import Batch, Example
 
 HEAD_DIM, TEXT_LENGTH, PATCH, CHANNELS = 64, 226, (1, 2, 2), 16
-AGREE = {"float32": 1e-4, "bfloat16": 3e-2}  # The norm of a difference over that of PyTorch's.
 TIMESTEP = 500
-TORCH_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-Run = Callable[[], Any]  # Does its work once, and waits for the end.
 
 
 class Case(NamedTuple):
@@ -106,7 +102,7 @@ def draw_inputs(case: Case) -> Inputs:
   return Inputs(latents, text, weight)
 
 
-def draw_params(case: Case) -> state.Params:
+def draw_params(network: type, config: Any) -> state.Params:
   """Weights of which none is left at zero, so that every path counts in the agreement."""
   rng = np.random.default_rng(0)
 
@@ -114,7 +110,7 @@ def draw_params(case: Case) -> state.Params:
     centre = 1.0 if path[-1].key == "scale" else 0.0
     return np.float32(centre) + np.float32(0.02) * rng.standard_normal(shape.shape, np.float32)
 
-  return jax.tree.map_with_path(leaf, abstract_params(DiT, case.config))
+  return jax.tree.map_with_path(leaf, abstract_params(network, config))
 
 
 def our_programs(case: Case, inputs: Inputs, params: state.Params) -> dict[str, Run]:
@@ -207,20 +203,10 @@ def torch_programs(
   return {"forward": forward, "backward": backward}
 
 
-def synchronize() -> None:
-  """Waits for what PyTorch has begun on a GPU."""
-  if TORCH_DEVICE == "cuda":
-    torch.cuda.synchronize()
-
-
-def check_agreement(case: Case, ours: jax.Array, theirs: torch.Tensor) -> float:
-  """The norm of the outputs' difference over that of PyTorch's; ends the run if it is large."""
+def check_outputs(case: Case, ours: jax.Array, theirs: torch.Tensor) -> float:
+  """How much the predictions of the vision tokens differ: `turns.check_agreement`."""
   expected = _patches(rearrange(theirs.float().cpu().numpy(), "b f c h w -> b f h w c"))
-  found = np.asarray(ours, np.float32)[:, TEXT_LENGTH:]
-  error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-  if not error < AGREE[case.dtype]:
-    raise SystemExit(f"the outputs differ by {error:.1e} of their norm: nothing was timed")
-  return error
+  return check_agreement(expected, np.asarray(ours, np.float32)[:, TEXT_LENGTH:], case.dtype)
 
 
 def matmul_programs(side: int, dtype: str) -> dict[str, Run]:

@@ -16,12 +16,8 @@ which JAX multiplies two large matrices of the type in the same run.
 """
 
 import json
-import multiprocessing
 import os
-import statistics
-import threading
-import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of a GPU too.
@@ -30,10 +26,8 @@ import jax
 import measure
 import torch
 from networks import (
-  TORCH_DEVICE,
   Case,
-  Run,
-  check_agreement,
+  check_outputs,
   draw_inputs,
   draw_params,
   hand_over,
@@ -42,6 +36,9 @@ from networks import (
   torch_programs,
   train_program,
 )
+from turns import TORCH_DEVICE, Run, compared, device_names, peak_memory, time_in_turn
+
+from cogvideox_jax.models.dit import DiT
 
 # bf16 FLOP/s of accelerators, by a part of their names.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -51,7 +48,7 @@ PROGRAMS = ("ours_forward", "torch_forward", "ours_backward", "torch_backward", 
 
 def make_programs(case: Case, names: tuple[str, ...] = PROGRAMS) -> dict[str, Run]:
   """Those of PROGRAMS that are named; nothing is made of a library that none of them wants."""
-  inputs, params, made = draw_inputs(case), draw_params(case), {}
+  inputs, params, made = draw_inputs(case), draw_params(DiT, case.config), {}
   if any(name.startswith("ours") for name in names):
     made |= {f"ours_{name}": run for name, run in our_programs(case, inputs, params).items()}
   if any(name.startswith("torch") for name in names):
@@ -65,24 +62,13 @@ def make_programs(case: Case, names: tuple[str, ...] = PROGRAMS) -> dict[str, Ru
   return made
 
 
-def time_in_turn(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-  """Seconds of each repeat; all have run twice before."""
-  seconds: dict[str, list[float]] = {name: [] for name in runs}
-  for repeat in range(-2, repeats):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      run()
-      if repeat >= 0:
-        seconds[name].append(time.perf_counter() - start)
-  return seconds
-
-
 def measure_case(case: Case, repeats: int) -> dict[str, Any]:
   runs = make_programs(case)
-  differ = check_agreement(case, runs["ours_forward"](), runs["torch_forward"]())
+  differ = check_outputs(case, runs["ours_forward"](), runs["torch_forward"]())
   side = SIDE[jax.default_backend()]
   taken = time_in_turn(runs | matmul_programs(side, case.dtype), repeats)
-  seconds = {name: statistics.median(values) for name, values in taken.items()}
+  figures = compared(taken)
+  seconds = figures["seconds"]
   rate, kind = 2 * side**3 / seconds["matmul"], jax.devices()[0].device_kind
   known = [peak for name, peak in PEAKS.items() if name in kind and case.dtype == "bfloat16"]
   peak, tokens = (known or [rate])[0], case.batch * case.row_tokens
@@ -91,60 +77,20 @@ def measure_case(case: Case, repeats: int) -> dict[str, Any]:
     **case._asdict(),
     "tokens": case.row_tokens,
     "outputs_differ": differ,
-    "seconds": seconds,
-    "spread": {name: [min(values), max(values)] for name, values in taken.items()},
-    "ratios": {
-      name: seconds[name] / seconds[f"ours_{name.split('_')[1]}"]
-      for name in runs
-      if not name.startswith(("ours", "train"))
-    },
+    **figures,
     "tokens_per_second": {name: tokens / seconds[name] for name in work},
     "matmul_flops_per_second": rate,
     "peak_flops_per_second": peak,
     "mfu": {name: n * case.forward_flops / seconds[name] / peak for name, n in work.items()},
-    "ratios_of_fastest": {
-      name: min(taken[name]) / min(taken[f"ours_{name.split('_')[1]}"])
-      for name in runs
-      if not name.startswith(("ours", "train"))
+    "memory": {
+      name: peak_memory(partial(_make, case, name), of_torch=name.startswith("torch"))
+      for name in PROGRAMS
     },
-    "memory": {name: peak_memory(case, name) for name in PROGRAMS},
   }
 
 
-def peak_memory(case: Case, name: str) -> int:
-  """Bytes by which a process of its own grows while it runs a program, at most."""
-  with multiprocessing.get_context("spawn").Pool(1) as pool:
-    return pool.apply(_growth, (case, name))
-
-
-def _growth(case: Case, name: str) -> int:
-  run = make_programs(case, (name,))[name]
-  if TORCH_DEVICE == "cuda" and name.startswith("torch"):
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
-  if jax.default_backend() != "cpu":
-    before = jax.devices()[0].memory_stats()["bytes_in_use"]
-    run()
-    return jax.devices()[0].memory_stats()["peak_bytes_in_use"] - before
-  before, seen, done = _resident_bytes(), [0], threading.Event()
-
-  def watch() -> None:
-    while not done.wait(0.002):
-      seen.append(_resident_bytes())
-
-  watcher = threading.Thread(target=watch)
-  watcher.start()
-  run()
-  done.set()
-  watcher.join()
-  return max(seen) - before
-
-
-def _resident_bytes() -> int:
-  pages = int(Path("/proc/self/statm").read_text().split()[1])
-  return pages * os.sysconf("SC_PAGE_SIZE")
+def _make(case: Case, name: str) -> Run:
+  return make_programs(case, (name,))[name]
 
 
 def summary(result: dict[str, Any]) -> dict[str, str]:
@@ -182,9 +128,7 @@ def main() -> None:
     results.append(measure_case(case, args.repeats))
   result = {
     **measure.device("jax", "flax", "torch", "diffusers"),
-    "on": jax.devices()[0].device_kind,
-    "torch_on": torch.cuda.get_device_name() if TORCH_DEVICE == "cuda" else "cpu",
-    "threads": torch.get_num_threads(),
+    **device_names(),
     "cases": results,
   }
   for case in results:

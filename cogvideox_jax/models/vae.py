@@ -104,11 +104,13 @@ def convolve(
 
   The one place that chooses its form. XLA's 3-D convolution on CPU is several times slower than
   the sum of the 2-D convolutions of its time taps, and on TPUs a third to a half (by the compiler's
-  estimate: benchmarks/README.md); elsewhere it is the fast one. The choice falls at lowering, so
-  that a program compiled on a CPU host for a GPU gets the GPU's form.
+  estimate: benchmarks/README.md); elsewhere it is the fast one. On CPUs four convolutions for every
+  two frames take about .6 of the time of the taps' six, and less memory; on TPUs that has not been
+  compared. The choice falls at lowering, so that a program compiled on a CPU host for a GPU gets
+  the GPU's form.
   """
   return jax.lax.platform_dependent(
-    x, kernel, cpu=_convolve_by_taps, tpu=_convolve_by_taps, default=_convolve_3d
+    x, kernel, cpu=_convolve_by_pairs, tpu=_convolve_by_taps, default=_convolve_3d
   )
 
 
@@ -125,7 +127,7 @@ def _convolve_backward(saved, gradient):
   return jax.lax.platform_dependent(
     *saved,
     gradient,
-    cpu=partial(pull_back, _convolve_by_taps),
+    cpu=partial(pull_back, _convolve_by_pairs),
     tpu=partial(pull_back, _convolve_by_taps),
     default=partial(pull_back, _convolve_3d),
   )
@@ -140,16 +142,49 @@ def _convolve_3d(x, kernel):
 
 def _convolve_by_taps(x, kernel):
   taps, frames = kernel.shape[0], x.shape[1] - kernel.shape[0] + 1
-  pad = [(k // 2, k // 2) for k in kernel.shape[1:3]]
 
   def convolve_frames(tap: int) -> Array:
-    images = rearrange(x[:, tap : tap + frames], "b f h w c -> (b f) h w c")
-    return jax.lax.conv_general_dilated(
-      images, kernel[tap], (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return _convolve_images(_images(x[:, tap : tap + frames]), kernel[tap])
 
   total = reduce(jnp.add, map(convolve_frames, range(taps)))
   return rearrange(total, "(b f) h w c -> b f h w c", f=frames)
+
+
+def _convolve_by_pairs(x, kernel):
+  """Winograd's F(2, 3) over time: each pair of frames is made of four convolutions, not of six.
+
+  The factors are 1 and 1/2, so that it is about as exact as the taps (benchmarks/README.md). But
+  bfloat16 would round sums of frames before they are multiplied, and one frame is no pair.
+  """
+  frames = x.shape[1] - kernel.shape[0] + 1
+  if frames == 1 or x.dtype == jnp.bfloat16:
+    return _convolve_by_taps(x, kernel)
+  x = jnp.pad(x, ((0, 0), (0, frames % 2), (0, 0), (0, 0), (0, 0)))
+  a, b, c, d = x[:, :-2:2], x[:, 1:-2:2], x[:, 2::2], x[:, 3::2]  # All that a pair is made of.
+  first, middle, last = kernel
+  ends = (first + last) / 2
+  begin, plus, minus, end = (
+    _convolve_images(_images(of_frames), of_taps)
+    for of_frames, of_taps in (
+      (a - c, first),
+      (c + b, ends + middle / 2),
+      (c - b, ends - middle / 2),
+      (b - d, last),
+    )
+  )
+  pairs = jnp.stack([begin + plus + minus, plus - minus - end], axis=1)
+  return rearrange(pairs, "(b f) two h w c -> b (f two) h w c", b=x.shape[0])[:, :frames]
+
+
+def _images(x):
+  return rearrange(x, "b f h w c -> (b f) h w c")
+
+
+def _convolve_images(images, kernel):
+  pad = [(k // 2, k // 2) for k in kernel.shape[:2]]
+  return jax.lax.conv_general_dilated(
+    images, kernel, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
