@@ -10,16 +10,16 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.convolution import convolve
 from cogvideox_jax.models.tiling import Tiling
 
 ENCODE_CHUNK = 8  # Pixel frames, diffusers `num_sample_frames_batch_size`.
@@ -94,100 +94,6 @@ class Carry:
   @property
   def kept(self) -> Frames:
     return tuple(self._kept)
-
-
-@jax.custom_vjp
-def convolve(
-  x: Float[Array, "b f h w c"], kernel: Float[Array, "kt kh kw c o"]
-) -> Float[Array, "b f2 h w o"]:
-  """3-D convolution, zero-padded in space and not in time: `f2 = f - kt + 1`.
-
-  The one place that chooses its form. XLA's 3-D convolution on CPU is several times slower than
-  the sum of the 2-D convolutions of its time taps, and on TPUs a third to a half (by the compiler's
-  estimate: benchmarks/README.md); elsewhere it is the fast one. On CPUs four convolutions for every
-  two frames take about .6 of the time of the taps' six, and less memory; on TPUs that has not been
-  compared. The choice falls at lowering, so that a program compiled on a CPU host for a GPU gets
-  the GPU's form.
-  """
-  return jax.lax.platform_dependent(
-    x, kernel, cpu=_convolve_by_pairs, tpu=_convolve_by_taps, default=_convolve_3d
-  )
-
-
-def _convolve_forward(x, kernel):
-  return convolve(x, kernel), (x, kernel)
-
-
-def _convolve_backward(saved, gradient):
-  # Differentiated as it stands, `platform_dependent` leaves a branch in the program that XLA's CPU
-  # runs on one thread, 20 times slower (measured): so each direction makes the choice itself.
-  def pull_back(form, x, kernel, gradient):
-    return jax.vjp(form, x, kernel)[1](gradient)
-
-  return jax.lax.platform_dependent(
-    *saved,
-    gradient,
-    cpu=partial(pull_back, _convolve_by_pairs),
-    tpu=partial(pull_back, _convolve_by_taps),
-    default=partial(pull_back, _convolve_3d),
-  )
-
-
-def _convolve_3d(x, kernel):
-  pad = [(0, 0), *((k // 2, k // 2) for k in kernel.shape[1:3])]
-  return jax.lax.conv_general_dilated(
-    x, kernel, (1, 1, 1), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-  )
-
-
-def _convolve_by_taps(x, kernel):
-  taps, frames = kernel.shape[0], x.shape[1] - kernel.shape[0] + 1
-
-  def convolve_frames(tap: int) -> Array:
-    return _convolve_images(_images(x[:, tap : tap + frames]), kernel[tap])
-
-  total = reduce(jnp.add, map(convolve_frames, range(taps)))
-  return rearrange(total, "(b f) h w c -> b f h w c", f=frames)
-
-
-def _convolve_by_pairs(x, kernel):
-  """Winograd's F(2, 3) over time: each pair of frames is made of four convolutions, not of six.
-
-  The factors are 1 and 1/2, so that it is about as exact as the taps (benchmarks/README.md). But
-  bfloat16 would round sums of frames before they are multiplied, and one frame is no pair.
-  """
-  frames = x.shape[1] - kernel.shape[0] + 1
-  if frames == 1 or x.dtype == jnp.bfloat16:
-    return _convolve_by_taps(x, kernel)
-  x = jnp.pad(x, ((0, 0), (0, frames % 2), (0, 0), (0, 0), (0, 0)))
-  a, b, c, d = x[:, :-2:2], x[:, 1:-2:2], x[:, 2::2], x[:, 3::2]  # All that a pair is made of.
-  first, middle, last = kernel
-  ends = (first + last) / 2
-  begin, plus, minus, end = (
-    _convolve_images(_images(of_frames), of_taps)
-    for of_frames, of_taps in (
-      (a - c, first),
-      (c + b, ends + middle / 2),
-      (c - b, ends - middle / 2),
-      (b - d, last),
-    )
-  )
-  pairs = jnp.stack([begin + plus + minus, plus - minus - end], axis=1)
-  return rearrange(pairs, "(b f) two h w c -> b (f two) h w c", b=x.shape[0])[:, :frames]
-
-
-def _images(x):
-  return rearrange(x, "b f h w c -> (b f) h w c")
-
-
-def _convolve_images(images, kernel):
-  pad = [(k // 2, k // 2) for k in kernel.shape[:2]]
-  return jax.lax.conv_general_dilated(
-    images, kernel, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
-  )
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class CausalConv(nnx.Module):
