@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cogvideox_jax.inference import inputs, pixels
-from cogvideox_jax.inference.pipeline import Latents, Pipeline, VideoOutput
+from cogvideox_jax.inference.output import VideoOutput
+from cogvideox_jax.inference.pipeline import Latents, Pipeline
 from cogvideox_jax.models.vae import IMAGE_SCALES
 
 

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Float32
-from PIL import Image
 
 from cogvideox_jax.conversion import tensors
 from cogvideox_jax.conversion.folder import Settings, open_model
@@ -43,6 +42,7 @@ from cogvideox_jax.inference.denoising import (
   spread,
 )
 from cogvideox_jax.inference.inputs import Arguments, Condition, Size, Videos
+from cogvideox_jax.inference.output import OUTPUT_TYPES, VideoOutput, as_output
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
@@ -50,18 +50,7 @@ from cogvideox_jax.models.t5 import T5Config, T5Encoder, encode_text
 from cogvideox_jax.models.tiling import Tiling
 from cogvideox_jax.models.vae import VAE, VAEConfig, decode, encode, sample_posterior
 
-OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
 Latents = Float[Array | np.ndarray, "b f h w c"]
-
-
-class VideoOutput(NamedTuple):
-  """What a call returns: `frames[k]` is video k, those of a prompt side by side.
-
-  By output_type: `pil` lists of PIL images, `np` float32 [b F H W 3] in [0, 1], `uint8` the same
-  rounded to [0, 255], `latent` float32 [b f h w c], scaled, with the extra frames of CogVideoX 1.5.
-  """
-
-  frames: Any
 
 
 class Job(NamedTuple):
@@ -119,7 +108,7 @@ class Pipeline(Adapters):
     """
     super().__init__()
     self.config = transformer[0]
-    self._devices, self._params = place(transformer[1], devices, offload)
+    self._devices, self._params = residence.place(transformer[1], devices, offload)
     if self.config.takes_image != self.takes_image:
       wanted, is_there = (
         ("Pipeline", "no image") if self.takes_image else ("ImageToVideo", "an image")
@@ -462,32 +451,3 @@ class Pipeline(Adapters):
         videos.append(np.asarray(jnp.clip(frames / 2 + 0.5, 0, 1)))
         bar.update()
     return np.concatenate(videos)[: len(latents)]
-
-
-def place(
-  params: Params, devices: Sequence[Any] | None, offload: bool
-) -> tuple[tuple[Any, ...], Params]:
-  """The devices that sample, and the parameters on them: on each wholly, or as a mesh splits them.
-
-  With `offload`, split so in the host's memory.
-
-  Latents go to all of these from the start: left on one, the first step's would lie elsewhere than
-  those that it returns, and the program be compiled twice.
-  """
-  where = getattr(jax.tree.leaves(params)[0], "sharding", None)
-  if devices is None and isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
-    return tuple(where.mesh.devices.flat), residence.to_host(params) if offload else params
-  if devices is None:
-    local = jax.local_devices()
-    devices = local[:1] if local[0].platform == "cpu" else local
-  return tuple(devices), residence.put(params, spread(1, devices).everywhere, offload)
-
-
-def as_output(frames: Float[np.ndarray, "b F H W 3"], output_type: str) -> Any:
-  """Frames in [0, 1] as pil, np or uint8; the rounding is diffusers'."""
-  if output_type == "np":
-    return frames
-  rounded = np.round(255 * frames).astype(np.uint8)
-  if output_type == "uint8":
-    return rounded
-  return [[Image.fromarray(frame) for frame in video] for video in rounded]

@@ -6,18 +6,38 @@ directly, and lie on the devices only while a phase computes with them. They are
 be there. Where an array rests it knows itself: its sharding has a memory kind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from cogvideox_jax.conversion import tensors
 from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.inference import out_of_memory
+from cogvideox_jax.inference.denoising import spread
 
 HOST, DEVICE = "pinned_host", "device"  # JAX's kinds of memory.
+
+
+def place(
+  params: Params, devices: Sequence[Any] | None, offload: bool
+) -> tuple[tuple[Any, ...], Params]:
+  """The devices that sample, and the parameters on them: on each wholly, or as a mesh splits them.
+
+  With `offload`, split so in the host's memory.
+
+  Latents go to all of these from the start: left on one, the first step's would lie elsewhere than
+  those that it returns, and the program be compiled twice.
+  """
+  where = getattr(jax.tree.leaves(params)[0], "sharding", None)
+  if devices is None and isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+    return tuple(where.mesh.devices.flat), to_host(params) if offload else params
+  if devices is None:
+    local = jax.local_devices()
+    devices = local[:1] if local[0].platform == "cpu" else local
+  return tuple(devices), put(params, spread(1, devices).everywhere, offload)
 
 
 def put(params: Params, place: Sharding, offload: bool) -> Params:

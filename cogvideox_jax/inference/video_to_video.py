@@ -13,7 +13,8 @@ from jaxtyping import Array
 from cogvideox_jax.diffusion.noise import add_noise
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import inputs, pixels
-from cogvideox_jax.inference.pipeline import Job, Latents, Pipeline, VideoOutput
+from cogvideox_jax.inference.output import VideoOutput
+from cogvideox_jax.inference.pipeline import Job, Latents, Pipeline
 
 
 class VideoToVideo(Pipeline):
