@@ -79,7 +79,8 @@ COUNTING = """\
   %x = bf16[4]{0} get-tuple-element(%p), index=1
   %two = u32[] constant(2)
   %moved = u32[] copy(%i)
-  %next = u32[]{:T(128)} add(%moved, %two), metadata={op_name="add"}
+  %step = u32[] copy(%two)
+  %next = u32[]{:T(128)} add(%moved, %step), metadata={op_name="add"}
   %y = bf16[4]{0} fusion(%x), calls=%f, backend_config={"estimated_cycles":"10"}
   ROOT %t = (u32[]{:T(128)}, bf16[4]{0}) tuple(%next, /*index=1*/%y)
 }
@@ -99,7 +100,7 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {
 def test_the_trips_of_a_loop_follow_from_its_limit_and_its_step():
   found = hlo.costs(COUNTING)
   assert (found.cycles, found.open_loops) == (4 * 10, 0)
-  found = hlo.costs(COUNTING.replace("add(%moved, %two)", "multiply(%moved, %two)"))
+  found = hlo.costs(COUNTING.replace("add(%moved, %step)", "multiply(%moved, %step)"))
   assert (found.cycles, found.open_loops) == (10, 1)
 
 

@@ -183,8 +183,8 @@ def _read_integers(lines: Sequence[str], result: _Computation) -> None:
       else:
         parts = [sums.get(part) for part in re.findall(r"%([\w.\-]+)", operands)]
         members = [part[0] for part in parts if part and part[0] is not None]
-        if None not in parts and len(members) == 1:
-          sums[name] = members[0], sum(part[1] for part in parts if part)
+        if None not in parts and len(members) < 2:
+          sums[name] = next(iter(members), None), sum(part[1] for part in parts if part)
     elif found := _ROOT.search(line):
       for member, name in enumerate(re.findall(r"%([\w.\-]+)", found[1])):
         source, added = sums.get(name, (None, 0))
