@@ -31,13 +31,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from mix import ROWS, token_counts
 
 from cogvideox_jax.data import packing
-from cogvideox_jax.models import block_grid, splash, splash_forward
+from cogvideox_jax.models.kernels import block_grid, segment_attention, segment_attention_forward
 
 TOP = 75_776
-BLOCKS_OF_TRAINING = splash.BLOCKS["TPU v5"]  # All have the same.
+BLOCKS_OF_TRAINING = segment_attention.BLOCKS["TPU v5"]  # All have the same.
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 SIZES = (256, 256), (512, 256), (512, 512), (1024, 256), (1024, 512), (1024, 1024)
-BLOCKS = tuple(splash.Blocks(*sizes) for sizes in SIZES)
+BLOCKS = tuple(segment_attention.Blocks(*sizes) for sizes in SIZES)
 HEADS, HEAD_DIM, TOKENS = 2, 64, 8192
 KERNEL = re.compile(r"(splash_mha_[a-z]+|attention_[a-z]+).*-final_bundles\.txt$")
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s*(LB|PF)?")
@@ -57,9 +57,9 @@ class Cut(NamedTuple):
     return max(self.outer, self.inner) // self.part
 
 
-def cuts(blocks: splash.Blocks, tokens: int) -> dict[str, Cut]:
+def cuts(blocks: segment_attention.Blocks, tokens: int) -> dict[str, Cut]:
   """By kernel."""
-  keys = splash_forward.block_of_keys(tokens, blocks.size)
+  keys = segment_attention_forward.block_of_keys(tokens, blocks.size)
   return {
     "attention_forward": Cut(blocks.size, keys, blocks.part, 2),
     "attention_backward": Cut(blocks.size, blocks.size, blocks.part, 1),
@@ -117,7 +117,7 @@ def count(rows: list[np.ndarray], tokens: int, cut: Cut) -> dict[str, float]:
 def grid(clips: int, tokens: int) -> list[dict[str, Any]]:
   rows = mix_rows(clips, tokens, most=200)
   results = []
-  for name, cut in cuts(splash.fitting(tokens, BLOCKS_OF_TRAINING), tokens).items():
+  for name, cut in cuts(segment_attention.fitting(tokens, BLOCKS_OF_TRAINING), tokens).items():
     counts = count(rows, tokens, cut)
     results.append(
       {
@@ -172,8 +172,8 @@ def _within(one: tuple[int, int], regions: list[tuple[int, int]]) -> int:
   return sum(b - a for a, b in regions if one != (a, b) and one[0] <= a and b <= one[1])
 
 
-def ours(blocks: splash.Blocks) -> Callable[..., jax.Array]:
-  return lambda q, k, v, ids: splash.attend_row(q, k, v, ids, blocks, False)
+def ours(blocks: segment_attention.Blocks) -> Callable[..., jax.Array]:
+  return lambda q, k, v, ids: segment_attention.attend_row(q, k, v, ids, blocks, False)
 
 
 def jaxs(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:

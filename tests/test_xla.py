@@ -9,13 +9,13 @@ from etils import epath
 from small_run import make_config, make_inputs
 
 from cogvideox_jax.inference import denoising
-from cogvideox_jax.models import splash
+from cogvideox_jax.models.kernels import segment_attention
 from cogvideox_jax.training import programs, setup
 from cogvideox_jax.xla import compiler_options
 
 
 def test_tpus_multiply_whole_weights_and_others_are_told_nothing():
-  for kind in splash.BLOCKS:
+  for kind in segment_attention.BLOCKS:
     options = compiler_options(SimpleNamespace(platform="tpu", device_kind=kind))
     assert options["xla_tpu_enable_windowed_einsum_for_all_gather"] is False
     assert options["xla_tpu_enable_windowed_einsum_for_reduce_scatter"] is False

@@ -4,7 +4,8 @@ from functools import cache, partial
 from typing import Any
 
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models import attention, splash
+from cogvideox_jax.models import attention
+from cogvideox_jax.models.kernels import segment_attention
 from cogvideox_jax.models.layers import Attention
 
 
@@ -23,7 +24,7 @@ def filled(tokens: int, device: Any) -> int:
   """The tokens of a row and of the filling that its attention would add: so long, it needs none."""
   if device.platform != "tpu":
     return tokens
-  blocks = splash.fitting(tokens, splash.BLOCKS[device.device_kind])
+  blocks = segment_attention.fitting(tokens, segment_attention.BLOCKS[device.device_kind])
   return tokens + -tokens % blocks.size
 
 
@@ -31,9 +32,9 @@ def filled(tokens: int, device: Any) -> int:
 def _attention_for(platform: str, kind: str) -> Attention:
   if platform != "tpu":
     return attention.attention
-  if kind not in splash.BLOCKS:
+  if kind not in segment_attention.BLOCKS:
     raise UserError(
-      f"No block sizes are known for a {kind!r}; known are {', '.join(splash.BLOCKS)}.\n"
-      "Add it to BLOCKS in cogvideox_jax/models/splash.py."
+      f"No block sizes are known for a {kind!r}; known are {', '.join(segment_attention.BLOCKS)}.\n"
+      "Add it to BLOCKS in cogvideox_jax/models/kernels/segment_attention.py."
     )
-  return partial(splash.attention, blocks=splash.BLOCKS[kind])
+  return partial(segment_attention.attention, blocks=segment_attention.BLOCKS[kind])

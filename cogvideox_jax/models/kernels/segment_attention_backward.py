@@ -16,8 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
-from cogvideox_jax.models.block_grid import Edges, Meeting, edges, fetched, for_parts, meeting
-from cogvideox_jax.models.splash_scores import (
+from cogvideox_jax.models.kernels.block_grid import (
+  Edges,
+  Meeting,
+  edges,
+  fetched,
+  for_parts,
+  meeting,
+)
+from cogvideox_jax.models.kernels.segment_attention_scores import (
   FIRST,
   LAST,
   PLAIN,

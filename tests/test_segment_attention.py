@@ -14,17 +14,25 @@ from test_attention import dense_attention, drawn, row, value_and_grads
 
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import attention as plain
-from cogvideox_jax.models import splash, splash_backward, splash_forward
 from cogvideox_jax.models.backends import attention_for
+from cogvideox_jax.models.kernels import (
+  segment_attention,
+  segment_attention_backward,
+  segment_attention_forward,
+)
 
-interpreted = partial(splash.attention, blocks=splash.Blocks(128, 128), interpret=True)
+interpreted = partial(
+  segment_attention.attention, blocks=segment_attention.Blocks(128, 128), interpret=True
+)
 
 
 # Many clips and one, with padding and without; the tokens make no whole blocks.
 ROWS = np.stack([row(*[9] * 20, 211, 1, 88, n=700), row(300, n=700), row(700, n=700)])
 
 
-@pytest.mark.parametrize("blocks", [splash.Blocks(128, 128), splash.Blocks(256, 128)])
+@pytest.mark.parametrize(
+  "blocks", [segment_attention.Blocks(128, 128), segment_attention.Blocks(256, 128)]
+)
 def test_equals_dense_masked_softmax_in_values_and_gradients(blocks):
   q, k, v = drawn(ROWS)
   ours = value_and_grads(partial(interpreted, blocks=blocks), q, k, v, ROWS)
@@ -59,7 +67,7 @@ def test_scores_of_any_size_neither_overflow_nor_vanish():
 
 
 def test_the_largest_score_is_looked_for_only_where_it_may_be_large(monkeypatch):
-  monkeypatch.setattr(splash_forward, "_SMALL", 500)
+  monkeypatch.setattr(segment_attention_forward, "_SMALL", 500)
   out = interpreted(*sized(400, 1000), jnp.asarray(ROWS))
   assert not np.isfinite(out[..., 0, :]).all()
   assert np.isfinite(out[..., 1, :]).all()
@@ -88,7 +96,7 @@ def backward_of(segment_ids, **options):
 
   out, pull_back = jax.vjp(attend, q, k, v)
   log_sum = jax.nn.logsumexp(log_sums(q, k), axis=-1)
-  grads = splash_backward.backward(q, k, v, ids, out, log_sum, g, 128, 128, 6, **options)
+  grads = segment_attention_backward.backward(q, k, v, ids, out, log_sum, g, 128, 128, 6, **options)
   return grads, pull_back(g)
 
 
@@ -121,7 +129,7 @@ def test_blocks_that_share_no_segment_are_never_computed():
 
 def test_parts_of_keys_that_share_no_segment_with_the_queries_are_never_computed():
   # The second block of 256 has half of both segments: its second part is none of the first block's.
-  blocks, segment_ids = splash.Blocks(256, 128), row(384, 128, n=512)[None]
+  blocks, segment_ids = segment_attention.Blocks(256, 128), row(384, 128, n=512)[None]
   q, k, v = drawn(segment_ids)
   poisoned = (jnp.where(segment_ids[..., None, None] == 2, jnp.nan, x) for x in (q, k, v))
   attend = partial(interpreted, blocks=blocks)
@@ -136,9 +144,11 @@ def test_nothing_beyond_the_end_of_the_last_block_of_keys_is_used():
   # Of two blocks of 256 keys the last has 128. Memory that was not written is NaN.
   segment_ids = row(150, 234, n=384)
   q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 16, 384))
-  attend = partial(splash_forward.forward, q, k, v, jnp.asarray(segment_ids), 128, 128, 2)
+  attend = partial(
+    segment_attention_forward.forward, q, k, v, jnp.asarray(segment_ids), 128, 128, 2
+  )
   ours, dense = attend(interpret=pltpu.InterpretParams()), attend(interpret=True)
-  assert splash_forward.block_of_keys(384, 128) == 256
+  assert segment_attention_forward.block_of_keys(384, 128) == 256
   for a, b in zip(ours, dense, strict=True):
     assert np.isfinite(a).all()
     np.testing.assert_allclose(a, b, atol=1e-6)
@@ -147,7 +157,7 @@ def test_nothing_beyond_the_end_of_the_last_block_of_keys_is_used():
 @pytest.mark.parametrize(
   ("attend", "part"),
   [(plain.attention, "cond["), (interpreted, "name=attention_forward")],
-  ids=["plain", "splash"],
+  ids=["plain", "kernel"],
 )
 def test_a_policy_may_save_what_the_backward_pass_needs(attend, part):
   q, k, v = drawn(ROWS)
@@ -162,12 +172,12 @@ def test_a_policy_may_save_what_the_backward_pass_needs(attend, part):
 
 
 def test_a_row_is_filled_up_by_less_than_the_lanes_a_block():
-  most = splash.Blocks(1024, 256)
-  assert splash.fitting(300, most) == (384, 384)
-  assert splash.fitting(1100, most) == (640, 640)
-  assert splash.fitting(75_776, most) == most
-  assert splash.fitting(17_776, most) == most
-  assert splash.fitting(1500, most) == (768, 256)
+  most = segment_attention.Blocks(1024, 256)
+  assert segment_attention.fitting(300, most) == (384, 384)
+  assert segment_attention.fitting(1100, most) == (640, 640)
+  assert segment_attention.fitting(75_776, most) == most
+  assert segment_attention.fitting(17_776, most) == most
+  assert segment_attention.fitting(1500, most) == (768, 256)
 
 
 def test_a_device_gets_its_own_attention_and_the_same_one_each_time():

@@ -16,10 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from cogvideox_jax.models.attention import CHECKPOINT_NAME
-from cogvideox_jax.models.block_grid import NO_SEGMENT, on_narrowest_grid
-from cogvideox_jax.models.splash_backward import backward
-from cogvideox_jax.models.splash_forward import block_of_keys, forward
-from cogvideox_jax.models.splash_scores import LANES
+from cogvideox_jax.models.kernels.block_grid import NO_SEGMENT, on_narrowest_grid
+from cogvideox_jax.models.kernels.segment_attention_backward import backward
+from cogvideox_jax.models.kernels.segment_attention_forward import block_of_keys, forward
+from cogvideox_jax.models.kernels.segment_attention_scores import LANES
 
 
 class Blocks(NamedTuple):
