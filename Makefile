@@ -2,24 +2,26 @@
 PYTHON ?= python3
 PYTEST ?= .venv/bin/python -m pytest -n auto --maxprocesses=4
 RUN := .venv/bin/python
+LOCK := requirements-lock.txt
+INSTALL := $(RUN) -m pip install --quiet --constraint $(LOCK)
 
 .PHONY: install demo test test-slow lint
 .DELETE_ON_ERROR:
 
 install: .venv/core
 
-.venv/core: requirements.txt setup.py
+.venv/core: requirements.txt $(LOCK) setup.py
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet -e .
+	$(INSTALL) -e .
 	touch $@
 
 # The extras bring PyTorch as a reference for the tests, and the tools that read the code.
 .venv/test: .venv/core
-	$(RUN) -m pip install --quiet -e '.[test]'
+	$(INSTALL) -e '.[test]'
 	touch $@
 
 .venv/dev: .venv/core
-	$(RUN) -m pip install --quiet -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 # Large pages spare a CPU the faults of fresh memory, a fifth of each step.

@@ -30,7 +30,7 @@ EXTRAS = {
     "pytest-xdist>=3.8.0",
     "torch==2.13.0",
   ],
-  "dev": ["pyright==1.1.414", "ruff==0.17.6"],
+  "dev": ["pre-commit==4.7.0", "pyright==1.1.414", "ruff==0.17.6"],
 }
 
 setup(
