@@ -1,4 +1,4 @@
-"""requirements-lock.txt has a version, within the bounds, of everything that tests and CI install."""
+"""requirements-lock.txt names one version, within the bounds, of all that tests and CI install."""
 
 import ast
 import re
