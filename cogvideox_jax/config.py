@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cogvideox_jax.conversion import configs, diffusers
+from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.conversion.folder import TEXT_DROPS, open_model
 from cogvideox_jax.data import buckets
 from cogvideox_jax.diffusion.solvers import SOLVERS
@@ -233,4 +233,4 @@ def _check_learned_positions(config: ConfigDict, compression: int) -> None:
 
 def _spatial_compression(model: str) -> int:
   fields, where = diffusers.read_fields(open_model(model).path / "vae", "config.json")
-  return configs.read_vae(fields, where).spatial_compression
+  return component_fields.read_vae(fields, where).spatial_compression

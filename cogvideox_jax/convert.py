@@ -14,9 +14,9 @@ from absl import flags
 from etils import epath
 
 from cogvideox_jax import command, model_flags
-from cogvideox_jax.conversion import convert, lora
-from cogvideox_jax.conversion.convert import LAYOUTS, Model
+from cogvideox_jax.conversion import lora, model_layouts
 from cogvideox_jax.conversion.folder import SHIPPED, resolve
+from cogvideox_jax.conversion.model_layouts import LAYOUTS, Model
 from cogvideox_jax.conversion.safetensors_file import DTYPES
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.model_flags import LORA, LORA_WEIGHT, WEIGHTS
@@ -41,8 +41,8 @@ def main() -> None:
       if LORA.value:
         fuse(model, epath.Path(LORA.value))
       if DTYPE.value != "keep":
-        model.map_params(lambda network: convert.cast(network, TYPES[DTYPE.value]))
-      convert.write(model, target, FORMAT.value)
+        model.map_params(lambda network: model_layouts.cast(network, TYPES[DTYPE.value]))
+      model_layouts.write(model, target, FORMAT.value)
   print(f"Wrote {target}.")
 
 
@@ -52,11 +52,11 @@ def opened(source: str) -> Iterator[Model]:
   path = epath.Path(source)
   if workdir.is_workdir(path):
     yield workdir.model(path, WEIGHTS.value)
-  elif source not in SHIPPED and path.exists() and convert.is_sat(path):
-    with convert.of_sat(path) as model:
+  elif source not in SHIPPED and path.exists() and model_layouts.is_sat(path):
+    with model_layouts.of_sat(path) as model:
       yield model
   else:
-    yield convert.of_folder(resolve(source))
+    yield model_layouts.of_folder(resolve(source))
 
 
 def fuse(model: Model, path: epath.Path) -> None:

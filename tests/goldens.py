@@ -26,7 +26,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from safetensors.numpy import load_file
 
-from cogvideox_jax.conversion import configs, diffusers, lora, sat, tensors
+from cogvideox_jax.conversion import component_fields, diffusers, lora, sat, tensors
 from cogvideox_jax.diffusion import guidance, noise, solvers
 from cogvideox_jax.inference.denoising import INITIAL, POSTERIOR, row_layout
 from cogvideox_jax.inference.image_to_video import ImageToVideo
@@ -298,7 +298,7 @@ def low_rank(folder: Folder, case: str) -> Iterator[Compared]:
 
 
 def schedule_of(folder: Folder, case: str) -> noise.NoiseSchedule:
-  return noise.noise_schedule(configs.read_noise(folder.cases[case]["call"], case))
+  return noise.noise_schedule(component_fields.read_noise(folder.cases[case]["call"], case))
 
 
 def scheduler(folder: Folder, case: str) -> Iterator[Compared]:
@@ -451,7 +451,7 @@ def make_pipeline(folder: Folder, kind: type[Pipeline], parts: dict) -> Pipeline
   if "folder" in parts:
     return kind.from_pretrained(folder.path / parts["folder"], progress=progress)
   config, params = folder.model(parts["vae"])
-  noise_config = configs.read_noise(parts["scheduler_config"], "scheduler_config")
+  noise_config = component_fields.read_noise(parts["scheduler_config"], "scheduler_config")
   return kind(
     folder.model(parts["transformer"]),
     (dataclasses.replace(config, **parts["vae_config_overrides"]), params),

@@ -3,7 +3,7 @@
 import numpy as np
 from drawn import VAE_CONFIG
 
-from cogvideox_jax.conversion import configs, diffusers
+from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.data.shards import ShardWriter
 from cogvideox_jax.types import Example
 from configs import tiny
@@ -16,7 +16,9 @@ GRIDS = ((1, 4, 4), (2, 4, 6), (3, 4, 4), (3, 6, 4))  # Latent frames, height, w
 def make_inputs(folder, seed=0, clips=48):
   """FOLDER/data, an encoded dataset of stage `tiny`, and FOLDER/model, the config of its VAE."""
   write_dataset(folder / "data" / "tiny", seed, clips)
-  diffusers.write_fields(folder / "model" / "vae", "config.json", configs.write_vae(VAE_CONFIG))
+  diffusers.write_fields(
+    folder / "model" / "vae", "config.json", component_fields.write_vae(VAE_CONFIG)
+  )
   return folder
 
 

@@ -6,8 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cogvideox_jax import config as config_module
-from cogvideox_jax.conversion import configs as model_configs
-from cogvideox_jax.conversion import diffusers
+from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.vae import VAEConfig
 from configs import base, tiny, tiny_i2v, tiny_stages
@@ -113,7 +112,7 @@ def test_sizes_must_suit_the_vae_of_the_model(tmp_path):
     channels=(8, 8, 8), groups=4, scaling_factor=1.0
   )  # Compresses by 4; patches by 2.
   (tmp_path / "vae").mkdir()
-  diffusers.write_fields(tmp_path / "vae", "config.json", model_configs.write_vae(vae))
+  diffusers.write_fields(tmp_path / "vae", "config.json", component_fields.write_vae(vae))
   check(changed("stages.tiny.sizes", ((40, 56),)), str(tmp_path))
   with pytest.raises(UserError, match=r"config\.stages\.tiny.*44"):
     check(changed("stages.tiny.sizes", ((44, 56),)), str(tmp_path))

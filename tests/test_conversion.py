@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import T5EncoderModel
 
-from cogvideox_jax.conversion import configs, diffusers, names, tensors
+from cogvideox_jax.conversion import component_fields, diffusers, names, tensors
 from cogvideox_jax.conversion.folder import Settings, open_model, write_index
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
@@ -203,9 +203,9 @@ def test_either_name_of_t5s_embedding_is_read(tmp_path):
   ],
 )
 def test_a_transformer_of_an_unsupported_kind_is_refused_by_its_field(field, value):
-  fields = {**configs.write_transformer(DIT), field: value}
+  fields = {**component_fields.write_transformer(DIT), field: value}
   with pytest.raises(UserError, match=f"config.json: {field} is {value!r}.* not supported"):
-    configs.read_transformer(fields, "config.json")
+    component_fields.read_transformer(fields, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -221,19 +221,19 @@ def test_the_position_rule_is_written_only_where_diffusers_fields_do_not_say_it(
   positions, patch, stored
 ):
   config = dataclasses.replace(DIT, positions=positions, patch=patch)
-  fields = json.loads(json.dumps(configs.write_transformer(config)))
+  fields = json.loads(json.dumps(component_fields.write_transformer(config)))
   assert fields.get("position_rule") == stored
-  assert configs.read_transformer(fields, "config.json") == config
+  assert component_fields.read_transformer(fields, "config.json") == config
 
 
 def test_fields_that_older_files_lack_mean_what_they_meant_then():
-  fields = configs.write_transformer(dataclasses.replace(DIT, positions="rope"))
+  fields = component_fields.write_transformer(dataclasses.replace(DIT, positions="rope"))
   newer = ("patch_size_t", "patch_bias", "ofs_embed_dim", "use_learned_positional_embeddings")
   old = {name: value for name, value in fields.items() if name not in newer}
-  assert configs.read_transformer(old, "") == configs.read_transformer(fields, "")
-  schedule = configs.write_noise(NOISE)
+  assert component_fields.read_transformer(old, "") == component_fields.read_transformer(fields, "")
+  schedule = component_fields.write_noise(NOISE)
   del schedule["snr_shift_scale"]
-  assert configs.read_noise(schedule, "").snr_shift == 3.0
+  assert component_fields.read_noise(schedule, "").snr_shift == 3.0
 
 
 def test_a_schedule_survives_a_round_trip_and_other_kinds_are_refused(tmp_path):
@@ -241,7 +241,7 @@ def test_a_schedule_survives_a_round_trip_and_other_kinds_are_refused(tmp_path):
   assert diffusers.load_scheduler(tmp_path) == NOISE
   for field, value in (("prediction_type", "flow"), ("beta_schedule", "linear")):
     with pytest.raises(UserError, match=f"{field} is {value!r}"):
-      configs.read_noise({**configs.write_noise(NOISE), field: value}, "")
+      component_fields.read_noise({**component_fields.write_noise(NOISE), field: value}, "")
 
 
 @pytest.mark.parametrize(

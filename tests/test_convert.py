@@ -17,8 +17,7 @@ from safetensors.numpy import load_file, save_file
 from small_run import make_config, make_inputs
 
 from cogvideox_jax import convert
-from cogvideox_jax.conversion import convert as conversion
-from cogvideox_jax.conversion import diffusers, lora, orbax, tensors
+from cogvideox_jax.conversion import diffusers, lora, model_layouts, orbax, tensors
 from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import digests
@@ -159,7 +158,7 @@ def test_a_release_of_sats_without_configs_of_ours_is_known_by_its_shapes(tmp_pa
 
 def test_one_file_of_sats_becomes_its_part_of_a_folder(model, tmp_path):
   there = run(model, tmp_path / "there", "sat")
-  file = shutil.copy(there / conversion.SAT_TRANSFORMER, tmp_path / "transformer.pt")
+  file = shutil.copy(there / model_layouts.SAT_TRANSFORMER, tmp_path / "transformer.pt")
   back = run(file, tmp_path / "back", "diffusers")
   assert [path.name for path in back.iterdir() if path.is_dir()] == ["transformer"]
   expected = {k: v for k, v in weights(model).items() if k.startswith("transformer/")}

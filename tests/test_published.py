@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from cogvideox_jax import config as config_module
-from cogvideox_jax.conversion import configs, tensors
+from cogvideox_jax.conversion import component_fields, tensors
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
 from cogvideox_jax.models.vae import VAE, VAEConfig
@@ -55,7 +55,7 @@ def test_the_vae_and_the_text_encoder_have_as_many_parameters():
 )
 def test_a_config_is_written_as_the_published_file_has_it(name, fields):
   config = model_config(config_of(name))
-  written = configs.write_transformer(config)
+  written = component_fields.write_transformer(config)
   assert fields.items() <= written.items()
   assert "position_rule" not in written  # diffusers' own fields say it.
-  assert configs.read_transformer(written, "") == config
+  assert component_fields.read_transformer(written, "") == config

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from cogvideox_jax.conversion import configs, names, tensors
+from cogvideox_jax.conversion import component_fields, names, tensors
 from cogvideox_jax.conversion.names import Row
 from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.models.dit import DiT
@@ -39,18 +39,22 @@ class Component(NamedTuple):
 TRANSFORMER = Component(
   DiT,
   names.transformer,
-  configs.read_transformer,
-  configs.write_transformer,
+  component_fields.read_transformer,
+  component_fields.write_transformer,
   weights="diffusion_pytorch_model",
 )
 AUTOENCODER = Component(
-  VAE, names.vae, configs.read_vae, configs.write_vae, weights="diffusion_pytorch_model"
+  VAE,
+  names.vae,
+  component_fields.read_vae,
+  component_fields.write_vae,
+  weights="diffusion_pytorch_model",
 )
 TEXT_ENCODER = Component(
   T5Encoder,
   names.text_encoder,
-  configs.read_text_encoder,
-  configs.write_text_encoder,
+  component_fields.read_text_encoder,
+  component_fields.write_text_encoder,
   weights="model",
   aliases={"encoder.embed_tokens.weight": "shared.weight"},  # T5's one embedding has two names.
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from cogvideox_jax.conversion import configs, safetensors_file, tensors
+from cogvideox_jax.conversion import component_fields, safetensors_file, tensors
 from cogvideox_jax.conversion.components import (
   AUTOENCODER,
   TEXT_ENCODER,
@@ -71,7 +71,7 @@ save_text_encoder = partial(save, TEXT_ENCODER)
 
 def load_scheduler(folder: epath.PathLike) -> NoiseConfig:
   """The noise schedule in a `scheduler` folder, whichever solver it names."""
-  return configs.read_noise(*read_fields(folder, SCHEDULER_CONFIG))
+  return component_fields.read_noise(*read_fields(folder, SCHEDULER_CONFIG))
 
 
 def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
@@ -79,7 +79,7 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
 
 
 def save_scheduler(folder: epath.PathLike, config: NoiseConfig) -> None:
-  write_fields(folder, SCHEDULER_CONFIG, configs.write_noise(config))
+  write_fields(folder, SCHEDULER_CONFIG, component_fields.write_noise(config))
 
 
 def save_tokenizer(folder: epath.PathLike, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from cogvideox_jax.conversion import configs, diffusers, orbax, tensors
+from cogvideox_jax.conversion import component_fields, diffusers, orbax, tensors
 from cogvideox_jax.conversion.components import COMPONENTS
 from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.data.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ def index_fields(settings: Settings, takes_image: bool = False) -> dict[str, Any
   """What model_index.json says of a whole model."""
   return {
     "_class_name": "CogVideoXImageToVideoPipeline" if takes_image else "CogVideoXPipeline",
-    "_diffusers_version": configs.VERSION,
+    "_diffusers_version": component_fields.VERSION,
     **{part: list(where) for part, where in PARTS.items()},
     SETTINGS: dataclasses.asdict(settings),
   }

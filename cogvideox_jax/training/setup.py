@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from cogvideox_jax import encoding, hosts, sharding
-from cogvideox_jax.conversion import configs, diffusers
+from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import shapes
 from cogvideox_jax.data.loader import Loader
@@ -288,7 +288,7 @@ def vae_config(config: ConfigDict) -> VAEConfig:
   if not config.components:
     return VAEConfig()
   fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
-  return configs.read_vae(fields, where)
+  return component_fields.read_vae(fields, where)
 
 
 def _empty_prompt(config: ConfigDict) -> Float[np.ndarray, "l t"]:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from cogvideox_jax.conversion import convert
-from cogvideox_jax.conversion.configs import write_noise
+from cogvideox_jax.conversion import model_layouts
+from cogvideox_jax.conversion.component_fields import write_noise
 from cogvideox_jax.conversion.folder import Settings, index_fields, open_model
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
@@ -64,16 +64,16 @@ def _transformer(config: ConfigDict, workdir: epath.Path, weights: str) -> tuple
   return stages.stage_model(config, stage.name), found.params
 
 
-def model(workdir: epath.Path, weights: str) -> convert.Model:
+def model(workdir: epath.Path, weights: str) -> model_layouts.Model:
   """What `convert` writes of a workdir: its transformer, and the rest that its config names.
 
   Raises:
     UserError: it has no good checkpoint, or a part is missing or damaged.
   """
   config = _config(workdir)
-  written = convert.of_folder(open_model(config.components).path)
+  written = model_layouts.of_folder(open_model(config.components).path)
   transformer = _transformer(config, workdir, weights)
-  written.networks["transformer"] = convert.Network("transformer", *transformer, None)
+  written.networks["transformer"] = model_layouts.Network("transformer", *transformer, None)
   written.scheduler = write_noise(NoiseConfig(**config.noise))
   takes_image = written.networks["transformer"].config.takes_image
   written.index = index_fields(_settings(config), takes_image)

@@ -13,7 +13,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from cogvideox_jax.conversion import card, configs, diffusers, orbax, sat, sat_config, torch_files
+from cogvideox_jax.conversion import (
+  card,
+  component_fields,
+  diffusers,
+  orbax,
+  sat,
+  sat_config,
+  torch_files,
+)
 from cogvideox_jax.conversion.components import COMPONENTS, Component
 from cogvideox_jax.conversion.folder import INDEX, Settings, index_fields, open_network
 from cogvideox_jax.conversion.tensors import Lazy, Params, Place
@@ -162,7 +170,7 @@ def _add_sat_text(model: Model, path: epath.Path) -> None:
   _add_files(model, path, tokenizer)
   transformer = model.networks.get("transformer")
   if transformer and model.scheduler is None:
-    model.scheduler = configs.write_noise(sat_config.noise(transformer.config))
+    model.scheduler = component_fields.write_noise(sat_config.noise(transformer.config))
   whole = model.networks.keys() == COMPONENTS.keys() and model.tokenizer is not None
   if transformer and whole and model.index is None:
     # A dropped caption was zeros in SAT's training; a sampler of diffusers' has the encoded "".
