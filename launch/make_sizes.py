@@ -166,18 +166,19 @@ def row(case: Case, log: dict[str, Any]) -> str:
 HEAD = """\
 # What fits where
 
-`python launch/make_sizes.py` made this table from the TPU compiler's estimates. Nothing ran on a TPU.
-`benchmarks/compile/` holds a log for each line: its command, its collectives and all other numbers.
+`python launch/make_sizes.py` made this table from the TPU compiler's estimates. Nothing ran on a
+TPU. `benchmarks/compile/` holds a log for each line: its command, its collectives and all other
+numbers.
 
 - Rows: rows of the global batch in training; the two halves of guidance in sampling; clips in
   encoding and decoding.
 - State and total: GiB on each device, out of the GiB that the compiler lets a program use. In
   training, state is fp32 parameters, average and moments; in sampling, the parameters in bfloat16;
   in encoding and decoding, the VAE's parameters in fp32. A tpu7x chip has two devices.
-- Seconds: the time of one step, or of encoding or decoding a whole clip. It adds the cycles that the
-  compiler estimates, and attention's FLOPs at .40 of the peak on v5e and v5p, .30 on v6e and .25 on
-  tpu7x. It does not include waiting for other devices. The cell is empty if the program has a loop
-  whose trip count the compiler's text does not state.
+- Seconds: the time of one step, or of encoding or decoding a whole clip. It adds the cycles that
+  the compiler estimates, and attention's FLOPs at .40 of the peak on v5e and v5p, .30 on v6e and
+  .25 on tpu7x. It does not include waiting for other devices. The cell is empty if the program has
+  a loop whose trip count the compiler's text does not state.
 - MFU: the model's FLOPs divided by that time, as a fraction of the peak. It is an upper bound.
 
 | config | program | pod | mesh | rows | state | total | fits | seconds | MFU |
