@@ -1,13 +1,13 @@
-"""How much explicit uniform timesteps lower the variance of a batch's loss.
+"""How much steadier the loss of a batch is with explicit uniform timesteps than with plain ones.
 
 python benchmarks/timesteps.py --json
 
-Runs the shipped tiny transformer on the embedded clips, rendered and encoded in a temporary folder.
-Both kinds of sampling see the same batches, latents and noise, and differ only in the timesteps.
-`ratio` is the variance of the loss with plain sampling over that with explicit uniform sampling:
-above 1, the latter is steadier. `fixed` repeats one batch with the same latents and noise. Only the
-timesteps and the order of the rows vary, because a row's position decides its interval. Intervals
-are 95%, by bootstrap over the batches.
+The shipped tiny transformer, on the embedded clips, rendered and encoded in a temporary folder.
+Both draws see the same batches, latents and noise, and differ in nothing but the timesteps. `ratio`
+is the variance of the loss estimate with plain sampling over that with explicit uniform: above 1,
+the latter is steadier. `fixed` is the same with one batch, its latents and its noise held: nothing
+varies but the timesteps, and the order of the rows, since a row's place decides its interval.
+Intervals are of 95%, by bootstrap over the batches.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.training import setup, step
+from cogvideox_jax.training import components, stage_data, step
 from cogvideox_jax.types import Batch
 from configs import tiny
 
@@ -42,19 +42,19 @@ RESAMPLES = 2000
 def batches_of(config: ConfigDict, folder: epath.Path, count: int) -> list[Batch]:
   """The first batches of the training that a config describes."""
   (stage,) = config.stages
-  setup.make_data(config, folder)
-  datasets = setup.open_data(config, stage, folder)
-  rows = setup.make_rows(config, stage, datasets, "train", setup.dropped_caption(config))
-  history = mixture.begin(setup.weights(config, stage))
-  loader = setup.make_loader(config, stage, rows, history)
+  stage_data.make_data(config, folder)
+  datasets = stage_data.open_data(config, stage, folder)
+  rows = stage_data.make_rows(config, stage, datasets, "train", stage_data.dropped_caption(config))
+  history = mixture.begin(stage_data.weights(config, stage))
+  loader = stage_data.make_loader(config, stage, rows, history)
   return list(itertools.islice(loader.iterate(), count))
 
 
 def loss_function(config: ConfigDict) -> Any:
-  """Returns a function (batch, row order, timestep key, latent key) -> loss by name of DRAWS."""
+  """(batch, order of its rows, timestep key, latent key) -> the losses with each of DRAWS."""
   model, params = open_model("tiny").transformer()
   network = step.Network(graph_of(DiT, model), model.width, attention)
-  schedule, latents = noise_schedule(NoiseConfig(**config.noise)), setup.latent_config(config)
+  schedule, latents = noise_schedule(NoiseConfig(**config.noise)), components.latent_config(config)
   params = jax.tree.map(jnp.asarray, params)
 
   @jax.jit
@@ -74,7 +74,7 @@ def loss_function(config: ConfigDict) -> Any:
 
 
 def compare(losses: list[dict[str, jax.Array]]) -> dict[str, Any]:
-  """The variances over the batches, and their ratio with its confidence interval."""
+  """Variances over the batches, and their ratio with its interval."""
   explicit, plain = (np.array([float(each[name]) for each in losses]) for name in DRAWS)
   rng = np.random.default_rng(0)
   picks = rng.integers(len(losses), size=(RESAMPLES, len(losses)))
@@ -92,7 +92,7 @@ def compare(losses: list[dict[str, jax.Array]]) -> dict[str, Any]:
 def main() -> None:
   parser = measure.arguments(__doc__)
   parser.add_argument("--batches", type=int, default=1000)
-  parser.add_argument("--clips", type=int, default=500, help="clips to render and encode")
+  parser.add_argument("--clips", type=int, default=500, help="that are rendered and encoded")
   args = parser.parse_args()
   logging.getLogger("absl").setLevel(logging.ERROR)
   config, start = tiny.get_config(), time.perf_counter()

@@ -23,7 +23,7 @@ from cogvideox_jax.evaluation.shapes import score
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.sharding import split_cpu
-from cogvideox_jax.training import loop, stages, workdir
+from cogvideox_jax.training import stages, transformer_run, workdir
 
 CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.", required=True)
@@ -38,7 +38,7 @@ def main() -> int:
   config.check(cfg, cfg.components)
   split_cpu(cfg.cpu_devices)
   start = time.perf_counter()
-  exit_code = loop.train(cfg, folder)
+  exit_code = transformer_run.train(cfg, folder)
   train_seconds = time.perf_counter() - start
   if exit_code:
     return exit_code

@@ -28,7 +28,7 @@ from cogvideox_jax.data import pictures, summary
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.rows import Rows
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.training import inspection
+from cogvideox_jax.training import dataset_report
 
 CONFIG = command.config_flag(required=False)
 MODEL = flags.DEFINE_string(
@@ -53,18 +53,18 @@ class Stage(NamedTuple):
 
 def main(dataset: str) -> None:
   path = epath.Path(dataset)
-  found = inspection.open_stages(path)
-  cfg = CONFIG.value or inspection.kept_config(path)
+  found = dataset_report.open_stages(path)
+  cfg = CONFIG.value or dataset_report.kept_config(path)
   if cfg:
     config.check(cfg, "")
   if STAGE.value and not cfg:
     raise UserError(f"--stage={STAGE.value} is a stage of a config: give a --config=FILE.")
-  read_by = inspection.readers(cfg, found, STAGE.value) if cfg else {}
+  read_by = dataset_report.readers(cfg, found, STAGE.value) if cfg else {}
   stages = [
     Stage(
       read_by.get(name, name),
       data,
-      inspection.training_rows(cfg, read_by[name], data) if cfg and name in read_by else None,
+      dataset_report.training_rows(cfg, read_by[name], data) if cfg and name in read_by else None,
     )
     for name, data in found.items()
     if name in read_by or not STAGE.value
@@ -88,12 +88,12 @@ def show(cfg: ConfigDict | None, stage: Stage) -> dict:
   if rows and packed:
     padding = f"{packed.padding_fraction:.2%} padding; the more frames, the darker"
     title = f"{name}: rows of {rows.row_tokens:,} tokens, {padding}"
-    pictures.packing_picture(rows, inspection.DRAWN_ROWS, title, folder / "packing.png")
+    pictures.packing_picture(rows, dataset_report.DRAWN_ROWS, title, folder / "packing.png")
     print(f"  wrote {folder / 'packing.png'}")
   else:
     print("  How it packs depends on the training: give a --config=FILE that has this stage.")
   model = MODEL.value if MODEL.value is not None else (cfg.components if cfg else "")
-  inspection.write_clip_sheet(dataset, model, name, folder / "clips.png")
+  dataset_report.write_clip_sheet(dataset, model, name, folder / "clips.png")
   print(f"  wrote {folder / 'clips.png'}")
   return summary.as_numbers(contents, packed)
 
@@ -107,7 +107,7 @@ def list_rows(cfg: ConfigDict | None, stages: list[Stage], wanted: range) -> lis
       f"({', '.join(stage.name for stage in stages)}) are in the config.\n"
       "Give --stage=NAME or the folder DATASET/STAGE of one stage; and a --config=FILE that has it."
     )
-  return inspection.list_rows(cfg, *known[0], wanted, HOSTS.value)
+  return dataset_report.list_rows(cfg, *known[0], wanted, HOSTS.value)
 
 
 def parse_range(text: str) -> range:

@@ -16,7 +16,7 @@ from cogvideox_jax import command, config, hosts, job
 from cogvideox_jax.aot.report import as_table, report
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import split_cpu
-from cogvideox_jax.training.loop import train
+from cogvideox_jax.training.transformer_run import train
 
 CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string(

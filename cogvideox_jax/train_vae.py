@@ -15,9 +15,9 @@ WORKDIR = flags.DEFINE_string(
 
 
 def main() -> int:
-  from cogvideox_jax.training import vae_loop
+  from cogvideox_jax.training import vae_run
 
-  return vae_loop.train(CONFIG.value, epath.Path(WORKDIR.value))
+  return vae_run.train(CONFIG.value, epath.Path(WORKDIR.value))
 
 
 if __name__ == "__main__":

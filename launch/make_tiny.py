@@ -24,7 +24,7 @@ from cogvideox_jax.conversion.folder import Settings, write_index
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
 from cogvideox_jax.training import checkpoint
-from cogvideox_jax.training.setup import model_config
+from cogvideox_jax.training.stages import model_config
 
 TARGET = flags.DEFINE_string("target", "cogvideox_jax/assets/tiny", "The model folder.")
 VAE = flags.DEFINE_string("vae", None, "What train_vae left: WORKDIR/vae.", required=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 # The libraries, and nothing else, are loaded once for all commands.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["cogvideox_jax.encoding", "cogvideox_jax.training.loop"])
+FORKS.set_forkserver_preload(["cogvideox_jax.encoding", "cogvideox_jax.training.transformer_run"])
 
 
 class Result(NamedTuple):

@@ -26,7 +26,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.models.dit import DiT
-from cogvideox_jax.training import checkpoint, loop
+from cogvideox_jax.training import checkpoint, transformer_run
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 PIPELINES = sorted((GOLDENS / "pipelines").iterdir())
@@ -182,7 +182,7 @@ def test_parts_alone_are_converted(model, tmp_path):
 def test_a_training_run_is_written_with_the_average_of_its_weights(model, tmp_path):
   inputs = make_inputs(tmp_path)
   config = make_config(inputs, components=str(model), train__steps=3)
-  assert loop.train(config, epath.Path(tmp_path / "run")) == 0
+  assert transformer_run.train(config, epath.Path(tmp_path / "run")) == 0
   for weights_flag, part in (("ema", "ema"), ("raw", "params")):
     there = run(tmp_path / "run", tmp_path / part, "diffusers", weights=weights_flag)
     _, found = open_model(there).transformer()

@@ -10,14 +10,14 @@ from small_run import make_config
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.t5 import T5Encoder, encode_text
-from cogvideox_jax.training import setup
+from cogvideox_jax.training import stage_data
 
 
 @pytest.mark.parametrize("drop", ["zeros", "empty"])
 def test_it_is_zeros_or_the_states_of_the_empty_prompt(tmp_path, drop):
   folder = epath.Path(tmp_path)
   model = make_model(folder / "model")
-  dropped = setup.dropped_caption(make_config(folder, text__drop=drop))
+  dropped = stage_data.dropped_caption(make_config(folder, text__drop=drop))
   if drop == "zeros":
     assert isinstance(dropped, str) and dropped == "zeros"
     return

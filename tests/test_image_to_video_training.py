@@ -25,7 +25,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.training import loop, workdir
+from cogvideox_jax.training import transformer_run, workdir
 from configs import tiny_i2v
 
 CLIPS = 20
@@ -119,7 +119,7 @@ def test_a_model_that_sees_an_image_trains_and_its_workdir_is_sampled_from(
   config = make_config(inputs, **KINDS[kind], **{"data.path": str(encoded)})
   config_module.check(config, config.components)
   folder = epath.Path(tmp_path) / "run"
-  assert loop.train(config, folder) == 0
+  assert transformer_run.train(config, folder) == 0
   logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   measured = ["loss", "validation_loss"] if config.validation.every else ["loss"]
   assert np.isfinite([logged[-1][name] for name in measured]).all()
@@ -149,4 +149,4 @@ def test_a_model_that_sees_an_image_trains_and_its_workdir_is_sampled_from(
 def test_clips_that_do_not_suit_the_model_are_refused_before_any_step(tmp_path, change, message):
   config = make_text_config(make_inputs(epath.Path(tmp_path)), **change)
   with pytest.raises(UserError, match=message):
-    loop.train(config, epath.Path(tmp_path) / "run")
+    transformer_run.train(config, epath.Path(tmp_path) / "run")

@@ -94,7 +94,7 @@ def test_a_module_imports_only_from_layers_below(module):
     ("cogvideox_jax.models.dit", "cogvideox_jax.diffusion.noise.NoiseConfig"),
     ("cogvideox_jax.models.dit", "cogvideox_jax.training.step"),
     ("cogvideox_jax.inference.pipeline", "cogvideox_jax.evaluation.shapes"),
-    ("cogvideox_jax.training.loop", "cogvideox_jax.sample.main"),
+    ("cogvideox_jax.training.transformer_run", "cogvideox_jax.sample.main"),
     ("cogvideox_jax.sample", "cogvideox_jax.train"),
     ("cogvideox_jax.conversion.sat", "torch"),
   ],

@@ -19,7 +19,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
-from cogvideox_jax.training import inspection, setup
+from cogvideox_jax.training import dataset_report, stage_data
 
 CLIPS = 48
 
@@ -40,9 +40,11 @@ def last_object(result):
 
 def test_listed_rows_are_those_that_training_reads(inputs, tmp_path):
   config = make_config(inputs)
-  datasets = setup.open_data(config, "tiny", epath.Path(tmp_path))
-  rows = setup.make_rows(config, "tiny", datasets, "train", "zeros")
-  loader = setup.make_loader(config, "tiny", rows, mixture.begin(setup.weights(config, "tiny")))
+  datasets = stage_data.open_data(config, "tiny", epath.Path(tmp_path))
+  rows = stage_data.make_rows(config, "tiny", datasets, "train", "zeros")
+  loader = stage_data.make_loader(
+    config, "tiny", rows, mixture.begin(stage_data.weights(config, "tiny"))
+  )
   expected = []
   for index in range(3, 45):
     name, row = loader.row(index)
@@ -58,12 +60,12 @@ def test_listed_rows_are_those_that_training_reads(inputs, tmp_path):
 @pytest.mark.parametrize("hosts", [1, 2, 8])
 def test_hosts_share_the_same_rows(inputs, hosts):
   config = make_config(inputs)
-  (dataset,) = inspection.open_stages(epath.Path(inputs) / "data").values()
-  rows = inspection.training_rows(config, "tiny", dataset)
-  listed = inspection.list_rows(config, "tiny", rows, range(20), hosts)
+  (dataset,) = dataset_report.open_stages(epath.Path(inputs) / "data").values()
+  rows = dataset_report.training_rows(config, "tiny", dataset)
+  listed = dataset_report.list_rows(config, "tiny", rows, range(20), hosts)
   assert [row["row"] for row in listed] == list(range(20))
   assert [row["host"] for row in listed] == [index % 8 * hosts // 8 for index in range(20)]
-  alone = inspection.list_rows(config, "tiny", rows, range(20), 1)
+  alone = dataset_report.list_rows(config, "tiny", rows, range(20), 1)
   assert [row["clips"] for row in listed] == [row["clips"] for row in alone]
 
 
@@ -86,18 +88,18 @@ def test_a_table_and_two_pictures_of_a_dataset(inputs, tmp_path):
 
 
 def test_clips_are_shown_decoded_by_the_vae_they_were_encoded_with(inputs, tmp_path):
-  (dataset,) = inspection.open_stages(epath.Path(inputs) / "data").values()
+  (dataset,) = dataset_report.open_stages(epath.Path(inputs) / "data").values()
   alike = np.flatnonzero((dataset.index.latent_shape == (3, 4, 4, 4)).all(axis=1))[:2]
   frames = [dataset[clip].mean[0] for clip in alike.tolist()]
   config, params = draw(VAE, VAE_CONFIG)
   diffusers.save_vae(tmp_path / "vae", config, params)
-  shown = inspection.decode_first_frames(frames, str(tmp_path))
+  shown = dataset_report.decode_first_frames(frames, str(tmp_path))
   network = nnx.merge(graph_of(VAE, config), params)
   for image, latents in zip(shown, frames, strict=True):
     decoded = vae.decode(network, jnp.float32(latents)[None, None])[0, 0]
     np.testing.assert_allclose(image, np.clip(127.5 * decoded + 127.5, 0, 255), atol=0.51)
   with pytest.raises(UserError, match="has 4 latent channels, the clips have 3"):
-    inspection.decode_first_frames([frame[..., :3] for frame in frames], str(tmp_path))
+    dataset_report.decode_first_frames([frame[..., :3] for frame in frames], str(tmp_path))
 
 
 def test_a_dataset_is_shown_with_the_config_kept_beside_it_or_with_none(inputs, tmp_path):
@@ -145,12 +147,12 @@ def test_mistakes_are_told_in_a_few_lines(inputs, tmp_path, args, words):
 def test_rows_of_several_stages_must_be_asked_for_one_by_one(inputs, tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(UserError, match="holds no encoded dataset"):
-    inspection.open_stages(epath.Path(tmp_path / "empty"))
+    dataset_report.open_stages(epath.Path(tmp_path / "empty"))
   config = make_config(inputs)
-  assert inspection.readers(config, ["tiny", "other"], "") == {"tiny": "tiny"}
-  assert inspection.readers(config, ["other"], "") == {"other": "tiny"}
-  assert inspection.readers(config, ["tiny", "other"], "tiny") == {"tiny": "tiny"}
+  assert dataset_report.readers(config, ["tiny", "other"], "") == {"tiny": "tiny"}
+  assert dataset_report.readers(config, ["other"], "") == {"other": "tiny"}
+  assert dataset_report.readers(config, ["tiny", "other"], "tiny") == {"tiny": "tiny"}
   with pytest.raises(UserError, match=r"--stage=stage9: config\.stages has tiny"):
-    inspection.readers(config, ["tiny"], "stage9")
+    dataset_report.readers(config, ["tiny"], "stage9")
   with pytest.raises(UserError, match="--stage=tiny reads tiny, but here there are a, b"):
-    inspection.readers(config, ["a", "b"], "tiny")
+    dataset_report.readers(config, ["a", "b"], "tiny")

@@ -11,7 +11,7 @@ from cogvideox_jax.conversion import component_fields, tensors
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
 from cogvideox_jax.models.vae import VAE, VAEConfig
-from cogvideox_jax.training.setup import model_config
+from cogvideox_jax.training.stages import model_config
 
 PUBLISHED = {
   "2b": 1_693_783_872,

@@ -18,7 +18,17 @@ from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import positions
-from cogvideox_jax.training import inspection, loop, metrics, setup, stages, state, workdir
+from cogvideox_jax.training import (
+  dataset_report,
+  meshes,
+  metrics,
+  stage_data,
+  stages,
+  state,
+  step_functions,
+  transformer_run,
+  workdir,
+)
 from configs import base, tiny_stages
 
 GRIDS = {  # Latent frames, height, width.
@@ -85,7 +95,7 @@ class Watched:
 
   def __init__(self, patch):
     self.shapes, self.clips = [], {stage: {} for stage in ROWS}
-    place, iterate, loaders = loop.StageRun._place, Loader.iterate, []
+    place, iterate, loaders = transformer_run.StageRun._place, Loader.iterate, []
 
     def place_and_note(run, batch):
       self.shapes.append((run._stage.name, batch.segment_ids.shape))
@@ -98,7 +108,7 @@ class Watched:
         clips |= {row: loader.row(row).row.clips.tolist() for row in loader.rows_of(k)}
         yield batch
 
-    patch.setattr(loop.StageRun, "_place", place_and_note)
+    patch.setattr(transformer_run.StageRun, "_place", place_and_note)
     patch.setattr(Loader, "iterate", iterate_and_note)
 
 
@@ -108,7 +118,7 @@ def whole(inputs, tmp_path_factory):
   folder = epath.Path(tmp_path_factory.mktemp("whole"))
   with pytest.MonkeyPatch.context() as patch:
     watched = Watched(patch)
-    assert loop.train(make_config(inputs), folder) == 0
+    assert transformer_run.train(make_config(inputs), folder) == 0
   return folder, watched
 
 
@@ -135,9 +145,9 @@ def test_each_stage_reads_its_own_rows_from_the_first_and_the_last_one_the_best_
   config = make_config(inputs)
   for stage, seen in whole[1].clips.items():
     dataset = Dataset(inputs / "data" / (config.stages[stage].data or stage))
-    rows = inspection.training_rows(config, stage, dataset)
+    rows = dataset_report.training_rows(config, stage, dataset)
     taken = range(2 * ROWS[stage][0])
-    listed = inspection.list_rows(config, stage, rows, taken, hosts=1)
+    listed = dataset_report.list_rows(config, stage, rows, taken, hosts=1)
     told = [[dataset.source(clip) for clip in seen[row]] for row in taken]
     assert told == [row["clips"] for row in listed]
 
@@ -160,7 +170,7 @@ def stop_after(config, folder, step):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(metrics.Recorder, "add", add_and_signal)
-    return loop.train(config, folder)
+    return transformer_run.train(config, folder)
 
 
 def test_a_run_stopped_in_every_stage_and_at_every_boundary_ends_with_the_same_bits(
@@ -195,7 +205,7 @@ def two(inputs, tmp_path_factory):
   assert stop_after(config, folder, 2) == 83
   halfway = epath.Path(tmp_path_factory.mktemp("halfway")) / "run"
   shutil.copytree(folder, halfway)
-  assert loop.train(config, folder) == 0
+  assert transformer_run.train(config, folder) == 0
   return halfway, folder
 
 
@@ -231,7 +241,9 @@ def test_a_stage_that_begins_has_no_moments_but_the_weights_and_their_average(in
   config = make_config(inputs, train__carry_optimizer=False)
   _, two, three, _ = stages.plan(config)
   before, after = (
-    setup.make_functions(config, stage.name, *setup.make_mesh(config, stage.name)).abstract
+    step_functions.make_functions(
+      config, stage.name, *meshes.make_mesh(config, stage.name)
+    ).abstract
     for stage in (two, three)
   )
   ones = jax.tree.map(lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding), before)
@@ -352,13 +364,13 @@ def test_clips_of_the_embedded_data_are_made_once_and_scored(inputs, tmp_path):
   for stage, size in (("stage1", 16), ("stage2", 24), ("stage3", 32), ("stage4", 32)):
     config.stages[stage].update(sizes=((size, size),), durations=(9,))
   folder = epath.Path(tmp_path)
-  setup.make_data(config, folder)
+  stage_data.make_data(config, folder)
   encoded = folder / "data" / "encoded"
   assert {path.name for path in encoded.iterdir() if path.is_dir()} == set(GRIDS)
   assert (encoded / "quarantine.jsonl").read_text() == ""
-  names = {stage: [*setup.open_data(config, stage, folder)] for stage in ROWS}
+  names = {stage: [*stage_data.open_data(config, stage, folder)] for stage in ROWS}
   assert list(names.values()) == [["stage1"], ["stage2"], ["stage3"], ["stage3"]]
-  rows = inspection.training_rows(config, "stage4", Dataset(encoded / "stage3"))
+  rows = dataset_report.training_rows(config, "stage4", Dataset(encoded / "stage3"))
   score, kept = rows.dataset.index.score, rows.clips
   assert len(kept) in (3, 4) and np.isfinite(score).all()
   assert score[kept].min() > np.median(score)
@@ -371,14 +383,14 @@ def test_a_mixture_has_a_dataset_of_each_stage_for_each_name(inputs, tmp_path):
     config.data.mixture.other = base.source(str(inputs / "data"), 2)
   digests = {}
   for stage in ROWS:
-    opened = setup.open_data(config, stage, epath.Path(tmp_path))
+    opened = stage_data.open_data(config, stage, epath.Path(tmp_path))
     source = config.stages[stage].data or stage
     assert [data.directory for data in opened.values()] == 2 * [inputs / "data" / source]
-    assert setup.weights(config, stage) == {"one": 1.0, "other": 2.0}
-    digests |= setup.data_digests(config, stage, opened)
+    assert stage_data.weights(config, stage) == {"one": 1.0, "other": 2.0}
+    digests |= stage_data.data_digests(config, stage, opened)
   assert sorted(digests) == sorted(
     f"{name}/{stage}" for name in ("one", "other") for stage in GRIDS
   )
   config.data.mixture.one.path = str(inputs / "data" / "stage1")
   with pytest.raises(UserError, match="the dataset of one stage, but the config has 4"):
-    setup.open_data(config, "stage2", epath.Path(tmp_path))
+    stage_data.open_data(config, "stage2", epath.Path(tmp_path))

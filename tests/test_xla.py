@@ -10,7 +10,7 @@ from small_run import make_config, make_inputs
 
 from cogvideox_jax.inference import denoising
 from cogvideox_jax.models.kernels import segment_attention
-from cogvideox_jax.training import programs, setup
+from cogvideox_jax.training import meshes, step_functions
 from cogvideox_jax.xla import compiler_options
 
 
@@ -24,12 +24,14 @@ def test_tpus_multiply_whole_weights_and_others_are_told_nothing():
 
 def test_the_training_step_is_compiled_with_them(tmp_path, monkeypatch):
   config = make_config(make_inputs(epath.Path(tmp_path)))
-  mesh, rules = setup.make_mesh(config, "tiny")
-  functions = setup.make_functions(config, "tiny", mesh, rules)
-  batch = setup.abstract_batch(config, "tiny", mesh, rules)
+  mesh, rules = meshes.make_mesh(config, "tiny")
+  functions = step_functions.make_functions(config, "tiny", mesh, rules)
+  batch = meshes.abstract_batch(config, "tiny", mesh, rules)
   key = jax.eval_shape(jax.random.key, 0)
-  monkeypatch.setattr(programs, "compiler_options", lambda device: {"xla_no_such_option": True})
-  lowered = programs.jit_train(functions).lower(functions.abstract, batch, key)
+  monkeypatch.setattr(
+    step_functions, "compiler_options", lambda device: {"xla_no_such_option": True}
+  )
+  lowered = step_functions.jit_train(functions).lower(functions.abstract, batch, key)
   with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
     lowered.compile()
 

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from cogvideox_jax.aot.topology import CHIPS, GIB, Topology
 from cogvideox_jax.inference.inputs import Size
-from cogvideox_jax.training import setup
+from cogvideox_jax.training import components
 
 # Shapes of pods in rising size, of two axes (v5e, v6e) and of three.
 _SHAPES = {
@@ -43,7 +43,7 @@ def suggest(
 
 
 def _of_tiles(config: ConfigDict, program: str, size: Size) -> list[str]:
-  height, width = (side.pixels for side in setup.vae_config(config).tiling)
+  height, width = (side.pixels for side in components.vae_config(config).tiling)
   if program != "decode" or (size.height <= height and size.width <= width):
     return []
   advice = (

@@ -21,8 +21,8 @@ from cogvideox_jax.inference.inputs import Size, check_size, latent_shape
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.training import setup
-from cogvideox_jax.training.programs import jit_train
+from cogvideox_jax.training import components, meshes, stages, step_functions
+from cogvideox_jax.training.step_functions import jit_train
 
 # config.remat -> how often a training step runs the forward pass again: linear layers, attention.
 RECOMPUTED = {
@@ -60,12 +60,12 @@ class Program(NamedTuple):
 
 
 def train_program(config: ConfigDict, stage_name: str, topology: Topology) -> Program:
-  """The training step of a stage; the very same as training/loop.py's."""
+  """The training step of a stage; the very same as training/transformer_run.py's."""
   stage = config.stages[stage_name]
-  mesh, rules = setup.make_mesh(config, stage_name, topology.devices)
-  functions = setup.make_functions(config, stage_name, mesh, rules)
-  batch = setup.abstract_batch(config, stage_name, mesh, rules)
-  model = setup.model_config(config)
+  mesh, rules = meshes.make_mesh(config, stage_name, topology.devices)
+  functions = step_functions.make_functions(config, stage_name, mesh, rules)
+  batch = meshes.abstract_batch(config, stage_name, mesh, rules)
+  model = stages.model_config(config)
   clips = work.clips_of_row(model, stage) * stage.rows
   key = jax.eval_shape(lambda: jax.random.key(0))
   forward = work.forward_flops(model, clips)
@@ -121,7 +121,7 @@ def sample_program(config: ConfigDict, topology: Topology, size: Size) -> Progra
 
   Parameters are in bfloat16, as most published ones are, and whole on each device.
   """
-  model, vae = setup.model_config(config), setup.vae_config(config)
+  model, vae = stages.model_config(config), components.vae_config(config)
   check_size(size, vae, model.patch)
   rows = 2  # The halves of guidance.
   spread = denoising.spread(rows, topology.devices)
@@ -172,7 +172,7 @@ def vae_program(config: ConfigDict, topology: Topology, name: str, size: Size) -
   A step is the whole clip: the first chunk, then the later ones, which share a program. The whole
   VAE is on each device.
   """
-  sizes = setup.vae_config(config)
+  sizes = components.vae_config(config)
   check_size(size, sizes)
   graph = graph_of(vae.VAE, sizes)
   mesh, rules = sharding.mesh_of_rows(len(topology.devices), topology.devices), encoders.RULES
@@ -230,7 +230,7 @@ def make(
   """The program of one of PROGRAMS; given: of a Size, by default the model's."""
   if name == "train":
     return train_program(config, stage_named(config, stage), topology)
-  model, scale = config.model, setup.vae_config(config).spatial_compression
+  model, scale = config.model, components.vae_config(config).spatial_compression
   default = Size(model.sample_frames, model.sample_height * scale, model.sample_width * scale)
   size = default._replace(**given)
   program = (

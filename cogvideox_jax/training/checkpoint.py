@@ -21,7 +21,7 @@ from cogvideox_jax.data import digests
 from cogvideox_jax.data.digests import Described, UnusableError
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import path_name
-from cogvideox_jax.training import parts
+from cogvideox_jax.training import shard_digests
 from cogvideox_jax.training.state import Params, TrainState
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class Checkpoints:
     hosts.wait("saved before")
     orbax.quieten()
     arrays = flatten(state)
-    held = _host_copies(arrays) if _alone() else parts.copies(arrays)
+    held = _host_copies(arrays) if _alone() else shard_digests.copies(arrays)
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     context = ocp.Context()
     context.array.saving.use_ocdbt = False  # A folder for each array, so that damage has a name.
@@ -128,11 +128,11 @@ class Checkpoints:
     arrays, files = digests.describe(held) if _alone() else {}, None
     written()
     if not _alone():
-      parts.give(path, held)
+      shard_digests.give(path, held)
     if not hosts.is_first():
       return
     if not _alone():
-      arrays, files = parts.take(path)
+      arrays, files = shard_digests.take(path)
     digests.write(path, arrays, files)
     for old in good_steps(self._folder)[: -self._keep]:
       _remove(self._folder / str(old))
@@ -207,7 +207,7 @@ def _load(path: epath.Path, targets: Arrays, described: Described) -> Arrays:
     found = (
       digests.describe(_host_copies(arrays))
       if _alone()
-      else parts.describe(path, parts.copies(arrays))
+      else shard_digests.describe(path, shard_digests.copies(arrays))
     )
     for name, about in found.items():
       if about != described[name]:

@@ -15,7 +15,15 @@ from small_run import make_config, make_inputs
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.diffusion import timesteps
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.training import checkpoint, loop, metrics, setup
+from cogvideox_jax.training import (
+  checkpoint,
+  initial_weights,
+  meshes,
+  metrics,
+  stage_data,
+  step_functions,
+  transformer_run,
+)
 from configs import base, tiny
 
 LOGGED = {
@@ -39,7 +47,7 @@ def inputs(tmp_path_factory):
 def finished(inputs, tmp_path_factory):
   """A run to its end, which tests may look at but not go on with."""
   workdir = epath.Path(tmp_path_factory.mktemp("finished"))
-  assert loop.train(make_config(inputs), workdir) == 0
+  assert transformer_run.train(make_config(inputs), workdir) == 0
   return workdir
 
 
@@ -73,7 +81,7 @@ def test_validation_is_on_held_out_clips_at_fixed_timesteps(finished):
 
 def test_a_run_can_begin_with_the_average_of_another(inputs, finished):
   config = make_config(inputs, init_from=str(finished))
-  functions = setup.make_functions(config, "tiny", *setup.make_mesh(config, "tiny"))
+  functions = step_functions.make_functions(config, "tiny", *meshes.make_mesh(config, "tiny"))
   value = functions.create(jax.random.key(5))
   average = checkpoint.load_weights(finished, "ema")
   jax.tree.map(np.testing.assert_array_equal, value.params, average)
@@ -81,14 +89,14 @@ def test_a_run_can_begin_with_the_average_of_another(inputs, finished):
   assert int(value.step) == 0
   deeper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape[1:]), x.dtype), average)
   with pytest.raises(UserError, match=r"is \(2, .*\) there and \(3, .*\) here"):
-    setup.load_initial(str(finished), deeper)
+    initial_weights.load_initial(str(finished), deeper)
 
 
 @pytest.mark.parametrize(("chosen", "name"), [(True, "explicit_uniform"), (False, "uniform")])
 def test_the_config_chooses_how_timesteps_are_drawn(inputs, monkeypatch, chosen, name):
   config = make_config(inputs, train__explicit_uniform=chosen)
-  mesh, rules = setup.make_mesh(config, "tiny")
-  functions = setup.make_functions(config, "tiny", mesh, rules)
+  mesh, rules = meshes.make_mesh(config, "tiny")
+  functions = step_functions.make_functions(config, "tiny", mesh, rules)
   asked = []
   for draw in (timesteps.explicit_uniform, timesteps.uniform):
 
@@ -97,7 +105,7 @@ def test_the_config_chooses_how_timesteps_are_drawn(inputs, monkeypatch, chosen,
       return draw(*arguments)
 
     monkeypatch.setattr(timesteps, draw.__name__, spy)
-  batch = setup.abstract_batch(config, "tiny", mesh, rules)
+  batch = meshes.abstract_batch(config, "tiny", mesh, rules)
   jax.eval_shape(functions.train, functions.abstract, batch, jax.eval_shape(jax.random.key, 0))
   assert asked == [name]
 
@@ -113,7 +121,7 @@ def train_and_stop(config, workdir, at):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(metrics.Recorder, "add", add_and_signal)
-    assert loop.train(config, workdir) == 83
+    assert transformer_run.train(config, workdir) == 83
 
 
 def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
@@ -124,7 +132,7 @@ def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
   assert "Stopped at step 3, which is saved." in capsys.readouterr().out
   assert checkpoint.good_steps(workdir / "checkpoints") == [2, 3]
   # What is looked at may change, what is trained may not.
-  assert loop.train(make_config(inputs, checkpoint__every=5, log_every=2), workdir) == 0
+  assert transformer_run.train(make_config(inputs, checkpoint__every=5, log_every=2), workdir) == 0
   assert "resumed at step 3 of 6" in capsys.readouterr().out
   assert {"event": "resumed", "step": 3} in lines(workdir / "events.jsonl")
   ends = [lines(folder / "events.jsonl")[-1] for folder in (workdir, finished)]
@@ -132,12 +140,12 @@ def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
 
 
 def test_what_is_computed_again_may_change(inputs, finished):
-  assert loop.train(make_config(inputs, remat="full"), finished) == 0
+  assert transformer_run.train(make_config(inputs, remat="full"), finished) == 0
 
 
 def test_a_finished_run_is_left_as_it_is(inputs, finished):
   digests = (finished / "checkpoints" / "6" / "digests.json").read_text()
-  assert loop.train(make_config(inputs), finished) == 0
+  assert transformer_run.train(make_config(inputs), finished) == 0
   assert (finished / "checkpoints" / "6" / "digests.json").read_text() == digests
   assert lines(finished / "events.jsonl")[-1] == {"event": "resumed", "step": 6}
 
@@ -154,15 +162,17 @@ def test_a_finished_run_is_left_as_it_is(inputs, finished):
 )
 def test_another_config_in_the_same_workdir_is_refused(inputs, finished, change, message):
   with pytest.raises(UserError, match=message):
-    loop.train(make_config(inputs, **change), finished)
+    transformer_run.train(make_config(inputs, **change), finished)
 
 
 def test_data_may_move_but_not_change(inputs, finished, tmp_path):
   shutil.copytree(inputs / "data", tmp_path / "moved")
-  assert loop.train(make_config(inputs, data__path=str(tmp_path / "moved")), finished) == 0
+  assert (
+    transformer_run.train(make_config(inputs, data__path=str(tmp_path / "moved")), finished) == 0
+  )
   other = make_inputs(epath.Path(tmp_path) / "other", seed=1)
   with pytest.raises(UserError, match="the records of 'tiny' are not the same"):
-    loop.train(make_config(inputs, data__path=str(other / "data")), finished)
+    transformer_run.train(make_config(inputs, data__path=str(other / "data")), finished)
 
 
 def mix(inputs, weights):
@@ -192,14 +202,14 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
   before = kept.read_text()
   kept.write_text('{"tiny": [{}]}')
   with pytest.raises(UserError, match=r"mixture\.json is damaged"):
-    loop.train(config, workdir)
+    transformer_run.train(config, workdir)
   kept.write_text(before)
-  assert loop.train(config, workdir) == 0
+  assert transformer_run.train(config, workdir) == 0
 
   rows = [placed[index] for index in range(4 * 8)]
   assert [dataset for dataset, _ in rows].count("first") == 4 + 18
-  datasets = setup.make_rows(
-    config, "tiny", setup.open_data(config, "tiny", workdir), "train", "zeros"
+  datasets = stage_data.make_rows(
+    config, "tiny", stage_data.open_data(config, "tiny", workdir), "train", "zeros"
   )
   for name, planned in datasets.items():
     mine = [row.clips.tolist() for dataset, row in rows if dataset == name]
@@ -235,19 +245,19 @@ def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_pat
   def refuse(value):
     raise AssertionError("the loop waits for a step")
 
-  compile_programs = loop.StageRun._compile
-  monkeypatch.setattr(loop.StageRun, "_compile", compile_and_count)
+  compile_programs = transformer_run.StageRun._compile
+  monkeypatch.setattr(transformer_run.StageRun, "_compile", compile_and_count)
   monkeypatch.setattr(metrics.Recorder, "_read", read_and_note)
-  make = loop.StageRun.__init__
+  make = transformer_run.StageRun.__init__
 
   def make_and_run_ahead(self, *args, **named):
     make(self, *args, **named)
     self._waits = False
 
-  monkeypatch.setattr(loop.StageRun, "__init__", make_and_run_ahead)
+  monkeypatch.setattr(transformer_run.StageRun, "__init__", make_and_run_ahead)
   monkeypatch.setattr(jax, "block_until_ready", refuse)
   config = make_config(inputs, train__steps=6, checkpoint__every=0, validation__every=0)
-  assert loop.train(config, epath.Path(tmp_path)) == 0
+  assert transformer_run.train(config, epath.Path(tmp_path)) == 0
   assert lags == [2, 2, 2, 2, 1, 0]  # The last are read before they are saved.
 
 
@@ -269,29 +279,29 @@ def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_pat
 )
 def test_what_cannot_work_is_said_before_any_step(inputs, tmp_path, change, message):
   with pytest.raises(UserError, match=message):
-    loop.train(make_config(inputs, **change), epath.Path(tmp_path))
+    transformer_run.train(make_config(inputs, **change), epath.Path(tmp_path))
 
 
 def test_a_workdir_that_is_a_file_is_named(inputs, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="file"):
-    loop.train(make_config(inputs), epath.Path(tmp_path) / "file")
+    transformer_run.train(make_config(inputs), epath.Path(tmp_path) / "file")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
   inputs, tmp_path, monkeypatch
 ):
-  place, placed = loop.StageRun._place, itertools.count(1)
+  place, placed = transformer_run.StageRun._place, itertools.count(1)
 
   def place_and_spoil(self, batch):
     spoils = next(placed) == 4
     nothing = np.full_like(batch.mean, np.nan)
     return place(self, batch._replace(mean=nothing) if spoils else batch)
 
-  monkeypatch.setattr(loop.StageRun, "_place", place_and_spoil)
+  monkeypatch.setattr(transformer_run.StageRun, "_place", place_and_spoil)
   workdir = epath.Path(tmp_path)
   with pytest.raises(UserError, match=r"at step 4: .*loss not finite. Earlier .* intact"):
-    loop.train(make_config(inputs, validation__every=0), workdir)
+    transformer_run.train(make_config(inputs, validation__every=0), workdir)
   assert checkpoint.good_steps(workdir / "checkpoints") == [2]
   stop = {"event": "not_finite", "step": 4, "metrics": ["grad_norm", "loss"]}
   assert stop in lines(workdir / "events.jsonl")

@@ -16,8 +16,13 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
-from cogvideox_jax.training import vae_loop
-from cogvideox_jax.training.vae import LossWeights, measure_scaling_factor, read_clips, vae_loss
+from cogvideox_jax.training import vae_run
+from cogvideox_jax.training.vae_step import (
+  LossWeights,
+  measure_scaling_factor,
+  read_clips,
+  vae_loss,
+)
 from configs import vae_tiny
 
 
@@ -55,22 +60,22 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
 
 
 def test_a_stopped_run_ends_with_the_same_bits_and_refuses_another_config(tmp_path, config):
-  assert vae_loop.train(config, epath.Path(tmp_path / "whole")) == 0
+  assert vae_run.train(config, epath.Path(tmp_path / "whole")) == 0
   workdir = epath.Path(tmp_path / "stopped")
-  real = vae_loop.Interrupts
+  real = vae_run.Interrupts
 
   class StopsAtOnce(real):
     def __enter__(self):
       self.exit_code = 130
       return self
 
-  vae_loop.Interrupts = StopsAtOnce
+  vae_run.Interrupts = StopsAtOnce
   try:
-    assert vae_loop.train(config, workdir) == 130
+    assert vae_run.train(config, workdir) == 130
   finally:
-    vae_loop.Interrupts = real
+    vae_run.Interrupts = real
   assert not (workdir / "vae").exists()
-  assert vae_loop.train(config, workdir) == 0
+  assert vae_run.train(config, workdir) == 0
   assert digests(workdir)[6] == digests(tmp_path / "whole")[6]
   resumed = [e["step"] for e in lines(workdir / "events.jsonl") if e["event"] == "resumed"]
   assert resumed == [0, 1]
@@ -78,7 +83,7 @@ def test_a_stopped_run_ends_with_the_same_bits_and_refuses_another_config(tmp_pa
 
   config.loss.kl = 1.0
   with pytest.raises(UserError, match=r"config\.loss\.kl: was 0\.0001, is 1\.0"):
-    vae_loop.train(config, workdir)
+    vae_run.train(config, workdir)
 
   vae_config, params = diffusers.load_vae(workdir / "vae")
   model = nnx.merge(graph_of(VAE, vae_config), jax.tree.map(jnp.asarray, params))
@@ -109,7 +114,7 @@ def test_scaled_latents_have_unit_variance(config, tmp_path):
 def test_clips_that_the_vae_cannot_take_are_refused_at_once(tmp_path, config, change, word):
   config.data.update(change)
   with pytest.raises(UserError, match=word):
-    vae_loop.train(config, epath.Path(tmp_path / "run"))
+    vae_run.train(config, epath.Path(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
 
 

@@ -22,13 +22,21 @@ from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.rows import DroppedCaption
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.interrupts import Interrupts
-from cogvideox_jax.training import checkpoint, placement, resume, setup, stages
+from cogvideox_jax.training import (
+  checkpoint,
+  global_batch,
+  meshes,
+  resume,
+  stage_data,
+  stages,
+  step_functions,
+)
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import Recorder, RunLog
 from cogvideox_jax.training.preview import Previewer
-from cogvideox_jax.training.programs import jit_train
 from cogvideox_jax.training.stages import Stage
 from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.step_functions import jit_train
 from cogvideox_jax.training.stopping import Stopping
 from cogvideox_jax.types import Batch
 
@@ -103,8 +111,8 @@ class Run:
     self._previewer = None
     if config.preview.every and config.preview.prompts:
       self._previewer = Previewer(config, workdir / "previews")
-    setup.make_data(config, workdir)
-    self._drop: DroppedCaption = setup.dropped_caption(config)
+    stage_data.make_data(config, workdir)
+    self._drop: DroppedCaption = stage_data.dropped_caption(config)
     saved = checkpoint.good_steps(workdir / "checkpoints")
     self._next = stages.going_on_at(self._plan, saved[-1] if saved else 0)
     self._prepared: dict[str, StageRun] = {}
@@ -163,22 +171,22 @@ class StageRun:
   def __init__(self, config: ConfigDict, stage: Stage, workdir: epath.Path, drop: DroppedCaption):
     self._config, self._stage, self._workdir = config, stage, workdir
     self._settings = config.stages[stage.name]
-    self.mesh, rules = setup.make_mesh(config, stage.name)
-    batch = setup.abstract_batch(config, stage.name, self.mesh, rules)
+    self.mesh, rules = meshes.make_mesh(config, stage.name)
+    batch = meshes.abstract_batch(config, stage.name, self.mesh, rules)
     self._places = jax.tree.map(lambda x: x.sharding, batch)
     rows = self._settings.rows
-    self._mine = placement.rows_here(sharding.row_sharding(self.mesh, rules, rows), rows)
-    self.functions = setup.make_functions(config, stage.name, self.mesh, rules)
-    datasets = setup.open_data(config, stage.name, workdir)
-    self.data_digests = setup.data_digests(config, stage.name, datasets)
+    self._mine = global_batch.rows_here(sharding.row_sharding(self.mesh, rules, rows), rows)
+    self.functions = step_functions.make_functions(config, stage.name, self.mesh, rules)
+    datasets = stage_data.open_data(config, stage.name, workdir)
+    self.data_digests = stage_data.data_digests(config, stage.name, datasets)
     resume.check_data(workdir, self.data_digests)
-    self._datasets = setup.make_rows(config, stage.name, datasets, "train", drop)
+    self._datasets = stage_data.make_rows(config, stage.name, datasets, "train", drop)
     self._held_out = None
     if config.validation.every:
-      held_out = setup.make_rows(config, stage.name, datasets, "validation", drop)
+      held_out = stage_data.make_rows(config, stage.name, datasets, "validation", drop)
       sizes = {name: rows.per_epoch for name, rows in held_out.items()}
       # Every held-out clip equally often, whatever the weights of the mixture.
-      self._held_out = setup.make_loader(
+      self._held_out = stage_data.make_loader(
         config, stage.name, held_out, mixture.begin(sizes), self._mine
       )
       self._held_out_batches = min(
@@ -193,9 +201,9 @@ class StageRun:
     config, stage = self._config, self._stage
     value = stages.enter(config, stage, value, self.functions.abstract)
     done = int(value.step) - stage.start
-    weights = setup.weights(config, stage.name)
+    weights = stage_data.weights(config, stage.name)
     history = resume.go_on_mixing(self._workdir, stage.name, weights, done * self._settings.rows)
-    loader = setup.make_loader(config, stage.name, self._datasets, history, self._mine)
+    loader = stage_data.make_loader(config, stage.name, self._datasets, history, self._mine)
     with closing(loader.iterate(done)) as rows:
       batches = self._read_ahead(rows)
       first = next(batches)
@@ -276,7 +284,7 @@ class StageRun:
 
   def _place(self, batch: Batch) -> Batch:
     """This host's rows as its part of the global batch."""
-    return placement.place(batch, self._mine, self._settings.rows, self._places)
+    return global_batch.place(batch, self._mine, self._settings.rows, self._places)
 
 
 def _keys(config: ConfigDict) -> jax.Array:

@@ -23,7 +23,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
-from cogvideox_jax.training import resume, setup
+from cogvideox_jax.training import resume, stage_data
 
 SHEET_CLIPS, DRAWN_ROWS = 24, 32
 PARENTS = 3  # From WORKDIR/data/encoded/STAGE to WORKDIR/config.json.
@@ -85,7 +85,7 @@ def readers(config: ConfigDict, datasets: Iterable[str], wanted: str) -> dict[st
 
 def training_rows(config: ConfigDict, stage: str, dataset: Dataset) -> Rows:
   """What a training's stage reads; which captions it drops does not change the rows."""
-  (rows,) = setup.make_rows(config, stage, {"": dataset}, "train", "zeros").values()
+  (rows,) = stage_data.make_rows(config, stage, {"": dataset}, "train", "zeros").values()
   return rows
 
 

@@ -22,7 +22,7 @@ from cogvideox_jax.training import optimizer, resume, state
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import RunLog
 from cogvideox_jax.training.state import TrainState
-from cogvideox_jax.training.vae import (
+from cogvideox_jax.training.vae_step import (
   Clips,
   LossWeights,
   measure_scaling_factor,

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from cogvideox_jax import sharding
-from cogvideox_jax.training import placement
+from cogvideox_jax.training import global_batch
 
 RULES = sharding.rules_named("fsdp")
 ROWS, TOKENS = 8, 6
@@ -35,7 +35,7 @@ def rows_of(mesh, processes):
   """Of processes that have equal runs of the machine's devices."""
   rows, count = sharding.row_sharding(mesh, RULES, ROWS), len(jax.devices()) // processes
   runs = [jax.devices()[k * count : (k + 1) * count] for k in range(processes)]
-  return [placement.rows_here(OfProcess(rows, run), ROWS) for run in runs]
+  return [global_batch.rows_here(OfProcess(rows, run), ROWS) for run in runs]
 
 
 IN_TURN = range(8)
@@ -64,7 +64,7 @@ def test_every_device_gets_its_rows_and_its_tokens_of_them():
   batch = {"mean": np.arange(ROWS * TOKENS * 2.0).reshape(ROWS, TOKENS, 2), "ids": np.arange(ROWS)}
   rows = ("data", "fsdp")
   places = {"mean": NamedSharding(mesh, P(rows, "context")), "ids": NamedSharding(mesh, P(rows))}
-  placed = placement.place(batch, range(ROWS), ROWS, places)
+  placed = global_batch.place(batch, range(ROWS), ROWS, places)
   for name, array in placed.items():
     assert array.sharding == places[name]
     np.testing.assert_array_equal(array, batch[name])
@@ -83,7 +83,9 @@ def test_a_process_gives_only_the_rows_that_it_read(monkeypatch):
 
   monkeypatch.setattr(jax, "make_array_from_callback", make)
   local = np.repeat(np.array(mine)[:, None], TOKENS, axis=1)
-  placement.place({"mean": local}, mine, ROWS, {"mean": NamedSharding(mesh, P(("data", "fsdp")))})
+  global_batch.place(
+    {"mean": local}, mine, ROWS, {"mean": NamedSharding(mesh, P(("data", "fsdp")))}
+  )
   assert {device: rows.tolist() for device, rows in asked.items()} == {
     4: [1],
     5: [3],

@@ -10,14 +10,14 @@ from test_checkpoint import files_of, save_steps
 
 from cogvideox_jax.data import digests
 from cogvideox_jax.data.digests import UnusableError
-from cogvideox_jax.training import checkpoint, parts
+from cogvideox_jax.training import checkpoint, shard_digests
 
 
 @pytest.fixture
 def saved(tmp_path):
   """A checkpoint of one process, and copies of what it held."""
   _, states, _ = save_steps(epath.Path(tmp_path), [1])
-  return epath.Path(tmp_path) / "1", parts.copies(checkpoint.flatten(states[1]))
+  return epath.Path(tmp_path) / "1", shard_digests.copies(checkpoint.flatten(states[1]))
 
 
 def become(monkeypatch, index, count=3):
@@ -43,8 +43,8 @@ def test_together_they_find_what_one_process_finds(saved, monkeypatch):
   (folder / digests.NAME).unlink()
   for index in (2, 1, 0):
     become(monkeypatch, index)
-    parts.give(folder, of_process(held, index))
-  digests.write(folder, *parts.take(folder))
+    shard_digests.give(folder, of_process(held, index))
+  digests.write(folder, *shard_digests.take(folder))
   assert json.loads((folder / digests.NAME).read_text()) == kept
   assert digests.read(folder) == alone
   assert {file.name for file in files_of(folder)} == names
@@ -59,10 +59,10 @@ def test_a_part_that_is_not_what_the_files_have_is_found_by_whoever_holds_it(sav
   held[path][4] = index, odd
   for process in (0, 2):
     become(monkeypatch, process)
-    parts.give(folder, of_process(held, process))
+    shard_digests.give(folder, of_process(held, process))
   become(monkeypatch, 1)
   with pytest.raises(UnusableError, match=f"{path} is not what was saved"):
-    parts.give(folder, of_process(held, 1))
+    shard_digests.give(folder, of_process(held, 1))
   become(monkeypatch, 0)
   with pytest.raises(UnusableError, match=f"{path} is not what was saved"):
-    parts.take(folder)
+    shard_digests.take(folder)

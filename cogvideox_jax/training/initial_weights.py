@@ -1,0 +1,34 @@
+"""Loads the weights that a training begins with: a model's, or another training's."""
+
+from functools import partial
+
+import jax
+import numpy as np
+from etils import epath
+
+from cogvideox_jax.conversion.folder import open_model
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.training import checkpoint
+from cogvideox_jax.training.state import Params
+
+
+def load_initial(source: str, wanted: Params) -> Params:
+  """The transformer of a model folder, or the average of a workdir, as fp32 host arrays.
+
+  Raises:
+    UserError: there is none, or its arrays are not those `wanted`.
+  """
+  if (epath.Path(source) / "checkpoints").is_dir():
+    params = checkpoint.load_weights(source)
+  else:
+    params = open_model(source).transformer()[1]
+  found, shapes_wanted = map(checkpoint.flatten, (params, wanted))
+  for name in sorted(found.keys() | shapes_wanted.keys()):
+    has = found[name].shape if name in found else None
+    wants = shapes_wanted[name].shape if name in shapes_wanted else None
+    if has != wants:
+      raise UserError(
+        f"config.init_from={source} has another transformer than config.model: {name} is "
+        f"{has or 'absent'} there and {wants or 'absent'} here.\nMake config.model the same as its."
+      )
+  return jax.tree.map(partial(np.asarray, dtype=np.float32), params)

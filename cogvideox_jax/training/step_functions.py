@@ -1,0 +1,107 @@
+"""From a config to the functions of arrays that a training of the transformer compiles."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+from ml_collections import ConfigDict
+
+from cogvideox_jax import sharding
+from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.backends import attention_for
+from cogvideox_jax.models.dit import DiT, DiTConfig
+from cogvideox_jax.models.graphs import compute_dtype, graph_of
+from cogvideox_jax.training import components, initial_weights, stages, state
+from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.step import Accumulation, Network, train_step, validation_step
+from cogvideox_jax.xla import compiler_options
+
+
+class Functions(NamedTuple):
+  """The run's functions of arrays alone."""
+
+  abstract: TrainState  # Shapes and shardings of a state.
+  create: Callable[[Key[Array, ""]], TrainState]
+  train: Callable[..., Any]  # (state, batch, key) -> (state, metrics), not jitted; so is validate:
+  validate: Callable[..., Any]  # (params, batch, key, timesteps) -> losses
+
+
+def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.Rules) -> Functions:
+  """What the loop compiles for a stage; `config.components` gives the scale of the latents."""
+  model = stages.stage_model(config, stage)
+  device = mesh.devices.flat[0]
+  dtype = compute_dtype(config.dtype, device.platform)
+  network = Network(
+    graph_of(DiT, model, dtype=dtype, remat=config.remat),
+    model.width,
+    sharding.shard_attention(attention_for(device), mesh, rules),
+  )
+  tx = stages.make_optimizer(config, stage)
+  draw = partial(_draw_params, model)
+  shapes = jax.eval_shape(draw, jax.random.key(0))
+  abstract = state.abstract(shapes, tx, mesh, rules)
+  parts = _parts(config.stages[stage], mesh, rules)
+  shared = {
+    "network": network,
+    "schedule": noise_schedule(NoiseConfig(**config.noise)),
+    "latents": components.latent_config(config),
+    "accumulation": Accumulation(
+      split=partial(sharding.split_rows, parts=parts, mesh=mesh, rules=rules),
+      pin=partial(jax.lax.with_sharding_constraint, shardings=state.shardings_of(abstract).params),
+    ),
+  }
+
+  def create(key: Key[Array, ""]) -> TrainState:
+    if not config.init_from:
+      return state.create(draw, key, tx, abstract)
+    params = initial_weights.load_initial(config.init_from, shapes)
+    params = jax.device_put(params, state.shardings_of(abstract).params)
+    return state.create(lambda given: given, params, tx, abstract)
+
+  return Functions(
+    abstract=abstract,
+    create=create,
+    train=partial(
+      train_step,
+      tx=tx,
+      learning_rate=stages.learning_rate(config, stage),
+      ema_decay=config.optimizer.ema_decay,
+      explicit_uniform=config.train.explicit_uniform,
+      **shared,
+    ),
+    validate=partial(validation_step, **shared),
+  )
+
+
+def _parts(stage: ConfigDict, mesh: Mesh, rules: sharding.Rules) -> int:
+  """In how many parts a step computes with a batch, one after the other."""
+  sharding.row_sharding(mesh, rules, stage.rows)  # Checks that the rows divide.
+  rows = stage.rows // sharding.row_shards(mesh, rules)
+  at_once = stage.rows_at_once or rows
+  if rows % at_once:
+    raise UserError(
+      f"each device has {rows} rows of a batch of {stage.rows}, which a step cannot take "
+      f"{at_once} at once.\nMake the stage's `rows_at_once` a divisor of {rows}, or 0 for all."
+    )
+  return rows // at_once
+
+
+def _draw_params(model: DiTConfig, key: Key[Array, ""]) -> Params:
+  return nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def jit_train(functions: Functions) -> Callable[..., Any]:
+  """(state, batch, key) -> (state, metrics). The state stays where it is, in the same buffers."""
+  places = state.shardings_of(functions.abstract)
+  device, *_ = jax.tree.leaves(places)[0].device_set
+  return jax.jit(
+    functions.train,
+    out_shardings=(places, None),
+    donate_argnums=0,
+    compiler_options=compiler_options(device),
+  )
