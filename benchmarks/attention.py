@@ -1,17 +1,17 @@
-"""What attention over packed rows costs on a TPU: which blocks run, and the cycles of a block.
+"""The cost of attention over packed rows on a TPU: blocks computed, and cycles per block.
 
 python benchmarks/attention.py --json
 python benchmarks/attention.py --json --compile
 
-Counts the scores that the kernels run, in rows of benchmarks/mix.py, with the blocks that training
-uses: of those in the row, and of those needed (the sum of the clips' squared lengths). The
-top-level figures are the forward kernel's for 75k tokens.
+Counts the scores that the kernels compute in rows of benchmarks/mix.py, with the blocks of
+training, as a fraction of the row's scores and of the needed scores (the sum of the clips' squared
+lengths). The top-level figures are the forward kernel's for 75k tokens.
 
-With --compile, for TPUs that need not be here: the compiler (libtpu 0.0.52) schedules the kernels,
-and its listing tells how many bundles of instructions, one a cycle, each case of a pair of blocks
-takes. With them `cost` says how many times longer the mix's attention takes than if exactly the
-needed scores ran, at the pace of the best blocks, with nothing skipped. Stalls are not in it. JAX's
-splash kernels are compiled beside ours, in blocks of 1024.
+With --compile, the TPU compiler (libtpu 0.0.52) schedules the kernels; no TPU is needed. Its
+listing gives the number of instruction bundles, one a cycle, for each kind of pair of blocks. From
+these, `cost` is the time of the mix's attention divided by the time of an ideal kernel that
+computes exactly the needed scores, at the pace of the best blocks, and skips nothing. Stalls are
+not included. JAX's splash kernels are compiled for comparison, in blocks of 1024.
 """
 
 import os
@@ -44,21 +44,21 @@ BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s*(LB|PF)?")
 
 
 class Cut(NamedTuple):
-  """How a kernel cuts a row, in tokens: blocks of its outer and inner loop, and parts of keys."""
+  """How a kernel cuts a row, in tokens: blocks of its outer and inner loop, and key blocks."""
 
   outer: int
   inner: int
   part: int
-  ways: int  # In how many it may compute scores: of each it has code of its own.
+  ways: int  # The kernel has separate code for each of so many ways to compute scores.
 
   @property
   def parts(self) -> int:
-    """Of a block of keys."""
+    """Key blocks in one block of the outer or inner loop, whichever is larger."""
     return max(self.outer, self.inner) // self.part
 
 
 def cuts(blocks: segment_attention.Blocks, tokens: int) -> dict[str, Cut]:
-  """By kernel."""
+  """The cut of each kernel, by the kernel's name."""
   keys = segment_attention_forward.block_of_keys(tokens, blocks.size)
   return {
     "attention_forward": Cut(blocks.size, keys, blocks.part, 2),
@@ -75,15 +75,15 @@ def mix_rows(clips: int, tokens: int, most: int) -> list[np.ndarray]:
 
 
 def segment_ids(lengths: np.ndarray, tokens: int) -> np.ndarray:
-  """As the kernel sees them: padding sorts last."""
+  """Segment ids as the kernel sees them: padding sorts last."""
   ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
   return np.pad(ids, (0, tokens - len(ids)), constant_values=len(lengths) + 1).astype(np.int32)
 
 
 def count_pairs(ids: np.ndarray, cut: Cut) -> np.ndarray:
-  """Pairs of blocks that are of one segment, and parts of the others that run.
+  """Counts pairs of blocks that hold one segment, and computed key blocks of the other pairs.
 
-  Keys are the inner blocks, or as large as these.
+  Blocks of keys have the size of the inner blocks.
   """
   queries = block_grid.edges(ids, cut.outer, cut.outer)
   keys, parts = (block_grid.edges(ids, size, cut.inner) for size in (cut.inner, cut.part))
@@ -99,7 +99,7 @@ def count_pairs(ids: np.ndarray, cut: Cut) -> np.ndarray:
 
 
 def count(rows: list[np.ndarray], tokens: int, cut: Cut) -> dict[str, float]:
-  """What the mean row has: scores run, in the row and needed, and steps of a kernel by kind."""
+  """Counts for the mean row: scores computed, in the row and needed; steps of a kernel by kind."""
   tokens += -tokens % cut.outer
   alone, parts = np.mean([count_pairs(segment_ids(row, tokens), cut) for row in rows], axis=0)
   needed = sum(float(np.square(row, dtype=np.float64).sum()) for row in rows)
@@ -135,11 +135,15 @@ def grid(clips: int, tokens: int) -> list[dict[str, Any]]:
 
 
 def read_cycles(listing: str, parts: int, ways: int) -> dict[str, int]:
-  """Bundles of a pair of blocks, by the first way of those that a kernel has.
+  """Reads the bundles of a pair of blocks from a listing, for the first way to compute scores.
 
-  Of one that is of a segment alone, of a part of another, of every pair, run or not, and of every
-  block of the outer loop. A kernel has code for the first, then for each part, and that for each
-  way; parts: 0 where it knows no parts.
+  Returns the bundles of a pair that holds one segment (`alone`), of one key block of another pair
+  (`part`), of every pair, computed or not (`each`), and of every block of the outer loop (`ends`).
+
+  Args:
+    parts: key blocks of a pair, for each of which the kernel has code after that for `alone`; 0 if
+      the kernel knows no key blocks.
+    ways: how often all that code is repeated.
   """
   loop, last, opened, regions = 0, 0, [], []
   for line in listing.splitlines():
@@ -153,8 +157,8 @@ def read_cycles(listing: str, parts: int, ways: int) -> dict[str, int]:
       regions.append((opened.pop(), last))
     if "sbr.rel" in line and "target = $region" in line:
       opened.append(last)
-  # A region that mostly holds others is not one of products. What stands beside these only the
-  # first and the last pair of a block do.
+  # A region that mostly holds other regions computes no products. Code outside these regions runs
+  # only for the first and the last pair of a block.
   bodies = [one for one in regions if 2 * _within(one, regions) < one[1] - one[0]]
   bodies = sorted(sorted(bodies, key=lambda one: one[0] - one[1])[: ways * (1 + parts)])
   alone, *of_parts = (end - begin for begin, end in bodies[: 1 + parts])
@@ -168,7 +172,7 @@ def read_cycles(listing: str, parts: int, ways: int) -> dict[str, int]:
 
 
 def _within(one: tuple[int, int], regions: list[tuple[int, int]]) -> int:
-  """How much of a region is of others inside it, those inside of these counted again."""
+  """Bundles of the regions inside a region; regions nested deeper count again."""
   return sum(b - a for a, b in regions if one != (a, b) and one[0] <= a and b <= one[1])
 
 
@@ -177,7 +181,7 @@ def ours(blocks: segment_attention.Blocks) -> Callable[..., jax.Array]:
 
 
 def jaxs(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-  """By JAX's kernels. They run all blocks of a row, but a pair's cycles are what they are."""
+  """Attention by JAX's kernels. They compute all blocks, but cycles of a pair can be compared."""
   mask = peer_masks.MultiHeadMask([peer_masks.FullMask((len(ids), len(ids)))] * HEADS)
   layout = peer.QKVLayout.SEQ_MINOR
   blocks = peer.BlockSizes(
@@ -193,7 +197,7 @@ def jaxs(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
 def compile_kernels(
   device: Any, attend: Callable[..., jax.Array], cut: dict[str, Cut], folder: Path
 ) -> Any:
-  """Cycles of each kernel, forward and backward; what the compiler says where they fail."""
+  """Cycles of each kernel, forward and backward; the compiler's message if it fails."""
   place = jax.sharding.SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((HEADS, HEAD_DIM, TOKENS), jnp.bfloat16, sharding=place)
   ids = jax.ShapeDtypeStruct((TOKENS,), jnp.int32, sharding=place)
@@ -216,7 +220,7 @@ def compile_kernels(
 
 
 def cycles_of_row(cycles: dict[str, int], counts: dict[str, float]) -> float:
-  """Of the mean row, one head and one kernel, on a grid as wide as the row."""
+  """Cycles of one kernel for one head of the mean row, on a grid as wide as the row."""
   of_pairs = counts["alone"] * cycles["alone"] + counts["parts"] * cycles["part"]
   return of_pairs + counts["steps"] * cycles["each"] + counts["blocks"] * cycles["ends"]
 

@@ -1,9 +1,10 @@
-"""Memory and time of converting a real-size transformer: random weights, from disk to disk.
+"""Memory and time to convert a transformer of real size, with random weights, from disk to disk.
 
 python benchmarks/convert.py --json [--config=configs/5b.py] [--scratch=DIR]
 
-Needs three times the model's size on the disk. The memory is `RssAnon` of the process that
-converts, with its helpers: pages of mapped files are the kernel's to drop, and are not in it.
+Needs three times the model's size on the disk. The memory is `RssAnon` of the converting process
+and its child processes. It leaves out the pages of mapped files, which the operating system may
+drop.
 """
 
 import itertools
@@ -35,7 +36,7 @@ POLL_SECONDS = 0.02
 
 
 class Random(tensors.Tensors):
-  """Tensors of a model with random bits in place of trained ones, made when they are read."""
+  """A model's tensors with random values, generated when they are read."""
 
   def __init__(self, config: DiTConfig):
     rows, shapes = TRANSFORMER.rows(config), TRANSFORMER.shapes(config)
@@ -57,7 +58,7 @@ class Random(tensors.Tensors):
 
 
 def write_source(folder: Path, config: DiTConfig) -> int:
-  """A model folder with a transformer alone; returns the bytes of its weights."""
+  """Writes a model folder that holds only a transformer. Returns the bytes of its weights."""
   found, part = Random(config), folder / "transformer"
   diffusers.write_weights(part, TRANSFORMER.weights, found)
   diffusers.write_fields(part, diffusers.CONFIG, TRANSFORMER.write_config(config))
@@ -65,7 +66,7 @@ def write_source(folder: Path, config: DiTConfig) -> int:
 
 
 def convert(source: Path, target: Path, layout: str) -> dict[str, float]:
-  """Runs the command; its peak of anonymous memory, helpers included, and its seconds."""
+  """Runs the command. Returns its seconds and peak anonymous memory, with child processes."""
   command = [sys.executable, "-m", "cogvideox_jax.convert"]
   command += [f"--source={source}", f"--target={target}", f"--format={layout}"]
   start, peak = time.perf_counter(), 0
@@ -79,13 +80,13 @@ def convert(source: Path, target: Path, layout: str) -> dict[str, float]:
 
 
 def family(pid: int) -> list[int]:
-  """A process and its children, to the last."""
+  """The ids of a process and of all its descendants."""
   found = [pid]
   for parent in found:
     try:
       children = Path(f"/proc/{parent}/task/{parent}/children").read_text()
     except OSError:
-      continue  # It has ended.
+      continue  # The process has ended.
     found += map(int, children.split())
   return found
 

@@ -1,14 +1,15 @@
-"""How fast training rows are read, unpacked, packed, put together and handed to the device.
+"""How fast training rows are read, unpacked, packed, batched and handed to the device.
 
 python benchmarks/loader.py --json
 
-Two datasets of records of real sizes (float16 latents, bfloat16 text states): `mix`, that of
-benchmarks/mix.py, and `480p`, 49x480x720 alone. The files are new, so they come from the
-system's cache: what is measured is the host's work, not its disk. With one worker the process is
-kept to one core, with two to two. Top-level figures are the slower dataset's with one.
+Two datasets have records of real sizes (float16 latents, bfloat16 text states): `mix`, from
+benchmarks/mix.py, and `480p`, clips of 49x480x720 only. The files are new, so the operating system
+reads them from its cache: the benchmark measures the host's work, not its disk. With one worker the
+process is pinned to one core, with two to two cores. The top-level figures are those of the slower
+dataset with one worker.
 
-Also: how soon the first batch is there at step 1,000,000 of a million clips, and how much the
-process grows over many batches (of small rows).
+Also measures the time to the first batch at step 1,000,000 of a dataset of a million clips, and the
+growth of the process over many batches of small rows.
 """
 
 import itertools
@@ -35,15 +36,15 @@ PEAK, MFU = 459e12, 0.45  # A v5p chip's bf16 FLOP/s, and how well training uses
 CLIP_TOKENS, CLIP_FLOPS = 17_776, 997e12  # 5B training on one clip of 49x480x720.
 CLIP_BYTES = 2 * 2 * 13 * 60 * 90 * 16 + 2 * 226 * 4096  # Mean and log-variance, text states.
 HEADROOM = 5
-LOCAL_ROWS = 2  # Of a host's batch.
+LOCAL_ROWS = 2  # Rows in a host's batch.
 REPEATS = 5
-DATASETS = {"mix": (96, ROWS[TOP]), "480p": (32, 8)}  # Clips, the most of a row.
+DATASETS = {"mix": (96, ROWS[TOP]), "480p": (32, 8)}  # Clips, and the most clips of a row.
 CORES = sorted(os.sched_getaffinity(0))
-COPIES = 1000  # Of a shard, for a dataset of a million clips.
+COPIES = 1000  # How often the shard is repeated for a dataset of a million clips.
 
 
 def needed() -> dict[str, float]:
-  """What the loader must give for each chip: so many times what 5B training on a v5p takes."""
+  """What the loader must deliver for each chip: HEADROOM times what 5B training on a v5p takes."""
   clips = HEADROOM * PEAK * MFU / CLIP_FLOPS
   return {
     "needed_tokens_per_second": clips * CLIP_TOKENS,
@@ -52,7 +53,7 @@ def needed() -> dict[str, float]:
 
 
 def write_large(folder: epath.Path, clips: int) -> None:
-  """A dataset of small clips whose shards are all links to one."""
+  """Writes a dataset of small clips whose shards are all links to one file."""
   write_small(folder, clips)
   for copy in range(COPIES):
     os.link(folder / shard_name(0, 1), folder / shard_name(copy, COPIES))
@@ -79,7 +80,7 @@ def make_loader(dataset: Dataset, *, row_tokens: int, max_clips: int, **options)
 
 
 def measure_speed(dataset: Dataset, max_clips: int, workers: int, batches: int) -> dict[str, Any]:
-  """Batches from the records onto the device, as the training loop takes them; medians."""
+  """Times batches from the records to the device, as the training takes them; medians."""
   os.sched_setaffinity(0, CORES[:workers])  # Threads inherit it.
   loader = make_loader(dataset, row_tokens=TOP, max_clips=max_clips, num_threads=workers)
   clips = [len(loader.row(index).row.clips) for index in range(batches * LOCAL_ROWS)]
@@ -99,7 +100,7 @@ def measure_speed(dataset: Dataset, max_clips: int, workers: int, batches: int) 
     "tokens_per_second": tokens / median,
     "rows_per_second": batches * LOCAL_ROWS / median,
     "bytes_per_second": _record_bytes(dataset, loader, batches) / median,
-    # What a core gives that does nothing else, however busy the machine was.
+    # By CPU time: the speed of a core that does nothing else, even if the machine was busy.
     "tokens_per_cpu_second": tokens / statistics.median(cpu_seconds),
     "batch_bytes": size,
     "fastest_over_median": min(seconds) / median,
@@ -107,7 +108,7 @@ def measure_speed(dataset: Dataset, max_clips: int, workers: int, batches: int) 
 
 
 def _record_bytes(dataset: Dataset, loader: Loader, batches: int) -> int:
-  """Of latents and text states in the records of the first batches."""
+  """Bytes of latents and text states in the records of the first batches."""
   each = 2 * (2 * dataset.index.latent_shape.prod(axis=1) + dataset.index.text_shape.prod(axis=1))
   rows = [loader.row(index).row.clips for index in range(batches * LOCAL_ROWS)]
   return int(sum(each[clips].sum() for clips in rows))
@@ -129,7 +130,7 @@ def measure_resume(folder: epath.Path, clips: int) -> dict[str, float]:
 
 
 def measure_growth(folder: epath.Path, batches: int) -> dict[str, int]:
-  """How many bytes the process has grown by between a tenth of the batches and their end."""
+  """Bytes by which the process grows from a tenth of the batches to the last batch."""
   loader = make_loader(write_small(folder, 500), row_tokens=256, max_clips=16)
   before = 0
   for k, _ in enumerate(itertools.islice(loader.iterate(), batches)):
@@ -145,9 +146,9 @@ def _resident_bytes() -> int:
 
 def main() -> None:
   parser = measure.arguments(__doc__)
-  parser.add_argument("--batches", type=int, default=16, help="of a timed repeat")
+  parser.add_argument("--batches", type=int, default=16, help="batches in a timed repeat")
   parser.add_argument("--growth_batches", type=int, default=10_000)
-  parser.add_argument("--clips", type=int, default=1_000_000, help="of the resumed dataset")
+  parser.add_argument("--clips", type=int, default=1_000_000, help="clips in the resumed dataset")
   args = parser.parse_args()
   runs = []
   with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""What every benchmark says of itself: device, versions, memory; and how it prints."""
+"""What all benchmarks share: the device, versions and memory that they report, and how."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 
 
 def device(*packages: str) -> dict[str, Any]:
-  """The host, and the versions of Python and of what is measured."""
+  """The host, the version of Python and those of the packages."""
   return {
     "device": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
     "python": platform.python_version(),
@@ -28,12 +28,12 @@ def device(*packages: str) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-  """The most memory that this process has held."""
+  """The peak memory of this process, in bytes."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:
-  """Prints a line for each number, and where asked the whole as JSON."""
+  """Prints a line for each number and, with as_json, one JSON object with all of them."""
   for name, value in result.items():
     print(f"{name:28} {value}")
   if as_json:

@@ -1,4 +1,4 @@
-"""Our transformer and diffusers' on the same weights and inputs, as programs to be timed."""
+"""Our transformer and diffusers' with the same weights and inputs, as programs to be timed."""
 
 import math
 import tempfile
@@ -31,9 +31,9 @@ TIMESTEP = 500
 
 
 class Case(NamedTuple):
-  """What is run: clips like the published 5B's, on a transformer like it."""
+  """The sizes of a run: clips and a transformer like those of the published 5B."""
 
-  tokens: int  # At most, of a clip and its text.
+  tokens: int  # The most tokens of a clip and its text.
   depth: int
   heads: int
   text_width: int
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
   @property
   def grid(self) -> tuple[int, int, int]:
-    """Patches (t, h, w) of the clip that comes nearest to the tokens; wide, as long as may be."""
+    """Patches (t, h, w) of the clip with the most tokens; among equals the longest, near 3:2."""
     most = self.tokens - TEXT_LENGTH
     sizes = [
       (t, h, w)
@@ -80,17 +80,17 @@ class Case(NamedTuple):
 
   @property
   def forward_flops(self) -> float:
-    """The products of the blocks' matrices, and both of attention; the rest is next to nothing."""
+    """FLOPs of the blocks' matrix products and of both of attention; the rest is negligible."""
     n, d = self.row_tokens, self.config.width
     return float(self.batch * self.depth * (24 * n * d**2 + 4 * n**2 * d))
 
 
 class Inputs(NamedTuple):
-  """What both transformers are given."""
+  """The inputs of both transformers."""
 
   latents: np.ndarray  # b f h w c
   text: np.ndarray  # b l t
-  weight: np.ndarray  # b f h w c: the loss is the sum of the output times it.
+  weight: np.ndarray  # b f h w c; the loss is the sum of weight times output.
 
 
 def draw_inputs(case: Case) -> Inputs:
@@ -103,7 +103,7 @@ def draw_inputs(case: Case) -> Inputs:
 
 
 def draw_params(network: type, config: Any) -> state.Params:
-  """Weights of which none is left at zero, so that every path counts in the agreement."""
+  """Draws weights, none of them zero, so that every path of the model affects the output."""
   rng = np.random.default_rng(0)
 
   def leaf(path, shape: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -114,7 +114,7 @@ def draw_params(network: type, config: Any) -> state.Params:
 
 
 def our_programs(case: Case, inputs: Inputs, params: state.Params) -> dict[str, Run]:
-  """`forward`, and `backward`: forward, then the gradients of all parameters."""
+  """Compiles `forward`, and `backward`: a forward pass, then the gradients of all parameters."""
   network = _network(case)
   params = jax.tree.map(lambda x: jnp.asarray(x, case.dtype), params)
   batch = _batch_of(case, inputs)
@@ -137,7 +137,7 @@ def our_programs(case: Case, inputs: Inputs, params: state.Params) -> dict[str, 
 
 
 def train_program(case: Case, inputs: Inputs, params: state.Params) -> Run:
-  """The whole step of a training run, on fp32 masters; each time it goes on from the last."""
+  """The whole training step, on fp32 masters. Each run continues from the state of the last."""
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, b2=0.95))
   train_step = partial(
     step.train_step,
@@ -164,7 +164,7 @@ def train_program(case: Case, inputs: Inputs, params: state.Params) -> Run:
 
 
 def hand_over(case: Case, params: state.Params) -> CogVideoXTransformer3DModel:
-  """The reference with our weights, through the files that our conversion writes."""
+  """Builds the reference with our weights, through the files that our conversion writes."""
   with tempfile.TemporaryDirectory() as folder:
     diffusers.save_transformer(folder, case.config, params)
     model = CogVideoXTransformer3DModel.from_pretrained(
@@ -176,7 +176,7 @@ def hand_over(case: Case, params: state.Params) -> CogVideoXTransformer3DModel:
 def torch_programs(
   case: Case, inputs: Inputs, model: CogVideoXTransformer3DModel, *, compiled: bool = False
 ) -> dict[str, Run]:
-  """The same two programs of the reference, eager or by torch.compile."""
+  """The reference's `forward` and `backward`, eager or through torch.compile."""
   t, h, w = case.grid
   rotary = get_3d_rotary_pos_embed(HEAD_DIM, ((0, 0), (h, w)), (h, w), t, device=TORCH_DEVICE)
   latents, weight = (
@@ -204,13 +204,13 @@ def torch_programs(
 
 
 def check_outputs(case: Case, ours: jax.Array, theirs: torch.Tensor) -> float:
-  """How much the predictions of the vision tokens differ: `turns.check_agreement`."""
+  """Compares the predictions at vision tokens, as `turns.check_agreement` does."""
   expected = _patches(rearrange(theirs.float().cpu().numpy(), "b f c h w -> b f h w c"))
   return check_agreement(expected, np.asarray(ours, np.float32)[:, TEXT_LENGTH:], case.dtype)
 
 
 def matmul_programs(side: int, dtype: str) -> dict[str, Run]:
-  """Both libraries' product of two square matrices."""
+  """The product of two square matrices, in JAX and in PyTorch."""
   x = np.random.default_rng(2).standard_normal((side, side), np.float32)
   ours, product = jnp.asarray(x, dtype), jax.jit(jnp.matmul)
   theirs = torch.from_numpy(x).to(TORCH_DEVICE, getattr(torch, dtype))
@@ -231,7 +231,7 @@ def _network(case: Case) -> step.Network:
 
 
 def _batch_of(case: Case, inputs: Inputs) -> Batch:
-  """A row for each clip, as the training's loader packs it; the posteriors are certain."""
+  """Packs one clip into each row, as the loader does; the posteriors have no variance."""
   rows = [
     pack(
       [Example(latents, np.full_like(latents, -30), text, "", "", 0, 0, 0, 8.0)],

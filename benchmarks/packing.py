@@ -1,10 +1,10 @@
-"""How full rows are, and how long a million clips take to plan.
+"""How full packed rows are, and how long the plan of a million clips takes.
 
 python benchmarks/packing.py --json
 
-Writes the index of an encoded dataset, without records, and opens it as training does: the index
-is read, every row of every epoch laid out, and the first epoch drawn. Row lengths are those of the
-paper's Table 5 for 25k, 75k and 700k tokens; the top-level figures are for 75k. `peer` has the
+Writes the index of an encoded dataset, without records, and opens it as training does: reads the
+index, lays out the rows of all epochs, and draws the first epoch. Row lengths are those of the
+paper's Table 5: about 25k, 75k and 700k tokens. The top-level figures are for 75k. `peer` is the
 padding of Grain's best-fit packer with 64 open rows, on fewer clips.
 """
 
@@ -31,7 +31,7 @@ TOP = 75_776
 
 
 def draw_example(name: str, latents: Sequence[int], text: tuple[int, int]) -> Example:
-  """A clip of random latents and text states."""
+  """A clip with random latents and text states."""
   rng = np.random.default_rng(latents[0])
   mean, logvar = rng.standard_normal((2, *latents), np.float32)
   frames, height, width = 4 * latents[0] - 3, 8 * latents[1], 8 * latents[2]
@@ -40,7 +40,7 @@ def draw_example(name: str, latents: Sequence[int], text: tuple[int, int]) -> Ex
 
 
 def write_dataset(folder: epath.Path, latents: np.ndarray, text: tuple[int, int]) -> Dataset:
-  """Clips of these (f, h, w, c), in one shard."""
+  """Writes clips with these (f, h, w, c) latents, in one shard."""
   writer = ShardWriter(folder, 1, "benchmark")
   shapes = enumerate(latents.tolist())
   writer.write_shard(0, (draw_example(f"{n}.mp4", shape, text) for n, shape in shapes))
@@ -49,7 +49,7 @@ def write_dataset(folder: epath.Path, latents: np.ndarray, text: tuple[int, int]
 
 
 def repeat_index(folder: epath.Path, copies: int, **changes: np.ndarray) -> None:
-  """Makes a dataset's index say that its clips are there so many times, under other names."""
+  """Rewrites a dataset's index to list each clip `copies` times, under different names."""
   arrays = dict(np.load(folder / "index.npz"))
   clips = copies * len(arrays["source_hash"])
   columns = {
@@ -66,7 +66,7 @@ def repeat_index(folder: epath.Path, copies: int, **changes: np.ndarray) -> None
 
 
 def write_index(folder: epath.Path, sizes: np.ndarray) -> None:
-  """An encoded dataset of clips of these sizes, as far as planning looks at it."""
+  """Writes as much of an encoded dataset as planning reads. sizes: (frames, height, width)."""
   write_dataset(folder, np.array([[1, 2, 2, 16]]), (1, 1))
   num_frames, height, width = sizes.astype(np.int32).T
   repeat_index(
@@ -96,7 +96,7 @@ def open_rows(folder: epath.Path, row_tokens: int) -> Rows:
 
 
 def plan(folder: epath.Path, row_tokens: int) -> dict[str, Any]:
-  """Plans the rows from nothing, and once more from the cached layout."""
+  """Plans the rows from scratch, then again from the cached layout."""
   start, start_cpu = time.perf_counter(), time.process_time()
   rows = open_rows(folder, row_tokens)
   rows[0]
@@ -117,13 +117,13 @@ def plan(folder: epath.Path, row_tokens: int) -> dict[str, Any]:
     "tokens": tokens,
     "padding_fraction": 1 - tokens / (rows.per_epoch * row_tokens),
     "plan_seconds": planned - start,
-    "plan_cpu_seconds": planned_cpu - start_cpu,  # What it takes where nothing else runs.
+    "plan_cpu_seconds": planned_cpu - start_cpu,  # Unaffected by other work on the machine.
     "plan_again_seconds": resumed - planned,  # At step 1,000,000, from the cached layout.
   }
 
 
 def peer(clips: int, row_tokens: int) -> dict[str, Any]:
-  """The same mix by Grain's packer, and by ours. Grain's needs the clips themselves, one by one."""
+  """Packs the same mix with Grain's packer and with ours. Grain's reads the clips, one by one."""
   lengths = token_counts(clips)
   tokens = grain.MapDataset.source(lengths).map(lambda length: {"tokens": np.ones(length, np.int8)})
   start = time.perf_counter()
@@ -149,9 +149,11 @@ def peer(clips: int, row_tokens: int) -> dict[str, Any]:
 def main() -> None:
   parser = measure.arguments(__doc__)
   parser.add_argument("--clips", type=int, default=1_000_000)
-  parser.add_argument("--peer_clips", type=int, default=20_000, help="for Grain's packer too")
+  parser.add_argument(
+    "--peer_clips", type=int, default=20_000, help="clips to compare with Grain's packer"
+  )
   args = parser.parse_args()
-  logging.getLogger("absl").setLevel(logging.ERROR)  # Clips too long for a row are counted here.
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Clips too long for a row are in the result.
   with tempfile.TemporaryDirectory() as folder:
     write_index(epath.Path(folder), draw_mix(args.clips))
     plans = {row_tokens: plan(epath.Path(folder), row_tokens) for row_tokens in ROWS}

@@ -1,11 +1,11 @@
-"""How devices that share a row should exchange it for attention, where heads do not divide.
+"""How devices that share a row exchange it for attention if they do not divide the heads.
 
 python benchmarks/shared_rows.py --json
 
-Compiles, for TPUs that need not be here, forward and backward of 2B's 30 heads over a row of 75,776
-tokens on 4, 8 and 16 devices: with heads filled up to a multiple of the devices and exchanged for
-tokens, as training has it, and with keys and values gathered by all. In place of the attention
-kernel, whose cycles the compiler does not tell, stands a sum that reads the same arrays.
+Compiles forward and backward passes of 2B's 30 heads over a row of 75,776 tokens on 4, 8 and 16
+TPUs; no TPU is needed. Two ways: heads padded to a multiple of the devices and exchanged for
+tokens, as in training; and keys and values gathered on all devices. A sum that reads the same
+arrays replaces the attention kernel, because the compiler does not report the kernel's cycles.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ SPLIT = PartitionSpec(None, "context")
 
 
 def stand_in(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-  """Reads what attention reads; each gradient needs the others' arrays, as attention's do."""
+  """Reads what attention reads. As in attention, each gradient needs the other two arrays."""
   del segment_ids
   return q * (k * v).sum(1, keepdims=True)
 

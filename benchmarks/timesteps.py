@@ -1,13 +1,13 @@
-"""How much steadier the loss of a batch is with explicit uniform timesteps than with plain ones.
+"""How much explicit uniform timesteps lower the variance of a batch's loss.
 
 python benchmarks/timesteps.py --json
 
-The shipped tiny transformer, on the embedded clips, rendered and encoded in a temporary folder.
-Both draws see the same batches, latents and noise, and differ in nothing but the timesteps. `ratio`
-is the variance of the loss estimate with plain sampling over that with explicit uniform: above 1,
-the latter is steadier. `fixed` is the same with one batch, its latents and its noise held: nothing
-varies but the timesteps, and the order of the rows, since a row's place decides its interval.
-Intervals are of 95%, by bootstrap over the batches.
+Runs the shipped tiny transformer on the embedded clips, rendered and encoded in a temporary folder.
+Both kinds of sampling see the same batches, latents and noise, and differ only in the timesteps.
+`ratio` is the variance of the loss with plain sampling over that with explicit uniform sampling:
+above 1, the latter is steadier. `fixed` repeats one batch with the same latents and noise. Only the
+timesteps and the order of the rows vary, because a row's position decides its interval. Intervals
+are 95%, by bootstrap over the batches.
 """
 
 import itertools
@@ -51,7 +51,7 @@ def batches_of(config: ConfigDict, folder: epath.Path, count: int) -> list[Batch
 
 
 def loss_function(config: ConfigDict) -> Any:
-  """(batch, order of its rows, timestep key, latent key) -> the losses with each of DRAWS."""
+  """Returns a function (batch, row order, timestep key, latent key) -> loss by name of DRAWS."""
   model, params = open_model("tiny").transformer()
   network = step.Network(graph_of(DiT, model), model.width, attention)
   schedule, latents = noise_schedule(NoiseConfig(**config.noise)), components.latent_config(config)
@@ -74,7 +74,7 @@ def loss_function(config: ConfigDict) -> Any:
 
 
 def compare(losses: list[dict[str, jax.Array]]) -> dict[str, Any]:
-  """Variances over the batches, and their ratio with its interval."""
+  """The variances over the batches, and their ratio with its confidence interval."""
   explicit, plain = (np.array([float(each[name]) for each in losses]) for name in DRAWS)
   rng = np.random.default_rng(0)
   picks = rng.integers(len(losses), size=(RESAMPLES, len(losses)))
@@ -92,7 +92,7 @@ def compare(losses: list[dict[str, jax.Array]]) -> dict[str, Any]:
 def main() -> None:
   parser = measure.arguments(__doc__)
   parser.add_argument("--batches", type=int, default=1000)
-  parser.add_argument("--clips", type=int, default=500, help="that are rendered and encoded")
+  parser.add_argument("--clips", type=int, default=500, help="clips to render and encode")
   args = parser.parse_args()
   logging.getLogger("absl").setLevel(logging.ERROR)
   config, start = tiny.get_config(), time.perf_counter()

@@ -3,16 +3,16 @@
 python benchmarks/train_step.py --json
 python benchmarks/train_step.py --json --tokens=17776 --heads=48 --depth=4 --text_width=4096
 
-Both have the same weights, drawn here and handed over by our conversion, the same inputs, the same
-number type and the same threads; that they give the same is checked before anything is timed. The
-programs take turns, and each number is a median. `backward` is forward, then the gradients of all
-parameters; `train` is the whole step of a training run: noising, loss, gradients, AdamW and the
-average of the weights, on fp32 masters. `ratios` are PyTorch's seconds over ours: above 1, ours is
-faster. `memory` is by how much a process grows while a program first runs, weights and inputs being
-there already.
+Both have the same random weights, passed through our conversion, the same inputs, number type and
+threads. The script checks that their outputs agree before it times anything. The programs take
+turns, and each number is a median. `backward` is a forward pass and the gradients of all
+parameters. `train` is the whole training step on fp32 masters: noising, loss, gradients, AdamW and
+the average of the weights. `ratios` are PyTorch's seconds over ours: above 1, ours is faster.
+`memory` is the growth of a process while a program first runs, with weights and inputs already in
+memory.
 
-MFU is of the device's bf16 peak where it is known and the type is bfloat16; else of the rate at
-which JAX multiplies two large matrices of the type in the same run.
+MFU is relative to the device's bf16 peak, if that is known and the type is bfloat16. Otherwise it
+is relative to the rate at which JAX multiplies two large matrices of the type in the same run.
 """
 
 import json
@@ -20,7 +20,7 @@ import os
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of a GPU too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Leaves GPU memory for PyTorch.
 
 import jax
 import measure
@@ -40,14 +40,14 @@ from turns import TORCH_DEVICE, Run, compared, device_names, peak_memory, time_i
 
 from cogvideox_jax.models.dit import DiT
 
-# bf16 FLOP/s of accelerators, by a part of their names.
+# bf16 FLOP/s of accelerators, by a substring of their names.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-SIDE = {"cpu": 2048, "gpu": 8192}  # Of the matrices whose product gives the measured rate.
+SIDE = {"cpu": 2048, "gpu": 8192}  # Side of the matrices whose product gives the measured rate.
 PROGRAMS = ("ours_forward", "torch_forward", "ours_backward", "torch_backward", "train")
 
 
 def make_programs(case: Case, names: tuple[str, ...] = PROGRAMS) -> dict[str, Run]:
-  """Those of PROGRAMS that are named; nothing is made of a library that none of them wants."""
+  """The named programs of PROGRAMS. A library that none of them needs is not used."""
   inputs, params, made = draw_inputs(case), draw_params(DiT, case.config), {}
   if any(name.startswith("ours") for name in names):
     made |= {f"ours_{name}": run for name, run in our_programs(case, inputs, params).items()}
@@ -72,7 +72,7 @@ def measure_case(case: Case, repeats: int) -> dict[str, Any]:
   rate, kind = 2 * side**3 / seconds["matmul"], jax.devices()[0].device_kind
   known = [peak for name, peak in PEAKS.items() if name in kind and case.dtype == "bfloat16"]
   peak, tokens = (known or [rate])[0], case.batch * case.row_tokens
-  work = {"ours_forward": 1, "ours_backward": 3, "train": 3}  # Forward passes, by convention.
+  work = {"ours_forward": 1, "ours_backward": 3, "train": 3}  # In forward passes, by convention.
   return {
     **case._asdict(),
     "tokens": case.row_tokens,
@@ -112,7 +112,7 @@ def summary(result: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
   on_cpu = jax.default_backend() == "cpu"
   parser = measure.arguments(__doc__)
-  parser.add_argument("--tokens", type=int, nargs="+", help="of a clip and its text, at most")
+  parser.add_argument("--tokens", type=int, nargs="+", help="most tokens of a clip and its text")
   parser.add_argument("--heads", type=int, default=8 if on_cpu else 48, help="64 wide each")
   parser.add_argument("--depth", type=int, default=2 if on_cpu else 4)
   parser.add_argument("--text_width", type=int, default=512 if on_cpu else 4096)

@@ -1,4 +1,4 @@
-"""Programs of ours and PyTorch's: they take turns, and the memory of each is measured apart."""
+"""Times our programs and PyTorch's in turn, and measures the memory of each in its own process."""
 
 import multiprocessing
 import os
@@ -13,20 +13,21 @@ import jax
 import numpy as np
 import torch
 
-AGREE = {"float32": 1e-4, "bfloat16": 3e-2}  # The norm of a difference over that of PyTorch's.
+# The most that outputs may differ: the norm of the difference over the norm of PyTorch's output.
+AGREE = {"float32": 1e-4, "bfloat16": 3e-2}
 TORCH_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-Run = Callable[[], Any]  # Does its work once, and waits for the end.
+Run = Callable[[], Any]  # Runs a program once and waits until it has finished.
 
 
 def synchronize() -> None:
-  """Waits for what PyTorch has begun on a GPU."""
+  """Waits until PyTorch has finished its work on a GPU."""
   if TORCH_DEVICE == "cuda":
     torch.cuda.synchronize()
 
 
 def device_names() -> dict[str, Any]:
-  """What both libraries run on."""
+  """The devices of both libraries, and PyTorch's threads."""
   return {
     "on": jax.devices()[0].device_kind,
     "torch_on": torch.cuda.get_device_name() if TORCH_DEVICE == "cuda" else "cpu",
@@ -35,7 +36,7 @@ def device_names() -> dict[str, Any]:
 
 
 def check_agreement(expected: np.ndarray, found: np.ndarray, dtype: str) -> float:
-  """The norm of the outputs' difference over that of PyTorch's; ends the run if it is large."""
+  """The norm of the difference over the norm of the expected; ends the run if it is too large."""
   error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
   if not error < AGREE[dtype]:
     raise SystemExit(f"the outputs differ by {error:.1e} of their norm: nothing was timed")
@@ -43,7 +44,7 @@ def check_agreement(expected: np.ndarray, found: np.ndarray, dtype: str) -> floa
 
 
 def time_in_turn(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-  """Seconds of each repeat; all have run twice before."""
+  """Seconds of each repeat, after two runs that do not count."""
   seconds: dict[str, list[float]] = {name: [] for name in runs}
   for repeat in range(-2, repeats):
     for name, run in runs.items():
@@ -55,7 +56,7 @@ def time_in_turn(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
 
 
 def compared(taken: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-  """Medians, least and most seconds, and the ratios of each program to ours of the same name."""
+  """Median, least and most seconds, and each program's ratio to our program of the same name."""
   seconds = {name: statistics.median(values) for name, values in taken.items()}
   return {
     "seconds": seconds,
@@ -75,7 +76,7 @@ def _ratios(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def peak_memory(make: Callable[[], Run], *, of_torch: bool) -> int:
-  """Bytes by which a process of its own grows while it runs a program, at most."""
+  """The most bytes by which a separate process grows while it runs a program."""
   with multiprocessing.get_context("spawn").Pool(1) as pool:
     return pool.apply(_growth, (make, of_torch))
 

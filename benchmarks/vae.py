@@ -3,12 +3,12 @@
 python benchmarks/vae.py --json
 python benchmarks/vae.py --json --sizes 17x128x128 9x240x360
 
-Both have the same weights, drawn here and handed over by our conversion, the same inputs, the same
-number type, the same chunks of frames and the same threads; that they give the same is checked
-before anything is timed. The programs take turns, and each number is a median. Encoding is to the
-mean of the latents, decoding from latents of the same number of frames. `ratios` are PyTorch's
-seconds over ours: above 1, ours is faster. `memory` is by how much a process grows while a program
-first runs, weights and inputs being there already; ours is compiled meanwhile.
+Both have the same random weights, passed through our conversion, the same inputs, number type,
+chunks of frames and threads. The script checks that their outputs agree before it times anything.
+The programs take turns, and each number is a median. Encoding computes the mean of the latents;
+decoding starts from latents of the same number of frames. `ratios` are PyTorch's seconds over ours:
+above 1, ours is faster. `memory` is the growth of a process while a program first runs, with
+weights and inputs already in memory; for ours it includes compiling.
 """
 
 import json
@@ -17,7 +17,7 @@ import tempfile
 from functools import partial
 from typing import Any, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of a GPU too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Leaves GPU memory for PyTorch.
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ PROGRAMS = ("ours_encode", "torch_encode", "ours_decode", "torch_decode")
 
 
 class Case(NamedTuple):
-  """What is run: a video, and the VAE's channels at each level, finest first."""
+  """The sizes of a run: a video, and the VAE's channels at each level, finest first."""
 
   frames: int
   height: int
@@ -75,7 +75,7 @@ def draw_inputs(case: Case) -> Inputs:
 
 
 def make_programs(case: Case, names: tuple[str, ...] = PROGRAMS) -> dict[str, Run]:
-  """Those of PROGRAMS that are named; nothing is made of a library that none of them wants."""
+  """The named programs of PROGRAMS. A library that none of them needs is not used."""
   inputs, params, made = draw_inputs(case), draw_params(vae.VAE, case.config), {}
   if any(name.startswith("ours") for name in names):
     made |= _our_programs(case, inputs, params)

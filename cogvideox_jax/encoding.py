@@ -29,12 +29,13 @@ from cogvideox_jax import hosts
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import buckets
 from cogvideox_jax.data.buckets import Bucket
+from cogvideox_jax.data.clips import Clip, cut_clips
 from cogvideox_jax.data.decoding import Decoders, File, Piece
 from cogvideox_jax.data.files import disk_errors, write_atomically
 from cogvideox_jax.data.manifest import Item, Refusal, read_manifest
 from cogvideox_jax.data.noising import ImageNoise, noised_copies
 from cogvideox_jax.data.records import storage_fault
-from cogvideox_jax.data.shards import Counts, OpenShard, ShardWriter, clip_name, identity
+from cogvideox_jax.data.shards import Counts, OpenShard, ShardWriter, identity
 from cogvideox_jax.data.video import VideoError, VideoInfo, Window
 from cogvideox_jax.encoders import Encoders, fill
 from cogvideox_jax.interrupts import Interrupts
@@ -109,14 +110,11 @@ def _runs(items: Sequence[Item]) -> list[list[Item]]:
   return runs
 
 
-class Clip(NamedTuple):
-  """A window of a file, brought to a stage's bucket and frame rate: all of it but the frames."""
+class StageClip(NamedTuple):
+  """A clip of a stage's dataset."""
 
   stage: str
-  bucket: Bucket
-  fps: float
-  item: Item
-  source: str  # As the example's.
+  clip: Clip
 
 
 class _Stage:
@@ -145,14 +143,10 @@ class _Stage:
     """Whether it had to be written when this process began."""
     return shard in self._pending
 
-  def cut(self, item: Item, info: VideoInfo) -> list[tuple[Clip, Window]]:
-    """The clips of a file, and where they are; VideoError if there are none for this stage."""
-    windows = buckets.cut(info, self._sizes, self._durations, self._fps)
-    names = [clip_name(item.id, number) for number in range(len(windows))]
-    return [
-      (Clip(self.name, Bucket(*window[1:]), self._fps, item, source), window)
-      for window, source in zip(windows, names if len(names) > 1 else [item.id], strict=True)
-    ]
+  def cut(self, item: Item, info: VideoInfo) -> list[StageClip]:
+    """The clips of a file; VideoError if there are none for this stage."""
+    clips = cut_clips(item, info, self._sizes, self._durations, self._fps)
+    return [StageClip(self.name, clip) for clip in clips]
 
 
 class _Shard:
@@ -161,7 +155,7 @@ class _Shard:
   def __init__(self, number: int, items: list[Item], stages: list[_Stage]):
     self.items = items
     self._number, self._stages = number, stages
-    self._planned: dict[str, list[Clip]] = {}  # By the item's id.
+    self._planned: dict[str, list[StageClip]] = {}  # By the item's id.
     self._refusals: dict[str, set[Refusal]] = {stage.name: set() for stage in stages}
 
   @cached_property
@@ -171,7 +165,9 @@ class _Shard:
   def files(self, fps: float) -> Iterator[File]:
     return (File(item.file, fps, partial(self._plan, item)) for item in self.items)
 
-  def clips(self, decoded: Iterator[Iterator[Piece]], bar: tqdm) -> Iterator[tuple[Clip, Frames]]:
+  def clips(
+    self, decoded: Iterator[Iterator[Piece]], bar: tqdm
+  ) -> Iterator[tuple[StageClip, Frames]]:
     """What the decoders make of the shard's files."""
     for item, pieces in zip(self.items, decoded, strict=False):
       given = 0
@@ -185,11 +181,13 @@ class _Shard:
       bar.update()
 
   def write(
-    self, clips: Sequence[Clip], moments: Moments, images: Images, texts: dict[str, States]
+    self, clips: Sequence[StageClip], moments: Moments, images: Images, texts: dict[str, States]
   ) -> None:
     """Writes a batch, once the devices have made it."""
     each = repeat(None) if images is None else np.asarray(images)
-    for clip, mean, logvar, image in zip(clips, *map(np.asarray, moments), each, strict=False):
+    for (stage, clip), mean, logvar, image in zip(
+      clips, *map(np.asarray, moments), each, strict=False
+    ):
       first, *others = (Caption(caption, texts[caption]) for caption in clip.item.captions)
       example = Example(
         mean=mean,
@@ -203,9 +201,9 @@ class _Shard:
         image=image,
       )
       if fault := storage_fault(example):
-        self._refuse(clip.item, f"stage {clip.stage}, clip {clip.source}: {fault}", [clip.stage])
+        self._refuse(clip.item, f"stage {stage}, clip {clip.source}: {fault}", [stage])
       else:
-        self._outputs[clip.stage].write(example)
+        self._outputs[stage].write(example)
 
   def close(self) -> None:
     for name, output in self._outputs.items():
@@ -213,14 +211,14 @@ class _Shard:
 
   def _plan(self, item: Item, info: VideoInfo) -> list[Window]:
     """What the stages want of a file. Runs in a decoder's thread, before the file's clips come."""
-    wanted: list[tuple[Clip, Window]] = []
+    wanted: list[StageClip] = []
     for stage in self._stages:
       try:
         wanted += stage.cut(item, info)
       except VideoError as error:
         self._refuse(item, f"stage {stage.name}: {error}", [stage.name])
-    self._planned[item.id] = [clip for clip, _ in wanted]
-    return [window for _, window in wanted]
+    self._planned[item.id] = wanted
+    return [clip.window for _, clip in wanted]
 
   def _refuse(self, item: Item, reason: str, stages: Iterable[str]) -> None:
     for name in stages:
@@ -266,7 +264,7 @@ def _encode_shards(
       texts = _texts(shard.items, encoders)
       for batch in _batches(interrupts.until(shard.clips(decoded, bar)), encoders):
         clips, frames = zip(*batch, strict=True)
-        size = encoders.batch_size(clips[0].bucket)
+        size = encoders.batch_size(clips[0].clip.bucket)
         moments = encoders.moments(fill(np.stack(frames), size))
         images = encoders.images(fill(_copies(clips, frames, noise), size)) if noise else None
         background.do(shard.write, clips, moments, images, texts)
@@ -282,11 +280,11 @@ def _image_noise(config: ConfigDict) -> ImageNoise | None:
 
 
 def _copies(
-  clips: Sequence[Clip], frames: Sequence[Frames], noise: ImageNoise
+  clips: Sequence[StageClip], frames: Sequence[Frames], noise: ImageNoise
 ) -> Float32[np.ndarray, "b draws H W 3"]:
   """Noised first frames of a batch of clips."""
   named = zip(clips, frames, strict=True)
-  return np.stack([noised_copies(video[0], clip.source, noise) for clip, video in named])
+  return np.stack([noised_copies(video[0], clip.source, noise) for (_, clip), video in named])
 
 
 def _texts(items: Sequence[Item], encoders: Encoders) -> dict[str, States]:
@@ -296,14 +294,14 @@ def _texts(items: Sequence[Item], encoders: Encoders) -> dict[str, States]:
 
 
 def _batches(
-  clips: Iterator[tuple[Clip, Frames]], encoders: Encoders
-) -> Iterator[list[tuple[Clip, Frames]]]:
+  clips: Iterator[tuple[StageClip, Frames]], encoders: Encoders
+) -> Iterator[list[tuple[StageClip, Frames]]]:
   """Clips of one stage and bucket together, as many as the encoders take; fewer at the end."""
-  waiting: dict[tuple[str, Bucket], list[tuple[Clip, Frames]]] = {}
-  for clip, frames in clips:
-    key = clip.stage, clip.bucket
-    waiting.setdefault(key, []).append((clip, frames))
-    if len(waiting[key]) == encoders.batch_size(clip.bucket):
+  waiting: dict[tuple[str, Bucket], list[tuple[StageClip, Frames]]] = {}
+  for staged, frames in clips:
+    key = staged.stage, staged.clip.bucket
+    waiting.setdefault(key, []).append((staged, frames))
+    if len(waiting[key]) == encoders.batch_size(staged.clip.bucket):
       yield waiting.pop(key)
   for key in sorted(waiting):
     yield waiting[key]

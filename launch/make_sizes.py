@@ -166,18 +166,20 @@ def row(case: Case, log: dict[str, Any]) -> str:
 HEAD = """\
 # What fits where
 
-Made by `python launch/make_sizes.py` from what the TPU compiler says; nothing was run on a TPU.
-benchmarks/compile/ has the command of each line, its collectives and the rest of what was said.
+`python launch/make_sizes.py` made this table from the TPU compiler's estimates. Nothing ran on a
+TPU. `benchmarks/compile/` holds a log for each line: its command, its collectives and all other
+numbers.
 
-- Rows: of the global batch; in sampling, the two halves of guidance; clips to encode or decode.
-- State and total: GiB on each device, of those that the compiler lets a program use. State is
-  fp32 parameters, average and moments; in sampling, the parameters in bfloat16; the VAE's in fp32.
-  tpu7x has two devices a chip.
-- Seconds: of one step, or of a whole clip to encode or decode; the cycles that the compiler
-  estimates, and attention's FLOPs at .40 of the peak on v5e and v5p, .30 on v6e, .25 on tpu7x. Time
-  spent waiting for other devices is not in it.
-  None where the program has a loop whose trips the compiler's text does not tell.
-- MFU: the model's FLOPs by that time, of the peak; so a ceiling.
+- Rows: rows of the global batch in training; the two halves of guidance in sampling; clips in
+  encoding and decoding.
+- State and total: GiB on each device, out of the GiB that the compiler lets a program use. In
+  training, state is fp32 parameters, average and moments; in sampling, the parameters in bfloat16;
+  in encoding and decoding, the VAE's parameters in fp32. A tpu7x chip has two devices.
+- Seconds: the time of one step, or of encoding or decoding a whole clip. It adds the cycles that
+  the compiler estimates, and attention's FLOPs at .40 of the peak on v5e and v5p, .30 on v6e and
+  .25 on tpu7x. It does not include waiting for other devices. The cell is empty if the program has
+  a loop whose trip count the compiler's text does not state.
+- MFU: the model's FLOPs divided by that time, as a fraction of the peak. It is an upper bound.
 
 | config | program | pod | mesh | rows | state | total | fits | seconds | MFU |
 |---|---|---|---|---|---|---|---|---|---|"""

@@ -15,6 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from cogvideox_jax.data import records, shards
+from cogvideox_jax.data.clips import clip_name
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.shards import ShardWriter
 from cogvideox_jax.errors import UserError
@@ -129,7 +130,7 @@ def test_every_process_stores_the_same_bytes():
 
 def test_clips_that_are_cut_from_a_file_share_its_hash(tmp_path):
   """So that none of them validates what another trains."""
-  names = ["a.mp4", "b.mp4", shards.clip_name("a.mp4", 0), shards.clip_name("a.mp4", 12)]
+  names = ["a.mp4", "b.mp4", clip_name("a.mp4", 0), clip_name("a.mp4", 12)]
   examples = [draw_example(n)._replace(source=name) for n, name in enumerate(names)]
   whole, other, *cut = write_dataset(tmp_path, examples).index.source_hash
   assert cut == [whole, whole] and other != whole

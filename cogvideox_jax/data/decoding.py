@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +93,14 @@ class Decoders:
     started = map(self._start, files)
     return self._in_turn(started, deque(itertools.islice(started, len(self._workers) + 1)))
 
+  def read(self, file: File, take: Callable[[Piece], None]) -> Future[None]:
+    """Decodes a file in the background, and hands each piece to `take` in another thread.
+
+    The future raises VideoError where the file cannot be used, or not further. Do not mix it with
+    `decode`, whose pieces occupy all processes until they are taken.
+    """
+    return self._threads.submit(self._read, file, take)
+
   def _in_turn(
     self, started: Iterator[queue.Queue], ahead: deque[queue.Queue]
   ) -> Iterator[Iterator[Piece]]:
@@ -104,6 +112,14 @@ class Decoders:
     pieces: queue.Queue = queue.Queue(maxsize=1)
     self._threads.submit(self._run, file, pieces)
     return pieces
+
+  def _read(self, file: File, take: Callable[[Piece], None]) -> None:
+    worker = self._idle.get()
+    try:
+      for piece in worker.decode(file):
+        take(piece)
+    finally:
+      self._idle.put(worker)
 
   def _run(self, file: File, pieces: queue.Queue) -> None:
     """What a thread does for a file: it hands on the pieces, then None, or what went wrong."""

@@ -6,7 +6,6 @@ records.py says what lies in the folder.
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from cogvideox_jax.data.clips import source_hash
 from cogvideox_jax.data.files import disk_errors, settle, sha256, write_arrays, write_atomically
 from cogvideox_jax.data.records import (
   DIGESTS,
@@ -38,11 +38,6 @@ class Counts(NamedTuple):
 def identity(parts: Any) -> str:
   """Names what JSON can say (files, settings): equal parts, equal name, in any process."""
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def clip_name(file: str, number: int) -> str:
-  """The source of the number-th clip that is cut from one file; all stand in one split."""
-  return f"{file}#{number}"
 
 
 class ShardWriter:
@@ -205,8 +200,6 @@ def _columns(
 ) -> dict[str, Any]:
   """The arrays of index.npz."""
   names = [clip["source"].encode() for clip in clips]
-  files = [re.sub(rb"#\d+$", b"", name) for name in names]  # See `clip_name`.
-  hashes = b"".join(hashlib.blake2b(file, digest_size=8).digest() for file in files)
   scores = [np.nan if clip["score"] is None else clip["score"] for clip in clips]
 
   def column(name: str) -> np.ndarray:
@@ -219,7 +212,7 @@ def _columns(
     "latent_shape": column("latent_shape").reshape(-1, 4),
     "text_shape": column("text_shape").reshape(-1, 2),
     "fps": np.array([clip["fps"] for clip in clips], np.float32),
-    "source_hash": np.frombuffer(hashes, "<u8"),
+    "source_hash": np.array([source_hash(clip["source"]) for clip in clips], "<u8"),
     "captions": column("captions"),
     "score": np.array(scores, np.float32),
     "images": column("images"),
