@@ -19,6 +19,7 @@ from flax import nnx
 
 from cogvideox_jax.conversion.names import Row
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.models import graphs
 from cogvideox_jax.sharding import path_name
 
 Params = dict[Any, Any]  # Nested, as of `nnx.to_pure_dict`; leaves are arrays, or `Lazy`.
@@ -100,11 +101,9 @@ class Slot(NamedTuple):
   row: Row
 
 
-@functools.cache
 def abstract_params(model: Callable[..., nnx.Module], config) -> Params:
   """The shapes of a model's parameters; allocates nothing. Not to be changed: it is kept."""
-  made = nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
-  return nnx.to_pure_dict(nnx.state(made, nnx.Param))
+  return graphs.abstract(model, config)[1]
 
 
 def slots(rows: Sequence[Row], params: Params) -> list[Slot]:
