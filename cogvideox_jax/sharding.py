@@ -42,6 +42,7 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
 # Fields of a batch -> their logical axes, from the first on; the axes after them are not split.
 # Attention needs the segments of whole rows.
 BATCH_AXES: dict[str, tuple[str, ...]] = {
+  "vision": ("rows", "tokens"),
   "mean": ("rows", "tokens"),
   "logvar": ("rows", "tokens"),
   "text": ("rows",),
@@ -201,17 +202,17 @@ def row_sharding(mesh: Mesh, rules: Rules, rows: int) -> NamedSharding:
 
 
 def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
-  """The sharding of every array of a `types.Batch`, of a whole global batch, or of its shapes.
+  """The sharding of every array, or shape, of a global `types.Batch` or of sampling's rows.
 
   Raises:
     UserError: the rows, or the tokens of a row, do not divide over the mesh.
   """
-  rows, tokens = batch.segment_ids.shape
+  rows, tokens = batch.layout.segment_ids.shape
   row_sharding(mesh, rules, rows)
   _check_tokens(tokens, mesh, rules)
 
   def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
-    axes = BATCH_AXES[path_name(path)]
+    axes = BATCH_AXES[path_name(path[-1:])]
     return NamedSharding(mesh, PartitionSpec(*(rules[axis] for axis in axes)))
 
   return jax.tree.map_with_path(place, batch)

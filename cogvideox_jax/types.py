@@ -13,7 +13,7 @@
 `F = 4 f - 3`: the first frame is compressed alone, the others four at a time.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -52,6 +52,19 @@ class Example(NamedTuple):
     return self._replace(**self.others[number - 1]._asdict(), others=())
 
 
+class TokenLayout(NamedTuple):
+  """Which clip, expert and position each token of packed rows belongs to.
+
+  Training and sampling both give it to the transformer, beside the vision patches, the text states
+  and the timesteps. Its arrays are on the host or on devices.
+  """
+
+  segment_ids: Int[Any, "b n"]  # 0 is padding, clips from 1.
+  experts: Int[Any, "b n"]  # VISION or TEXT; VISION at padding.
+  coordinates: Int[Any, "b n 3"]  # Vision: patch (t, h, w). Text: (index, 0, 0).
+  grids: Int[Any, "b s 3"]  # Patches of each segment along (t, h, w); ones for padding.
+
+
 class Batch(NamedTuple):
   """Packed rows. A clip's text tokens, then its vision tokens; clips in turn; padding last.
 
@@ -62,11 +75,15 @@ class Batch(NamedTuple):
   mean: Float[np.ndarray, "b n p"]  # Patches of the posterior's mean; 0 at text and padding.
   logvar: Float[np.ndarray, "b n p"]
   text: Float[np.ndarray, "b k l t"]  # Text states of each clip; 0 where a row holds fewer.
-  segment_ids: Int[np.ndarray, "b n"]  # 0 is padding, clips from 1.
-  experts: Int[np.ndarray, "b n"]  # VISION or TEXT; VISION at padding.
-  coordinates: Int[np.ndarray, "b n 3"]  # Vision: patch (t, h, w). Text: (index, 0, 0).
-  grids: Int[np.ndarray, "b s 3"]  # Patches of each segment along (t, h, w); ones for padding.
+  segment_ids: Int[np.ndarray, "b n"]  # This field and the next three: see TokenLayout.
+  experts: Int[np.ndarray, "b n"]
+  coordinates: Int[np.ndarray, "b n 3"]
+  grids: Int[np.ndarray, "b s 3"]
   # Where a patch spans several latent frames: how many in front repeat a segment's first one.
   extra: Int[np.ndarray, "b s"] | None = None
   # Where the model sees an image: its mean and log-variance, at tokens of the first patch in time.
   image: Float[np.ndarray, "b n 2 q"] | None = None
+
+  @property
+  def layout(self) -> TokenLayout:
+    return TokenLayout(self.segment_ids, self.experts, self.coordinates, self.grids)

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 
 from cogvideox_jax.conversion import component_fields, diffusers, lora, sat, tensors
 from cogvideox_jax.diffusion import guidance, noise, solvers
-from cogvideox_jax.inference.denoising import INITIAL, POSTERIOR, row_layout
+from cogvideox_jax.inference.denoising import INITIAL, POSTERIOR, clip_layout
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
@@ -233,23 +233,20 @@ def run_transformer(
   latents = jnp.asarray(rearrange(stored["in.hidden_states"], "b f c h w -> b f h w c"))
   text = jnp.asarray(stored["in.encoder_hidden_states"])
   rows, length = text.shape[:2]
-  layout = row_layout(latents.shape[1:], length, config.patch)
+  layout = clip_layout(latents.shape[1:], length, config.patch)
   grid = tuple(layout.grids[0, 1].tolist())
-  coordinates = layout.coordinates
   if config.positions != "sincos" and "in.rope_cos" not in stored:
     # The reference was given no rotation, as if all patches stood where there is none.
     config = dataclasses.replace(config, positions="rope_index")
-    coordinates = np.where(layout.experts[..., None] == TEXT, coordinates, 0)
+    nowhere = np.where(layout.experts[..., None] == TEXT, layout.coordinates, 0)
+    layout = layout._replace(coordinates=nowhere)
   vision = jnp.stack([patchify(clip, config.patch) for clip in latents])
   model = nnx.merge(graph_of(DiT, config, dtype=dtype), params)
   v = jax.jit(model.__call__, static_argnames="attention")(
     jnp.pad(vision, ((0, 0), (length, 0), (0, 0))),
     text[:, None],
     repeat(jnp.asarray(time), "b d -> b s d", s=2),
-    *(
-      repeat(jnp.asarray(x), "1 ... -> b ...", b=rows)
-      for x in (layout.segment_ids, layout.experts, coordinates, layout.grids)
-    ),
+    jax.tree.map(lambda x: repeat(jnp.asarray(x), "1 ... -> b ...", b=rows), layout),
     attention=attention,
     ofs=jnp.asarray(stored.get("in.ofs", [2.0])[0]),
   )
@@ -272,7 +269,7 @@ def transformer(folder: Folder, case: str) -> Iterator[Compared]:
 def rotary_inputs(config, stored: dict[str, np.ndarray]) -> Iterator[Compared]:
   """The tables that the reference was given: ours are made inside the network."""
   _, frames, _, height, width = stored["in.hidden_states"].shape
-  layout = jax.tree.map(jnp.asarray, row_layout((frames, height, width), 0, config.patch))
+  layout = jax.tree.map(jnp.asarray, clip_layout((frames, height, width), 0, config.patch))
   grid = positions.grid_of_token(layout.grids, layout.segment_ids)
   base = config.base_grid[1:]
   where = positions.rotary_positions(config.positions, layout.coordinates, grid, base)

@@ -24,7 +24,7 @@ from cogvideox_jax.conversion.folder import Settings, open_model, write_index
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference.denoising import row_layout
+from cogvideox_jax.inference.denoising import clip_layout
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT, DiTConfig, patchify, timestep_sinusoid, unpatchify
 from cogvideox_jax.models.graphs import graph_of
@@ -358,13 +358,13 @@ def test_our_transformer_gives_the_same_v_in_diffusers(tmp_path):
       torch.from_numpy(text)[None],
       torch.tensor([7]),
     ).sample
-  layout = row_layout(latents.shape[:3], DIT.text_length, DIT.patch)
+  layout = clip_layout(latents.shape[:3], DIT.text_length, DIT.patch)
   run = jax.jit(nnx.merge(graph_of(DiT, config), params).__call__, static_argnames="attention")
   v = run(
     jnp.pad(patchify(jnp.asarray(latents), DIT.patch), ((DIT.text_length, 0), (0, 0)))[None],
     jnp.asarray(text)[None, None],
     jnp.broadcast_to(timestep_sinusoid(jnp.asarray(7), DIT.width), (1, 2, DIT.width)),
-    *map(jnp.asarray, (layout.segment_ids, layout.experts, layout.coordinates, layout.grids)),
+    jax.tree.map(jnp.asarray, layout),
     attention=attention,
   )
   v = unpatchify(v[0, DIT.text_length :], DIT.patch, tuple(layout.grids[0, 1].tolist()))

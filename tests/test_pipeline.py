@@ -289,5 +289,6 @@ def test_tokens_are_split_among_devices_that_share_a_row():
   one, several = (denoising.spread(2, jax.devices()[:count]) for count in (1, 4))
   x, text = np.zeros((1, 3, 4, 6, 4), np.float32), np.zeros((2, 1, 6, 8), np.float32)
   rows = jax.jit(denoising.as_rows, static_argnums=(2, 3))(x, text, (1, 2, 2), several)
-  assert rows.mean.sharding.shard_shape(rows.mean.shape) == (1, 16, 16)
+  assert rows.vision.sharding.shard_shape(rows.vision.shape) == (1, 16, 16)
+  assert rows.layout.experts.sharding.shard_shape(rows.layout.experts.shape) == (1, 16)
   assert one.tokens(24) == 24 and several.tokens(24) == 32

@@ -25,7 +25,7 @@ from cogvideox_jax.inference.inputs import Videos
 from cogvideox_jax.models.backends import attention_for, filled
 from cogvideox_jax.models.dit import DiTConfig, patchify, timestep_sinusoid, unpatchify
 from cogvideox_jax.models.layers import Attention
-from cogvideox_jax.types import Batch, Example
+from cogvideox_jax.types import Example, TokenLayout
 from cogvideox_jax.xla import compiler_options
 
 Params = dict[str, Any]  # Nested by the keys of a parameter's path; see nnx.to_pure_dict.
@@ -92,12 +92,20 @@ def denoise(
   return x
 
 
+class SampledRows(NamedTuple):
+  """Packed rows of one video each, as the transformer reads them."""
+
+  vision: Float[Array, "b n p"]  # Noised patches, before an image's if the model sees one.
+  text: Float[Array, "b 1 l t"]
+  layout: TokenLayout
+
+
 class Spread(NamedTuple):
   """How the devices share a step: rows first, then the tokens of a row. Arguments and results are
   the same on each of them."""
 
   attention: Attention
-  places: Callable[[Batch], Batch]  # Of the arrays of rows; see sharding.batch_shardings.
+  rows: Callable[["SampledRows"], Any]  # Their shardings, by sharding.batch_shardings.
   tokens: Callable[[int], int]  # The length of a row for so many tokens, so that it divides.
   everywhere: NamedSharding
 
@@ -160,13 +168,10 @@ def denoise_step(
   seen = x if image is None else jnp.concatenate([x, image], axis=-1)
   rows = as_rows(seen, text, config.patch, spread)
   v = nnx.merge(graphdef, params)(
-    rows.mean,
+    rows.vision,
     rows.text,
-    jnp.broadcast_to(time, (len(rows.mean), 2, config.width)),
-    rows.segment_ids,
-    rows.experts,
-    rows.coordinates,
-    rows.grids,
+    jnp.broadcast_to(time, (len(rows.vision), 2, config.width)),
+    rows.layout,
     attention=spread.attention,
   )
   grid = grid_of(x.shape[1:], config.patch)
@@ -184,24 +189,23 @@ def as_rows(
   text: Float[Array, "halves b l t"],
   patch: tuple[int, int, int],
   spread: Spread,
-) -> Batch:
-  """The rows that the network sees, spread over the devices: patches stand where a training row has
-  the means of its latents."""
+) -> SampledRows:
+  """Packs each video with its text in each half of guidance, and shards the rows."""
   halves, videos = text.shape[:2]
   start = text.shape[2]
   used = start + math.prod(grid_of(seen.shape[1:], patch))
-  layout = row_layout(seen.shape[1:], start, patch, spread.tokens(used))
+  row_tokens = spread.tokens(used)
   vision = jax.vmap(partial(patchify, patch=patch))(seen)
-  filling = layout.segment_ids.shape[1] - used
-  vision = jnp.pad(vision, ((0, 0), (start, filling), (0, 0)))  # 0 at text tokens.
-  rows: Any = jax.tree.map(
-    lambda part: repeat(jnp.asarray(part), "1 ... -> r ...", r=halves * videos), layout
-  )
-  rows = rows._replace(
-    mean=repeat(vision, "b n p -> (halves b) n p", halves=halves),
+  vision = jnp.pad(vision, ((0, 0), (start, row_tokens - used), (0, 0)))  # 0 at text tokens.
+  rows = SampledRows(
+    vision=repeat(vision, "b n p -> (halves b) n p", halves=halves),
     text=rearrange(text, "halves b l t -> (halves b) 1 l t"),
+    layout=jax.tree.map(
+      lambda array: repeat(jnp.asarray(array), "1 ... -> r ...", r=halves * videos),
+      clip_layout(seen.shape[1:], start, patch, row_tokens),
+    ),
   )
-  return jax.lax.with_sharding_constraint(rows, spread.places(rows))
+  return jax.lax.with_sharding_constraint(rows, spread.rows(rows))
 
 
 def grid_of(shape: tuple[int, ...], patch: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -210,18 +214,15 @@ def grid_of(shape: tuple[int, ...], patch: tuple[int, int, int]) -> tuple[int, i
   return t, h, w
 
 
-def row_layout(
+def clip_layout(
   shape: tuple[int, ...],
   text_length: int,
   patch: tuple[int, int, int],
   row_tokens: int | None = None,  # By default as many as the clip has.
-) -> Batch:
-  """A row of one clip of these latents (f, h, w, ...), packed as in training.
-
-  It has no channels: only its integer arrays are wanted.
-  """
+) -> TokenLayout:
+  """The layout of a row of one clip of latents (f, h, w, ...), as training packs it."""
   nothing = np.zeros((*shape[:3], 0), np.float32)
   text = np.zeros((text_length, 0), np.float32)
   example = Example(nothing, nothing, text, "", "", num_frames=0, height=0, width=0, fps=0.0)
   used = text_length + math.prod(grid_of(shape, patch))
-  return pack([example], patch=patch, row_tokens=row_tokens or used, max_clips=1)
+  return pack([example], patch=patch, row_tokens=row_tokens or used, max_clips=1).layout

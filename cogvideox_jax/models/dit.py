@@ -13,13 +13,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Num
 
 from cogvideox_jax.models import positions
 from cogvideox_jax.models.layer_norm import STATISTICS, LayerNorm
-from cogvideox_jax.models.layers import EPSILON, LINEAR, MLP_OUT, Attention, Block
+from cogvideox_jax.models.layers import EPSILON, LINEAR, MLP_OUT, Attention, Block, RotaryTable
 from cogvideox_jax.models.modulation import per_token
-from cogvideox_jax.types import TEXT
+from cogvideox_jax.types import TEXT, TokenLayout
 
 # What a block's backward pass finds saved of the forward pass, by name; the rest is computed again.
 # `attention`: its outputs, so that its kernel runs once, and the small statistics of norms.
@@ -176,10 +176,7 @@ class DiT(nnx.Module):
     vision: Float[Array, "b n p"],
     text: Float[Array, "b k l t"],
     time: Float[Array, "b s d"],
-    segment_ids: Int[Array, "b n"],
-    experts: Int[Array, "b n"],
-    coordinates: Int[Array, "b n 3"],
-    grids: Int[Array, "b s 3"],
+    layout: TokenLayout,
     *,
     attention: Attention,
     ofs: float | Float[Array, ""] = OFS,
@@ -191,6 +188,7 @@ class DiT(nnx.Module):
         tokens is not read.
       time: each segment's timestep, as `timestep_sinusoid` of the transformer's width; padding,
         segment 0, is modulated as some clip.
+      layout: which clip, expert and position each token belongs to.
       attention: function of query, key, value [b n heads head_dim] and segment_ids.
       ofs: read by models with an ofs_width only.
     """
@@ -198,15 +196,15 @@ class DiT(nnx.Module):
     if self.config.ofs_width:
       sinusoid = timestep_sinusoid(jnp.asarray(ofs), self.config.ofs_width).astype(self.dtype)
       time = time + self.ofs_out(nnx.silu(self.ofs_in(sinusoid)))
-    x = self._embed(vision, text, segment_ids, experts, coordinates, grids)
-    rotary = self._rotary(segment_ids, experts, coordinates, grids)
-    x = self._run_blocks(x, time, segment_ids, experts, rotary, attention)
+    x = self._embed(vision, text, layout)
+    x = self._run_blocks(x, time, layout, attention)
     tables = rearrange(self.out_modulation(nnx.silu(time)), "b clips (m d) -> m b clips d", m=2)
-    shift, scale = (per_token(table, segment_ids - 1) for table in tables)
+    shift, scale = (per_token(table, layout.segment_ids - 1) for table in tables)
     return self.out(self.out_norm(self.final_norm(x)) * (1 + scale) + shift)
 
-  def _embed(self, vision, text, segment_ids, experts, coordinates, grids) -> Float[Array, "b n d"]:
+  def _embed(self, vision, text, layout: TokenLayout) -> Float[Array, "b n d"]:
     """Text and patches, each projected, side by side in the row."""
+    segment_ids, experts, coordinates, grids = layout
     words = rearrange(self.text_in(text.astype(self.dtype)), "b k l d -> b (k l) d")
     # Padding has segment 0: clip it to some word, since it is never a text token.
     word = jnp.maximum(segment_ids - 1, 0) * text.shape[2] + coordinates[..., 0]
@@ -226,22 +224,24 @@ class DiT(nnx.Module):
       added = jnp.where(fits, jnp.take(self.position_table[...], row, axis=0), added)
     return x + added.astype(x.dtype)
 
-  def _rotary(self, segment_ids, experts, coordinates, grids):
+  def _rotary(self, layout: TokenLayout) -> RotaryTable | None:
     rule = self.config.positions
     if rule == "sincos":
       return None
+    segment_ids, experts, coordinates, grids = layout
     grid = positions.grid_of_token(grids, segment_ids)
     base, scales = self.config.base_grid[1:], self.config.interpolations
     where = positions.rotary_positions(rule, coordinates, grid, base, scales)
     return positions.rotary_table(where, experts, self.config.head_dim)
 
-  def _run_blocks(self, x, time, segment_ids, experts, rotary, attention) -> Float[Array, "b n d"]:
+  def _run_blocks(self, x, time, layout: TokenLayout, attention) -> Float[Array, "b n d"]:
+    rotary = self._rotary(layout)
     graphdef, stacked = nnx.split(self.blocks)
 
     def run(x, params):
       # The same layout in both passes: else TPUs turn what is saved, in each layer.
       x = with_layout_constraint(checkpoint_name(x, "block"), Layout(tuple(range(x.ndim))))
       block = nnx.merge(graphdef, params)
-      return block(x, time, segment_ids, experts, rotary, attention), None
+      return block(x, time, layout.segment_ids, layout.experts, rotary, attention), None
 
     return jax.lax.scan(REMAT[self.remat](run), x, stacked)[0]

@@ -136,10 +136,7 @@ def denoiser(network: Network, params: Params, batch: Batch) -> Denoise:
       seen,
       jnp.asarray(batch.text),
       timestep_sinusoid(timesteps, network.width),
-      batch.segment_ids,
-      batch.experts,
-      batch.coordinates,
-      batch.grids,
+      batch.layout,
       attention=network.attention,
     )
 
