@@ -20,6 +20,7 @@ from cogvideox_jax.conversion.tensors import abstract_params
 from cogvideox_jax.data.packing import pack, patchify, stack
 from cogvideox_jax.diffusion.latents import LatentConfig
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.diffusion.objective import Objective
 from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import graph_of
@@ -144,10 +145,12 @@ def train_program(case: Case, inputs: Inputs, params: state.Params) -> Run:
     network=_network(case),
     tx=tx,
     learning_rate=optax.constant_schedule(1e-4),
-    schedule=noise_schedule(NoiseConfig(1000, 0.00085, 0.012, 1.0, zero_terminal_snr=True)),
-    latents=LatentConfig(PATCH, scaling_factor=0.7, image_scale=0.7, image_drop_rate=0.0),
+    objective=Objective(
+      noise_schedule(NoiseConfig(1000, 0.00085, 0.012, 1.0, zero_terminal_snr=True)),
+      LatentConfig(PATCH, scaling_factor=0.7, image_scale=0.7, image_drop_rate=0.0),
+      explicit_uniform=True,
+    ),
     ema_decay=0.9999,
-    explicit_uniform=True,
     accumulation=step.Accumulation(
       split=lambda tree: jax.tree.map(lambda x: x[None], tree), pin=lambda grads: grads
     ),

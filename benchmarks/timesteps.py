@@ -26,12 +26,11 @@ from ml_collections import ConfigDict
 
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture
-from cogvideox_jax.diffusion import loss
-from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.diffusion import objective as objectives
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.training import components, stage_data, step
+from cogvideox_jax.training import stage_data, step, step_functions
 from cogvideox_jax.types import Batch
 from configs import tiny
 
@@ -54,7 +53,7 @@ def loss_function(config: ConfigDict) -> Any:
   """Returns a function (batch, row order, timestep key, latent key) -> loss by name of DRAWS."""
   model, params = open_model("tiny").transformer()
   network = step.Network(graph_of(DiT, model), model.width, attention)
-  schedule, latents = noise_schedule(NoiseConfig(**config.noise)), components.latent_config(config)
+  objective = step_functions.make_objective(config)
   params = jax.tree.map(jnp.asarray, params)
 
   @jax.jit
@@ -62,11 +61,12 @@ def loss_function(config: ConfigDict) -> Any:
     batch = jax.tree.map(lambda x: x[order], batch)
 
     def one(explicit_uniform: bool):
-      part = loss.whole(batch, timestep_key, schedule, explicit_uniform=explicit_uniform)
-      part = part._replace(rows=order)  # So that a row keeps its noise.
+      drawn_so = objective._replace(explicit_uniform=explicit_uniform)
+      timed = objectives.draw_timesteps(drawn_so, batch, timestep_key)
+      timed = timed._replace(rows=order)  # So that a row keeps its noise.
       denoise = step.denoiser(network, params, batch)
-      tokens = loss.vision_tokens(batch)
-      return loss.diffusion_loss(denoise, part, tokens, schedule, latent_key, latents=latents)
+      tokens = objectives.vision_tokens(batch)
+      return objectives.loss_share(drawn_so, denoise, timed, tokens, latent_key)
 
     return {name: one(explicit) for name, explicit in DRAWS.items()}
 

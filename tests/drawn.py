@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from cogvideox_jax.conversion.folder import Settings
 from cogvideox_jax.conversion.tensors import abstract_params
 from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.diffusion import objective
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
@@ -71,3 +73,10 @@ def make_pipeline(
     devices=devices,
     offload=offload,
   )
+
+
+def v_loss(denoise, latents, timesteps, batch, schedule):
+  """The loss of a whole batch, on latents that are given rather than drawn."""
+  timed = objective.TimedBatch(batch, timesteps, jnp.arange(len(batch.segment_ids)))
+  total = objective.squared_error(denoise, latents, timed, schedule)
+  return total / objective.vision_tokens(batch)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import v_loss
 from einops import rearrange
 
 from cogvideox_jax.data.packing import pack, stack
 from cogvideox_jax.diffusion.latents import LatentConfig, draw_latents
-from cogvideox_jax.diffusion.loss import v_loss
 from cogvideox_jax.diffusion.noise import NoiseConfig, add_noise, noise_schedule
 from cogvideox_jax.types import TEXT, VISION, Example
 

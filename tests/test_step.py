@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from drawn import DIT_CONFIG, NOISE, draw
+from drawn import DIT_CONFIG, NOISE, draw, v_loss
 
 from cogvideox_jax import sharding
 from cogvideox_jax.data.packing import pack, stack
 from cogvideox_jax.diffusion.latents import LatentConfig, draw_latents
-from cogvideox_jax.diffusion.loss import v_loss
 from cogvideox_jax.diffusion.noise import noise_schedule
+from cogvideox_jax.diffusion.objective import Objective
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import REMAT, DiT
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.training import state, step
 from cogvideox_jax.types import VISION, Example
 
-SCHEDULE = noise_schedule(NOISE)
 LATENTS = LatentConfig(DIT_CONFIG.patch, scaling_factor=0.7, image_scale=0.7, image_drop_rate=0.0)
+OBJECTIVE = Objective(noise_schedule(NOISE), LATENTS, explicit_uniform=True)
 SGD = optax.sgd(0.1)  # With which the change of a weight is a tenth of its gradient.
 KEY = jax.random.key(7)
 PARAMS = draw(DiT, DIT_CONFIG)[1]
@@ -45,10 +45,8 @@ def make_step(tx=SGD, **changes):
     step.train_step,
     tx=tx,
     learning_rate=optax.constant_schedule(1.0),
-    schedule=SCHEDULE,
-    latents=LATENTS,
     ema_decay=0.75,
-    **{"network": network(), "explicit_uniform": True, "accumulation": AT_ONCE, **changes},
+    **{"network": network(), "objective": OBJECTIVE, "accumulation": AT_ONCE, **changes},
   )
 
 
@@ -171,7 +169,7 @@ def loss_and_gradients(config):
   def loss_of(params, batch, noise, timesteps):
     denoise = step.denoiser(network(config=config), params, batch)
     latents = draw_latents(batch, KEY, settings)._replace(noise=noise)
-    return v_loss(denoise, latents, timesteps, batch, SCHEDULE)
+    return v_loss(denoise, latents, timesteps, batch, OBJECTIVE.schedule)
 
   return jax.jit(jax.value_and_grad(loss_of))
 
@@ -266,5 +264,6 @@ def test_training_on_one_batch_learns_it(run):
 
 def test_explicit_uniform_sampling_can_be_left_out(run):
   batch = batch_of()
-  plain = jax.jit(make_step(explicit_uniform=False))(START, batch, KEY)[1]
+  objective = OBJECTIVE._replace(explicit_uniform=False)
+  plain = jax.jit(make_step(objective=objective))(START, batch, KEY)[1]
   assert np.isfinite(plain["loss"]) and plain["loss"] != run(START, batch, KEY)[1]["loss"]

@@ -9,10 +9,15 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Key
 
-from cogvideox_jax.diffusion import loss
-from cogvideox_jax.diffusion.latents import LatentConfig
-from cogvideox_jax.diffusion.loss import Denoise, Part, diffusion_loss
-from cogvideox_jax.diffusion.noise import NoiseSchedule
+from cogvideox_jax.diffusion.objective import (
+  Denoise,
+  Objective,
+  TimedBatch,
+  at_timestep,
+  draw_timesteps,
+  loss_share,
+  vision_tokens,
+)
 from cogvideox_jax.models.dit import timestep_sinusoid
 from cogvideox_jax.training import optimizer
 from cogvideox_jax.training.state import Params, TrainState
@@ -42,10 +47,8 @@ def train_step(
   network: Network,
   tx: optax.GradientTransformation,
   learning_rate: optax.Schedule,
-  schedule: NoiseSchedule,
-  latents: LatentConfig,
+  objective: Objective,
   ema_decay: float,
-  explicit_uniform: bool,
   accumulation: Accumulation,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
   """Denoises one batch and moves the weights. The loop jits it and donates `state`.
@@ -59,18 +62,18 @@ def train_step(
     The next state; loss, grad_norm (before clipping) and learning_rate.
   """
   timestep_key, latent_key = jax.random.split(jax.random.fold_in(key, state.step))
-  everything = loss.whole(batch, timestep_key, schedule, explicit_uniform=explicit_uniform)
-  tokens = loss.vision_tokens(batch)
+  timed = draw_timesteps(objective, batch, timestep_key)
+  tokens = vision_tokens(batch)
 
-  def loss_of(params: Params, part: Part) -> Float32[Array, ""]:
+  def loss_of(params: Params, part: TimedBatch) -> Float32[Array, ""]:
     denoise = denoiser(network, params, part.batch)
-    return diffusion_loss(denoise, part, tokens, schedule, latent_key, latents=latents)
+    return loss_share(objective, denoise, part, tokens, latent_key)
 
-  def gradient_of(part: Part) -> tuple[Float32[Array, ""], Params]:
+  def gradient_of(part: TimedBatch) -> tuple[Float32[Array, ""], Params]:
     value, grads = jax.value_and_grad(loss_of)(state.params, part)
     return value, accumulation.pin(grads)
 
-  value, grads = _sum_over(gradient_of, accumulation.split(everything))
+  value, grads = _sum_over(gradient_of, accumulation.split(timed))
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = cast(Params, optax.apply_updates(state.params, updates))
   ema = optimizer.average(state.ema, params, state.step, ema_decay)
@@ -89,33 +92,32 @@ def validation_step(
   timesteps: Int[Array, "timesteps"],
   *,
   network: Network,
-  schedule: NoiseSchedule,
-  latents: LatentConfig,
+  objective: Objective,
   accumulation: Accumulation,
 ) -> Float32[Array, "timesteps"]:
   """The loss of a batch with all its clips at each of the timesteps in turn, images all seen.
 
   The same key gives the same noise, so that losses of different weights can be compared.
   """
-  tokens, latents = loss.vision_tokens(batch), latents._replace(image_drop_rate=0.0)
+  tokens, objective = vision_tokens(batch), objective.with_all_images()
 
-  def share(part: Part) -> Float32[Array, ""]:
+  def share(part: TimedBatch) -> Float32[Array, ""]:
     denoise = denoiser(network, params, part.batch)
-    return diffusion_loss(denoise, part, tokens, schedule, key, latents=latents)
+    return loss_share(objective, denoise, part, tokens, key)
 
   def at(timestep: Int[Array, ""]) -> Float32[Array, ""]:
-    return _sum_over(share, accumulation.split(loss.at_timestep(batch, timestep)))
+    return _sum_over(share, accumulation.split(at_timestep(batch, timestep)))
 
   return jax.lax.map(at, timesteps)
 
 
-def _sum_over(function: Callable[[Part], Any], parts: Part) -> Any:
+def _sum_over(function: Callable[[TimedBatch], Any], parts: TimedBatch) -> Any:
   """The sum of what a function gives for each part, which are taken in turn."""
   first = jax.tree.map(lambda x: x[0], parts)
   if len(parts.rows) == 1:
     return function(first)
 
-  def add(total: Any, part: Part) -> tuple[Any, None]:
+  def add(total: Any, part: TimedBatch) -> tuple[Any, None]:
     return jax.tree.map(jnp.add, total, function(part)), None
 
   zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, first))

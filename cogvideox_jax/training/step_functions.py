@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from cogvideox_jax import sharding
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.diffusion.objective import Objective
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiT, DiTConfig
@@ -32,7 +33,7 @@ class Functions(NamedTuple):
 
 
 def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.Rules) -> Functions:
-  """What the loop compiles for a stage; `config.components` gives the scale of the latents."""
+  """What the loop compiles for a stage."""
   model = stages.stage_model(config, stage)
   device = mesh.devices.flat[0]
   dtype = compute_dtype(config.dtype, device.platform)
@@ -48,8 +49,7 @@ def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.R
   parts = _parts(config.stages[stage], mesh, rules)
   shared = {
     "network": network,
-    "schedule": noise_schedule(NoiseConfig(**config.noise)),
-    "latents": components.latent_config(config),
+    "objective": make_objective(config),
     "accumulation": Accumulation(
       split=partial(sharding.split_rows, parts=parts, mesh=mesh, rules=rules),
       pin=partial(jax.lax.with_sharding_constraint, shardings=state.shardings_of(abstract).params),
@@ -71,11 +71,16 @@ def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.R
       tx=tx,
       learning_rate=stages.learning_rate(config, stage),
       ema_decay=config.optimizer.ema_decay,
-      explicit_uniform=config.train.explicit_uniform,
       **shared,
     ),
     validate=partial(validation_step, **shared),
   )
+
+
+def make_objective(config: ConfigDict) -> Objective:
+  """What the loss depends on; `config.components` gives the scale of the latents."""
+  schedule = noise_schedule(NoiseConfig(**config.noise))
+  return Objective(schedule, components.latent_config(config), config.train.explicit_uniform)
 
 
 def _parts(stage: ConfigDict, mesh: Mesh, rules: sharding.Rules) -> int:

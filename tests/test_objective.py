@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import v_loss
 
-from cogvideox_jax.diffusion import loss
+from cogvideox_jax.diffusion import objective as objectives
 from cogvideox_jax.diffusion.latents import LatentConfig, Latents
-from cogvideox_jax.diffusion.loss import v_loss
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule, x0_from_v
+from cogvideox_jax.diffusion.objective import Objective, draw_timesteps
 from cogvideox_jax.types import TEXT, VISION, Batch
 
 SCHEDULE = noise_schedule(NoiseConfig(1000, 0.00085, 0.012, 3.0, zero_terminal_snr=True))
@@ -44,9 +45,13 @@ def network(x, timesteps):
   return jnp.sin(x) + timesteps.mean() / 1000
 
 
-def loss_of(denoise, part, key, latents=PLAIN):
-  tokens = loss.vision_tokens(part.batch)
-  return loss.diffusion_loss(denoise, part, tokens, SCHEDULE, key, latents=latents)
+def loss_of(denoise, timed, key, latents=PLAIN):
+  tokens = objectives.vision_tokens(timed.batch)
+  return objectives.loss_share(objective(latents), denoise, timed, tokens, key)
+
+
+def objective(latents=PLAIN, explicit_uniform=True):
+  return Objective(SCHEDULE, latents, explicit_uniform)
 
 
 def draws(batch):
@@ -121,7 +126,7 @@ def shown(batch, timestep, latents):
 
   def noised(key):
     seen = []
-    loss_of(lambda x, _: seen.append(x) or x, loss.at_timestep(batch, timestep), key, latents)
+    loss_of(lambda x, _: seen.append(x) or x, objectives.at_timestep(batch, timestep), key, latents)
     return seen[0]
 
   return jax.jit(jax.vmap(noised))(jax.random.split(jax.random.key(0), 4000))
@@ -152,7 +157,7 @@ def test_each_clip_is_noised_to_its_own_timestep(explicit):
     return x
 
   key = jax.random.key(2)
-  loss_of(denoise, loss.whole(batch, key, SCHEDULE, explicit_uniform=explicit), key)
+  loss_of(denoise, draw_timesteps(objective(explicit_uniform=explicit), batch, key), key)
   timesteps = np.asarray(seen[0])
   assert timesteps.shape == (2, 5)
   assert (timesteps[0, 1:4] > 0).all()
@@ -168,12 +173,12 @@ def test_the_loss_follows_the_key_alone():
 
   @jax.jit
   def draw(key):
-    return loss_of(network, loss.whole(batch, key, SCHEDULE, explicit_uniform=True), key)
+    return loss_of(network, draw_timesteps(objective(), batch, key), key)
 
   first = draw(jax.random.key(0))
   assert first == draw(jax.random.key(0))
   assert first != draw(jax.random.key(1))
   at_two_timesteps = [
-    loss_of(network, loss.at_timestep(batch, t), jax.random.key(0)) for t in (100, 900)
+    loss_of(network, objectives.at_timestep(batch, t), jax.random.key(0)) for t in (100, 900)
   ]
   assert at_two_timesteps[0] != at_two_timesteps[1]
