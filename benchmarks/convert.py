@@ -22,10 +22,11 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from cogvideox_jax.config.read import read
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion import diffusers, tensors
 from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.models.dit import DiTConfig
-from cogvideox_jax.training.stages import model_config
 
 sys.path.append(str(Path(__file__).parent.parent))  # Configs say `from configs import base`.
 CONFIG = config_flags.DEFINE_config_file("config", "configs/5b.py", "Whose model is converted.")
@@ -112,7 +113,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def main(_) -> None:
-  config = model_config(CONFIG.value)
+  config = read(TrainConfig, CONFIG.value).model
   with tempfile.TemporaryDirectory(dir=SCRATCH.value) as scratch:
     first = source = Path(scratch) / "source"
     result: dict[str, object] = {"machine": platform.machine()}

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
+from cogvideox_jax.config.read import read
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture
 from cogvideox_jax.diffusion import objective as objectives
@@ -38,7 +39,7 @@ DRAWS = {"explicit": True, "plain": False}
 RESAMPLES = 2000
 
 
-def batches_of(config: ConfigDict, folder: epath.Path, count: int) -> list[Batch]:
+def batches_of(config: TrainConfig, folder: epath.Path, count: int) -> list[Batch]:
   """The first batches of the training that a config describes."""
   (stage,) = config.stages
   stage_data.make_data(config, folder)
@@ -49,7 +50,7 @@ def batches_of(config: ConfigDict, folder: epath.Path, count: int) -> list[Batch
   return list(itertools.islice(loader.iterate(), count))
 
 
-def loss_function(config: ConfigDict) -> Any:
+def loss_function(config: TrainConfig) -> Any:
   """Returns a function (batch, row order, timestep key, latent key) -> loss by name of DRAWS."""
   model, params = open_model("tiny").transformer()
   network = step.Network(graph_of(DiT, model), model.width, attention)
@@ -95,13 +96,14 @@ def main() -> None:
   parser.add_argument("--clips", type=int, default=500, help="clips to render and encode")
   args = parser.parse_args()
   logging.getLogger("absl").setLevel(logging.ERROR)
-  config, start = tiny.get_config(), time.perf_counter()
-  config.data.clips = args.clips
+  chosen, start = tiny.get_config(), time.perf_counter()
+  chosen.data.clips = args.clips
+  config = read(TrainConfig, chosen)
   with tempfile.TemporaryDirectory() as folder:
     batches = batches_of(config, epath.Path(folder), args.batches)
   run = loss_function(config)
   keys = jax.random.split(jax.random.key(0), (args.batches, 2))
-  rng, rows = np.random.default_rng(0), np.arange(config.stages.tiny.rows)
+  rng, rows = np.random.default_rng(0), np.arange(config.stages["tiny"].rows)
   varied = [
     jax.block_until_ready(run(jax.tree.map(jnp.asarray, batch), rows, *pair))
     for batch, pair in zip(batches, keys, strict=True)

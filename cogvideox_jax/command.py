@@ -11,12 +11,17 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from cogvideox_jax.config.read import read
 from cogvideox_jax.errors import INTERRUPTED, USER_ERROR, UserError
+
+_Schema = TypeVar("_Schema")
 
 flags.disclaim_key_flags()  # `--help` of a verb lists the flags defined here as the verb's own.
 
@@ -52,15 +57,40 @@ def run(main: Callable[..., int | None], *operands: str) -> None:
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def config_flag(*, required: bool = True) -> flags.FlagHolder[ConfigDict]:
-  """Defines `--config=FILE`, with `--config.KEY=VALUE` to override a key."""
+class ConfigFlag(Generic[_Schema]):
+  """The flag `--config`, and the typed config that it gives."""
+
+  def __init__(self, holder: flags.FlagHolder[ConfigDict], schema: type[_Schema]):
+    self._holder, self._schema = holder, schema
+
+  @property
+  def given(self) -> bool:
+    """Whether the command line names a config."""
+    return self._holder.value is not None
+
+  @cached_property
+  def value(self) -> _Schema:
+    """The config with the overrides of the command line.
+
+    Raises:
+      UserError: the config has a key that the schema lacks, or lacks one, or has a wrong type.
+    """
+    return read(self._schema, self._holder.value)
+
+
+def config_flag(schema: type[_Schema], *, required: bool = True) -> ConfigFlag[_Schema]:
+  """Defines `--config=FILE`, with `--config.KEY=VALUE` to override a key.
+
+  Args:
+    schema: the dataclass of such configs, TrainConfig or VAETrainConfig.
+  """
   holder = config_flags.DEFINE_config_file(
     "config", help_string="Config file; --config.KEY=VALUE changes one of its keys."
   )
   flags.declare_key_flag("config")
   if required:
     flags.mark_flag_as_required("config")
-  return holder
+  return ConfigFlag(holder, schema)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,13 @@ import json
 
 from absl import flags
 
-from cogvideox_jax import command, config
+from cogvideox_jax import command
 from cogvideox_jax.aot import programs
 from cogvideox_jax.aot.report import as_table, report
+from cogvideox_jax.config.checks import check
+from cogvideox_jax.config.schema import TrainConfig
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(TrainConfig)
 TOPOLOGY = flags.DEFINE_string(
   "topology", None, "KIND:SHAPE[:SLICES], such as v5p:4x4x4 or v5p:2x2x4:2.", required=True
 )
@@ -33,7 +35,7 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.
 
 
 def main() -> int:
-  config.check(CONFIG.value, CONFIG.value.components)
+  check(CONFIG.value, CONFIG.value.components)
   size = {name: flag.value for name, flag in SIZE.items() if flag.value is not None}
   result = report(CONFIG.value, TOPOLOGY.value, PROGRAM.value, STAGE.value, **size)
   print(as_table(result))

@@ -14,9 +14,10 @@ from absl import flags
 from etils import epath
 from flax import nnx
 from jaxtyping import UInt8
-from ml_collections import ConfigDict
 
-from cogvideox_jax import command, config
+from cogvideox_jax import command
+from cogvideox_jax.config.checks import check
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.data.shapes import held_out_prompts
 from cogvideox_jax.data.video import contact_sheet, write_mp4
 from cogvideox_jax.evaluation.shapes import score
@@ -25,7 +26,7 @@ from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.sharding import split_cpu
 from cogvideox_jax.training import stages, transformer_run, workdir
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(TrainConfig)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.", required=True)
 PROMPTS = flags.DEFINE_integer("prompts", 64, "Held-out captions to score with.", lower_bound=1)
 
@@ -35,7 +36,7 @@ SHEET_ROWS = 6
 
 def main() -> int:
   cfg, folder = CONFIG.value, epath.Path(WORKDIR.value)
-  config.check(cfg, cfg.components)
+  check(cfg, cfg.components)
   split_cpu(cfg.cpu_devices)
   start = time.perf_counter()
   exit_code = transformer_run.train(cfg, folder)
@@ -65,7 +66,7 @@ def main() -> int:
   return 0
 
 
-def untrained(cfg: ConfigDict) -> Pipeline:
+def untrained(cfg: TrainConfig) -> Pipeline:
   """The model where training begins, with the positions of its end: every weight as drawn."""
   model = stages.stage_model(cfg, stages.plan(cfg)[-1].name)
   params = nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(cfg.seed)), nnx.Param))

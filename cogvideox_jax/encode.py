@@ -9,8 +9,9 @@ knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --pr
 from absl import flags
 
 from cogvideox_jax import command, encoding, job
+from cogvideox_jax.config.schema import TrainConfig
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(TrainConfig)
 INPUT = flags.DEFINE_string("input", None, "Manifest (JSON lines) or folder.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Where the datasets go.", required=True)
 MODEL = flags.DEFINE_string(

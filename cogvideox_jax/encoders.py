@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, UInt8
-from ml_collections import ConfigDict
 
 from cogvideox_jax import sharding
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import ModelFolder
 from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.data.buckets import Bucket
@@ -29,7 +29,7 @@ RULES = sharding.rules_named("fsdp")
 class Encoders:
   """VAE and text encoder. Each device holds both, and takes its part of every batch."""
 
-  def __init__(self, folder: ModelFolder, config: ConfigDict):
+  def __init__(self, folder: ModelFolder, config: TrainConfig):
     vae_config, vae_params = folder.vae()
     text_config, text_params = folder.text_encoder()
     self._mesh = sharding.local_mesh()

@@ -21,11 +21,12 @@ import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Float32, UInt8
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cogvideox_jax import config as configs
 from cogvideox_jax import hosts
+from cogvideox_jax.config.checks import check
+from cogvideox_jax.config.read import to_json
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import buckets
 from cogvideox_jax.data.buckets import Bucket
@@ -39,7 +40,6 @@ from cogvideox_jax.data.shards import Counts, OpenShard, ShardWriter, identity
 from cogvideox_jax.data.video import VideoError, VideoInfo, Window
 from cogvideox_jax.encoders import Encoders, fill
 from cogvideox_jax.interrupts import Interrupts
-from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.types import Caption, Example
 
 SHARD_ITEMS = 128  # What a killed run does again, at most; of 49x480x720, a shard is 0.8 GB.
@@ -54,7 +54,7 @@ WORKERS = min(os.cpu_count() or 1, 16)  # Decode more than the devices of a host
 
 
 def encode(
-  config: ConfigDict,
+  config: TrainConfig,
   source: epath.PathLike,
   output: epath.PathLike,
   model: str,
@@ -79,7 +79,7 @@ def encode(
   Raises:
     UserError: the config, the source, the model or the output cannot be used; before any work.
   """
-  configs.check(config, model)
+  check(config, model)
   items, refusals = read_manifest(source)
   encoders, output = Encoders(open_model(model), config), epath.Path(output)
   runs = _runs(items)
@@ -121,7 +121,7 @@ class _Stage:
   """A dataset in the making."""
 
   def __init__(
-    self, config: ConfigDict, name: str, output: epath.Path, runs: list[list[Item]], model: str
+    self, config: TrainConfig, name: str, output: epath.Path, runs: list[list[Item]], model: str
   ):
     self.name, self._fps = name, config.data.fps
     self._sizes, self._durations = config.stages[name].sizes, config.stages[name].durations
@@ -253,7 +253,7 @@ class _Background:
 
 
 def _encode_shards(
-  shards: Sequence[_Shard], encoders: Encoders, config: ConfigDict, workers: int, bar: tqdm
+  shards: Sequence[_Shard], encoders: Encoders, config: TrainConfig, workers: int, bar: tqdm
 ) -> None:
   files = (file for shard in shards for file in shard.files(config.data.fps))
   noise = _image_noise(config)
@@ -271,9 +271,9 @@ def _encode_shards(
       background.do(shard.close)
 
 
-def _image_noise(config: ConfigDict) -> ImageNoise | None:
+def _image_noise(config: TrainConfig) -> ImageNoise | None:
   """Of first frames; None if the config's model sees no image."""
-  if not DiTConfig(**config.model).takes_image:
+  if not config.model.takes_image:
     return None
   image = config.image
   return ImageNoise(image.draws, image.log_sigma_mean, image.log_sigma_std, config.seed)
@@ -308,7 +308,7 @@ def _batches(
 
 
 def _finish(
-  stages: Sequence[_Stage], refusals: list[Refusal], output: epath.Path, config: ConfigDict
+  stages: Sequence[_Stage], refusals: list[Refusal], output: epath.Path, config: TrainConfig
 ) -> Counts:
   """Waits until the other hosts have written their shards; the first one then adds the index.
 
@@ -326,7 +326,7 @@ def _finish(
     text = "".join(json.dumps(line._asdict()) + "\n" for line in sorted(lines, key=_by_line))
     with disk_errors(output):
       write_atomically(output / "quarantine.jsonl", text.encode())
-      write_atomically(output / "config.json", config.to_json().encode())
+      write_atomically(output / "config.json", to_json(config).encode())
   hosts.wait("encoded")
   return Counts(sum(stage.writer.counts().clips for stage in stages), len(lines))
 

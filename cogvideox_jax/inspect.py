@@ -21,16 +21,17 @@ from typing import NamedTuple
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict
 
-from cogvideox_jax import command, config
+from cogvideox_jax import command
+from cogvideox_jax.config.checks import check
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.data import pictures, summary
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.rows import Rows
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import dataset_report
 
-CONFIG = command.config_flag(required=False)
+CONFIG = command.config_flag(TrainConfig, required=False)
 MODEL = flags.DEFINE_string(
   "model", None, "Whose VAE decodes clips.png; by default the config's components. Empty: none."
 )
@@ -54,9 +55,9 @@ class Stage(NamedTuple):
 def main(dataset: str) -> None:
   path = epath.Path(dataset)
   found = dataset_report.open_stages(path)
-  cfg = CONFIG.value or dataset_report.kept_config(path)
+  cfg = CONFIG.value if CONFIG.given else dataset_report.kept_config(path)
   if cfg:
-    config.check(cfg, "")
+    check(cfg, "")
   if STAGE.value and not cfg:
     raise UserError(f"--stage={STAGE.value} is a stage of a config: give a --config=FILE.")
   read_by = dataset_report.readers(cfg, found, STAGE.value) if cfg else {}
@@ -79,7 +80,7 @@ def main(dataset: str) -> None:
     print(json.dumps(result))
 
 
-def show(cfg: ConfigDict | None, stage: Stage) -> dict:
+def show(cfg: TrainConfig | None, stage: Stage) -> dict:
   """Prints a stage's table and writes its pictures; returns its numbers."""
   name, dataset, rows = stage
   folder = epath.Path(OUTPUT.value) / name if OUTPUT.value else dataset.directory
@@ -98,7 +99,7 @@ def show(cfg: ConfigDict | None, stage: Stage) -> dict:
   return summary.as_numbers(contents, packed)
 
 
-def list_rows(cfg: ConfigDict | None, stages: list[Stage], wanted: range) -> list[dict]:
+def list_rows(cfg: TrainConfig | None, stages: list[Stage], wanted: range) -> list[dict]:
   """The rows of the one stage that the config can train on."""
   known = [(stage.name, stage.rows) for stage in stages if stage.rows]
   if not cfg or len(known) != 1:

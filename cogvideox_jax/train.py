@@ -12,13 +12,16 @@ knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --pr
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import command, config, hosts, job
+from cogvideox_jax import command, hosts, job
 from cogvideox_jax.aot.report import as_table, report
+from cogvideox_jax.config.checks import check
+from cogvideox_jax.config.read import to_json
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import split_cpu
 from cogvideox_jax.training.transformer_run import train
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(TrainConfig)
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of checkpoints, previews and metrics; may be a bucket."
 )
@@ -29,7 +32,7 @@ job.declare_flags()
 
 
 def main() -> int:
-  config.check(CONFIG.value, CONFIG.value.components)
+  check(CONFIG.value, CONFIG.value.components)
   if DRY_RUN.value is not None:
     result = report(CONFIG.value, DRY_RUN.value)
     print(as_table(result))
@@ -38,7 +41,7 @@ def main() -> int:
     raise UserError("Missing flag: --workdir=...\nSee --help for the flags.")
   split_cpu(CONFIG.value.cpu_devices)
   with job.joined():
-    hosts.check_same("config", CONFIG.value.to_json())
+    hosts.check_same("config", to_json(CONFIG.value))
     return train(CONFIG.value, epath.Path(WORKDIR.value))
 
 

@@ -7,8 +7,9 @@ from absl import flags
 from etils import epath
 
 from cogvideox_jax import command
+from cogvideox_jax.config.schema import VAETrainConfig
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(VAETrainConfig)
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the run lives; resumes by itself.", required=True
 )

@@ -9,22 +9,17 @@ single neighbours; with T5's own, every head averages the whole prompt, and "a r
 background" has the states of "a blue circle on a red background" in another order.
 """
 
-import json
-
 import jax
 import ml_dtypes
 import numpy as np
 from absl import app, flags
 from etils import epath
 from flax import nnx
-from ml_collections import ConfigDict
 
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.conversion.folder import Settings, write_index
-from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
-from cogvideox_jax.training import checkpoint
-from cogvideox_jax.training.stages import model_config
+from cogvideox_jax.training import checkpoint, resume
 
 TARGET = flags.DEFINE_string("target", "cogvideox_jax/assets/tiny", "The model folder.")
 VAE = flags.DEFINE_string("vae", None, "What train_vae left: WORKDIR/vae.", required=True)
@@ -56,10 +51,10 @@ def main(_) -> None:
   config, params = diffusers.load_vae(VAE.value)
   diffusers.save_vae(target / "vae", config, half(params))
   if TRANSFORMER.value:
-    trained = ConfigDict(json.loads((epath.Path(TRANSFORMER.value) / "config.json").read_text()))
+    trained = resume.read_config(epath.Path(TRANSFORMER.value))
     weights = checkpoint.load_weights(TRANSFORMER.value)
-    diffusers.save_transformer(target / "transformer", model_config(trained), half(weights))
-    diffusers.save_scheduler(target / "scheduler", NoiseConfig(**trained.noise))
+    diffusers.save_transformer(target / "transformer", trained.model, half(weights))
+    diffusers.save_scheduler(target / "scheduler", trained.noise)
   write_index(target, SETTINGS)
 
 

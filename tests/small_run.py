@@ -2,6 +2,7 @@
 
 import numpy as np
 from drawn import VAE_CONFIG
+from typed_config import typed
 
 from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.data.shards import ShardWriter
@@ -75,9 +76,8 @@ def settings(inputs, **changes):
 
 
 def make_config(inputs, **changes):
-  config = tiny.get_config()
-  config.update_from_flattened_dict(settings(inputs, **changes))
-  return config
+  """The typed config of a run on `inputs`."""
+  return typed(tiny.get_config(), **settings(inputs, **changes))
 
 
 def config_flags_of(values):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typed_config import typed
 
 from cogvideox_jax.aot import fixes, hlo, topology
 from cogvideox_jax.aot.hlo import Traffic
@@ -148,7 +149,7 @@ def test_two_layers_of_the_2b_fit_a_small_pod():
 
 
 def test_the_least_change_comes_first_where_it_is_enough():
-  config = importlib.import_module("configs.5b").get_config()
+  config = typed(importlib.import_module("configs.5b").get_config())
   pod = topology.Topology("v6e:8x8", "v6e", (8, 8), slices=1, devices=[None] * 64)
   limit, kept = pod.chip.hbm_bytes, 2 * 42 * 25_600 * 3072
 
@@ -162,7 +163,7 @@ def test_the_least_change_comes_first_where_it_is_enough():
 
 
 def test_frames_too_large_to_decode_whole_are_to_be_decoded_in_tiles():
-  config = importlib.import_module("configs.2b").get_config()
+  config = typed(importlib.import_module("configs.2b").get_config())
   chip = topology.Topology("v5e:1x1", "v5e", (1, 1), slices=1, devices=[None])
 
   def first(program, height, width):

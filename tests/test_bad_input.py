@@ -8,6 +8,8 @@ from commands import Result, run_command
 from model_folder import make_model
 from small_run import config_flags_of, make_config, make_inputs, settings
 
+from cogvideox_jax.config.read import to_json
+
 TINY = "--config=configs/tiny.py"
 
 
@@ -67,7 +69,7 @@ def test_training_refuses(run, inputs, tmp_path, changes, words):
 def test_training_refuses_the_workdir_of_another_config(run, inputs, tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()
-  (workdir / "config.json").write_text(make_config(inputs, seed=1).to_json())
+  (workdir / "config.json").write_text(to_json(make_config(inputs, seed=1)))
   result = run("train", *small(inputs), f"--workdir={workdir}")
   check_mistake(result, str(workdir), "config.seed: was 1, is 0", "init_from")
 

@@ -4,8 +4,9 @@ import contextlib
 import itertools
 
 import pytest
+from typed_config import typed
 
-from cogvideox_jax import config as config_module
+from cogvideox_jax.config import checks
 from cogvideox_jax.data.buckets import Bucket, assign, check, cut
 from cogvideox_jax.data.video import VideoError, VideoInfo
 from cogvideox_jax.errors import UserError
@@ -127,8 +128,8 @@ def test_a_long_video_is_cut_into_clips_that_share_no_frame(num_frames, duration
 
 
 def test_the_published_stages_keep_every_common_aspect():
-  config = base.get_config()
-  config_module.check(config, "")
+  config = typed(base.get_config())
+  checks.check(config, "")
   for stage, short_side in zip(config.stages.values(), (256, 480, 768, 768), strict=True):
     check(stage.sizes, stage.durations, multiple_of=16)
     for height, width in ((1080, 1920), (1920, 1080), (960, 1280), (1000, 1500), (900, 900)):

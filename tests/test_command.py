@@ -17,7 +17,8 @@ VERB = '''
 """Says what it was told."""
 from absl import flags
 from cogvideox_jax import command
-CONFIG = command.config_flag()
+from cogvideox_jax.config.schema import TrainConfig
+CONFIG = command.config_flag(TrainConfig)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where.", required=True)
 SOLVER = flags.DEFINE_enum("solver", "ddim", ["ddim", "dpm"], "How.")
 STEPS = flags.DEFINE_integer("steps", 50, "How often.", lower_bound=1)

@@ -4,8 +4,9 @@ import math
 
 import pytest
 from ml_collections import ConfigDict
+from typed_config import typed
 
-from cogvideox_jax import config as config_module
+from cogvideox_jax.config import checks
 from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.vae import VAEConfig
@@ -13,7 +14,7 @@ from configs import base, tiny, tiny_i2v, tiny_stages
 
 
 def check(config: ConfigDict, model: str = "") -> None:
-  config_module.check(config, model)
+  checks.check(typed(config), model)
 
 
 def changed(key: str, value) -> ConfigDict:

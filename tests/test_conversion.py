@@ -18,6 +18,7 @@ from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import T5EncoderModel
+from typed_config import typed
 
 from cogvideox_jax.conversion import component_fields, diffusers, names, tensors
 from cogvideox_jax.conversion.folder import Settings, open_model, write_index
@@ -373,7 +374,7 @@ def test_our_transformer_gives_the_same_v_in_diffusers(tmp_path):
 
 def test_every_tensor_of_a_published_file_is_in_the_tables():
   """Counted from shapes alone, at the published sizes."""
-  transformer = DiTConfig(**base.get_config().model)
+  transformer = typed(base.get_config()).model
   found = [
     (DiT, transformer, names.transformer, 736, 1_693_783_872),
     (VAE, VAEConfig(), names.vae, 436, 215_583_907),

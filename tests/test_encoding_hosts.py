@@ -18,6 +18,8 @@ from cogvideox_jax.errors import UserError
 RUN = """
 import sys
 from cogvideox_jax import encoding, hosts
+from cogvideox_jax.config.read import read
+from cogvideox_jax.config.schema import TrainConfig
 from configs import tiny
 encoding.SHARD_ITEMS, hosts.HEARTBEAT = 4, 3
 clips, output, model, port, count, index = sys.argv[1:]
@@ -26,7 +28,7 @@ if int(count) > 1:
 config = tiny.get_config()
 config.model.text_length = 6
 config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
-print(encoding.encode(config, clips, output, model, workers=1))
+print(encoding.encode(read(TrainConfig, config), clips, output, model, workers=1))
 """
 
 

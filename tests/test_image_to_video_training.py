@@ -15,9 +15,10 @@ from model_folder import make_model
 from PIL import Image
 from small_run import make_config as make_text_config
 from small_run import make_inputs
+from typed_config import typed
 
-from cogvideox_jax import config as config_module
 from cogvideox_jax import encoding, sample
+from cogvideox_jax.config import checks
 from cogvideox_jax.data import video
 from cogvideox_jax.data.noising import ImageNoise, noised_copies
 from cogvideox_jax.data.records import Dataset
@@ -56,8 +57,7 @@ def inputs(tmp_path_factory):
 def make_config(inputs, **changes):
   """The tiny config for the drawn model, whose VAE compresses 4 times in space."""
   model = {f"model.{name}": value for name, value in dataclasses.asdict(DIT_CONFIG).items()}
-  config = tiny_i2v.get_config()
-  config.update_from_flattened_dict(
+  changes = (
     model
     | {
       "components": str(inputs / "model"),
@@ -85,7 +85,7 @@ def make_config(inputs, **changes):
     }
     | changes
   )
-  return config
+  return typed(tiny_i2v.get_config(), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_model_that_sees_an_image_trains_and_its_workdir_is_sampled_from(
   kind, inputs, encoded, tmp_path
 ):
   config = make_config(inputs, **KINDS[kind], **{"data.path": str(encoded)})
-  config_module.check(config, config.components)
+  checks.check(config, config.components)
   folder = epath.Path(tmp_path) / "run"
   assert transformer_run.train(config, folder) == 0
   logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ from flax import nnx
 from PIL import Image
 from small_run import config_flags_of, make_config, make_inputs, settings
 
+from cogvideox_jax.config.read import to_json
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.data import mixture
 from cogvideox_jax.errors import UserError
@@ -111,7 +112,7 @@ def test_a_dataset_is_shown_with_the_config_kept_beside_it_or_with_none(inputs, 
 
   (tmp_path / "data" / "tiny" / "config.json").write_text('{"of": "another program"}')
   kept = make_config(inputs, components="")
-  (tmp_path / "data" / "config.json").write_text(kept.to_json())
+  (tmp_path / "data" / "config.json").write_text(to_json(kept))
   told = last_object(run_command(tmp_path, "inspect", str(tmp_path / "data"), "--json"))
   assert told["stages"]["tiny"]["packing"]["row_tokens"] == kept.stages.tiny.row_tokens
 

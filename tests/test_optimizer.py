@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
+from cogvideox_jax.config.schema import OptimizerConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import optimizer
 
@@ -20,8 +20,9 @@ def config(**changes):
     "eps": 1e-8,
     "weight_decay": 0.5,
     "clip_norm": 1.0,
+    "ema_decay": 0.99,
   }
-  return ConfigDict(values | changes)
+  return OptimizerConfig(**values | changes)
 
 
 def test_the_rate_rises_to_its_peak_and_falls_along_a_cosine():

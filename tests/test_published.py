@@ -5,13 +5,13 @@ import math
 
 import jax
 import pytest
+from typed_config import typed
 
-from cogvideox_jax import config as config_module
+from cogvideox_jax.config import checks
 from cogvideox_jax.conversion import component_fields, tensors
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
 from cogvideox_jax.models.vae import VAE, VAEConfig
-from cogvideox_jax.training.stages import model_config
 
 PUBLISHED = {
   "2b": 1_693_783_872,
@@ -28,14 +28,14 @@ def count(model, config) -> int:
 
 
 def config_of(name: str):
-  return importlib.import_module(f"configs.{name}").get_config()
+  return typed(importlib.import_module(f"configs.{name}").get_config())
 
 
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
 def test_a_published_transformer_has_as_many_parameters(name, parameters):
   config = config_of(name)
-  config_module.check(config, "")
-  assert count(DiT, model_config(config)) == parameters
+  checks.check(config, "")
+  assert count(DiT, config.model) == parameters
 
 
 def test_the_vae_and_the_text_encoder_have_as_many_parameters():
@@ -54,7 +54,7 @@ def test_the_vae_and_the_text_encoder_have_as_many_parameters():
   ],
 )
 def test_a_config_is_written_as_the_published_file_has_it(name, fields):
-  config = model_config(config_of(name))
+  config = config_of(name).model
   written = component_fields.write_transformer(config)
   assert fields.items() <= written.items()
   assert "position_rule" not in written  # diffusers' own fields say it.

@@ -1,5 +1,6 @@
 """Progressive training: what each stage takes of a run, and that a run goes through all of them."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ import pytest
 from etils import epath
 from model_folder import make_model
 from small_run import settings, write_dataset
+from typed_config import typed
 
+from cogvideox_jax.config.schema import SourceConfig
 from cogvideox_jax.conversion import orbax, tensors
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.records import Dataset
@@ -72,13 +75,12 @@ def make_config(inputs, only=(), **changes):
     values[f"stages.{stage}.context"] = 2 if stage > "stage2" else 1
   values |= {"train.steps": 8, "checkpoint.every": 1, "checkpoint.keep": 99, "validation.every": 0}
   values |= {key.replace("__", "."): value for key, value in changes.items()}
-  with config.ignore_type():
-    config.update_from_flattened_dict(values)
   if only:
     with config.unlocked():
       for stage in set(ROWS) - set(only):
         del config.stages[stage]
-  return config
+        values = {k: v for k, v in values.items() if not k.startswith(f"stages.{stage}.")}
+  return typed(config, **values)
 
 
 def lines(path):
@@ -258,39 +260,30 @@ def test_a_stage_that_begins_has_no_moments_but_the_weights_and_their_average(in
 
 
 def test_the_published_steps_are_shared_out_exactly_and_a_short_run_has_every_stage():
-  config = base.get_config()
-  ends = [(stage.name, stage.end) for stage in stages.plan(config)]
+  published = base.get_config()
+  ends = [(stage.name, stage.end) for stage in stages.plan(typed(published))]
   assert ends == [
     ("stage1", 400_000), ("stage2", 620_000), ("stage3", 740_000), ("stage4", 750_000)
   ]  # fmt: skip
   for steps, expected in ((8, [4, 6, 7, 8]), (4, [1, 2, 3, 4]), (75, [40, 62, 74, 75])):
-    config.train.steps = steps
-    plan = stages.plan(config)
+    plan = stages.plan(typed(published, train__steps=steps))
     assert [stage.end for stage in plan] == expected
     assert [stage.start for stage in plan] == [0, *expected[:-1]]
-  config.train.steps = 10
-  config.stages.stage1.share = config.stages.stage2.share = 1
-  assert [stage.end for stage in stages.plan(config)] == [1, 2, 9, 10]
-  config.train.steps = 3
+  uneven = {"train__steps": 10, "stages__stage1__share": 1, "stages__stage2__share": 1}
+  assert [stage.end for stage in stages.plan(typed(published, **uneven))] == [1, 2, 9, 10]
   with pytest.raises(UserError, match=r"config.train.steps is 3, but .* 4 stages"):
-    stages.plan(config)
+    stages.plan(typed(published, **uneven | {"train__steps": 3}))
 
 
 def test_a_step_belongs_to_one_stage_and_a_checkpoint_to_the_stage_that_made_it():
-  plan = stages.plan(changed(base.get_config(), {"train.steps": 8}))  # Ends at 4, 6, 7 and 8.
+  plan = stages.plan(typed(base.get_config(), train__steps=8))  # Ends at 4, 6, 7 and 8.
   going_on = [stages.going_on_at(plan, step).name[-1] for step in range(9)]
   assert "".join(going_on) == "111122344"
   assert "".join(stages.trained_last(plan, step).name[-1] for step in range(9)) == "111112234"
 
 
-def changed(config, values):
-  config.update_from_flattened_dict(values)
-  return config
-
-
 def test_each_stage_has_its_own_peak_warmup_and_cosine():
-  config = base.get_config()
-  config.train.steps = 7500  # Ends at 4000, 6200, 7400, 7500.
+  config = typed(base.get_config(), train__steps=7500)  # Ends at 4000, 6200, 7400, 7500.
   peaks = {"stage1": 1e-4, "stage2": 1e-4, "stage3": 5e-5, "stage4": 1e-5}
   for stage in stages.plan(config):
     rate = stages.learning_rate(config, stage.name)
@@ -300,8 +293,7 @@ def test_each_stage_has_its_own_peak_warmup_and_cosine():
     assert values.argmax() == stage.steps // 10
     assert (np.diff(values[: stage.steps // 10]) > 0).all()
     assert (np.diff(values[stage.steps // 10 :]) < 0).all()
-  config.train.steps = 750_000
-  rate = stages.learning_rate(config, "stage2")
+  rate = stages.learning_rate(typed(base.get_config()), "stage2")
   assert float(rate(400_500)) == pytest.approx(0.5e-4)  # Half of config.optimizer.warmup_steps.
 
 
@@ -322,24 +314,25 @@ def test_the_logged_rate_is_the_one_that_moved_the_weights(inputs):
 
 
 def test_positions_are_the_index_at_every_size_or_span_what_the_first_stage_did():
-  published = base.get_config()
   for rule, extrapolated, interpolated in (
     ("sincos", "sincos", "sincos"), ("rope", "rope_index", "rope_scaled")
   ):  # fmt: skip
-    config = changed(published, {"model.positions": rule, "train.growth": "extrapolate"})
+    published = base.get_config()
+    published.model.positions = rule
+    config = typed(published, train__growth="extrapolate")
     for name in config.stages:
       model = stages.stage_model(config, name)
       assert model.positions == extrapolated
       assert rule == "rope" or model.spatial_interpolation == 1.0
-    config.train.growth = "interpolate"
+    config = typed(published, train__growth="interpolate")
     models = [stages.stage_model(config, name) for name in config.stages]
     assert {model.positions for model in models} == {interpolated}
     scales = [model.spatial_interpolation for model in models]
     assert scales == [1.0, 1.875, 3.0, 3.0]
-    with config.unlocked():
-      config.stages = {"stage2": config.stages.stage2}
-    assert stages.stage_model(config, "stage2") == stages.model_config(config)
-    published = base.get_config()
+    with published.unlocked():
+      published.stages = {"stage2": published.stages.stage2}
+    alone = typed(published)
+    assert stages.stage_model(alone, "stage2") == alone.model
 
 
 def test_grown_positions_are_those_of_the_published_rules():
@@ -357,12 +350,13 @@ def test_grown_positions_are_those_of_the_published_rules():
 
 
 def test_clips_of_the_embedded_data_are_made_once_and_scored(inputs, tmp_path):
+  buckets = {}
+  for stage, size in (("stage1", 16), ("stage2", 24), ("stage3", 32), ("stage4", 32)):
+    buckets |= {f"stages__{stage}__sizes": ((size, size),), f"stages__{stage}__durations": (9,)}
   config = make_config(
     inputs, data__path="", data__clips=20, components=str(inputs / "model"),
-    model__text_length=20, stages__stage4__row_tokens=100,
+    model__text_length=20, stages__stage4__row_tokens=100, **buckets,
   )  # fmt: skip
-  for stage, size in (("stage1", 16), ("stage2", 24), ("stage3", 32), ("stage4", 32)):
-    config.stages[stage].update(sizes=((size, size),), durations=(9,))
   folder = epath.Path(tmp_path)
   stage_data.make_data(config, folder)
   encoded = folder / "data" / "encoded"
@@ -377,10 +371,11 @@ def test_clips_of_the_embedded_data_are_made_once_and_scored(inputs, tmp_path):
 
 
 def test_a_mixture_has_a_dataset_of_each_stage_for_each_name(inputs, tmp_path):
+  sources = {
+    name: SourceConfig(str(inputs / "data"), float(n)) for n, name in enumerate(("one", "other"), 1)
+  }
   config = make_config(inputs, data__path="")
-  with config.unlocked():
-    config.data.mixture.one = base.source(str(inputs / "data"), 1)
-    config.data.mixture.other = base.source(str(inputs / "data"), 2)
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=sources))
   digests = {}
   for stage in ROWS:
     opened = stage_data.open_data(config, stage, epath.Path(tmp_path))
@@ -391,6 +386,6 @@ def test_a_mixture_has_a_dataset_of_each_stage_for_each_name(inputs, tmp_path):
   assert sorted(digests) == sorted(
     f"{name}/{stage}" for name in ("one", "other") for stage in GRIDS
   )
-  config.data.mixture.one.path = str(inputs / "data" / "stage1")
+  sources["one"] = SourceConfig(str(inputs / "data" / "stage1"), 1.0)
   with pytest.raises(UserError, match="the dataset of one stage, but the config has 4"):
     stage_data.open_data(config, "stage2", epath.Path(tmp_path))

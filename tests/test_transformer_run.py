@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from small_run import make_config, make_inputs
+from small_run import make_config, make_inputs, settings
+from typed_config import typed
 
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.diffusion import timesteps
@@ -177,12 +178,12 @@ def test_data_may_move_but_not_change(inputs, finished, tmp_path):
 
 def mix(inputs, weights):
   """The config of a run on several datasets, weights by their folders."""
-  config = make_config(inputs, data__path="", train__steps=4)
+  config = tiny.get_config()
   with config.unlocked():
     for folder, weight in weights.items():
       path = str(inputs / "data" if folder == "first" else inputs / folder / "data" / "tiny")
       config.data.mixture[folder] = base.source(path, weight)
-  return config
+  return typed(config, **settings(inputs, data__path="", train__steps=4))
 
 
 def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(

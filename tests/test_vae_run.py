@@ -9,7 +9,9 @@ import pytest
 from drawn import VAE_CONFIG, draw
 from etils import epath
 from flax import nnx
+from typed_config import typed
 
+from cogvideox_jax.config.schema import VAETrainConfig
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.data import video
 from cogvideox_jax.errors import UserError
@@ -28,6 +30,10 @@ from configs import vae_tiny
 
 @pytest.fixture
 def config():
+  return make_config()
+
+
+def make_config(**changes):
   config = vae_tiny.get_config()
   config.model.update(channels=(8, 8), temporal_compression=2, latent_channels=4, groups=2)
   config.data.update(clips=16, sizes=((16, 16),), durations=(1,))
@@ -36,7 +42,7 @@ def config():
   config.checkpoint.every = 3
   config.log_every = 1
   config.preview.every = 6
-  return config
+  return typed(config, VAETrainConfig, **changes)
 
 
 def lines(path):
@@ -81,9 +87,8 @@ def test_a_stopped_run_ends_with_the_same_bits_and_refuses_another_config(tmp_pa
   assert resumed == [0, 1]
   assert (workdir / "previews" / "step_000006.png").exists()
 
-  config.loss.kl = 1.0
   with pytest.raises(UserError, match=r"config\.loss\.kl: was 0\.0001, is 1\.0"):
-    vae_run.train(config, workdir)
+    vae_run.train(make_config(loss__kl=1.0), workdir)
 
   vae_config, params = diffusers.load_vae(workdir / "vae")
   model = nnx.merge(graph_of(VAE, vae_config), jax.tree.map(jnp.asarray, params))
@@ -108,11 +113,11 @@ def test_scaled_latents_have_unit_variance(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("change", "word"),
-  [({"durations": (16,)}, "16"), ({"sizes": ((15, 16),)}, "15"), ({"fps": -1.0}, "fps")],
+  ("key", "value", "word"),
+  [("durations", (16,), "16"), ("sizes", ((15, 16),), "15"), ("fps", -1.0, "fps")],
 )
-def test_clips_that_the_vae_cannot_take_are_refused_at_once(tmp_path, config, change, word):
-  config.data.update(change)
+def test_clips_that_the_vae_cannot_take_are_refused_at_once(tmp_path, key, value, word):
+  config = make_config(**{f"data__{key}": value})
   with pytest.raises(UserError, match=word):
     vae_run.train(config, epath.Path(tmp_path / "run"))
   assert not (tmp_path / "run").exists()

@@ -2,9 +2,8 @@
 
 import math
 
-from ml_collections import ConfigDict
-
 from cogvideox_jax.aot.topology import CHIPS, GIB, Topology
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.inference.inputs import Size
 from cogvideox_jax.training import components
 
@@ -16,7 +15,7 @@ _SHAPES = {
 
 
 def suggest(
-  config: ConfigDict,
+  config: TrainConfig,
   topology: Topology,
   program: str,
   stage: str,
@@ -42,7 +41,7 @@ def suggest(
   return found[:3]
 
 
-def _of_tiles(config: ConfigDict, program: str, size: Size) -> list[str]:
+def _of_tiles(config: TrainConfig, program: str, size: Size) -> list[str]:
   height, width = (side.pixels for side in components.vae_config(config).tiling)
   if program != "decode" or (size.height <= height and size.width <= width):
     return []
@@ -54,12 +53,12 @@ def _of_tiles(config: ConfigDict, program: str, size: Size) -> list[str]:
 
 
 def _of_training(
-  config: ConfigDict, topology: Topology, stage: str, state: int, total: int
+  config: TrainConfig, topology: Topology, stage: str, state: int, total: int
 ) -> list[str]:
   chip, sizes, devices = topology.chip, config.stages[stage], len(topology.devices)
-  width = config.model.heads * config.model.head_dim
   tokens = sizes.row_tokens // sizes.context
-  kept = 2 * config.model.depth * tokens * width  # Of one array of each layer, in bfloat16.
+  # One array of each layer, in bfloat16.
+  kept = 2 * config.model.depth * tokens * config.model.width
   found = []
   if config.remat == "branches" and total - kept < chip.hbm_bytes:
     found.append(

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from cogvideox_jax import encoders, sharding
 from cogvideox_jax.aot import work
 from cogvideox_jax.aot.topology import Topology
-from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.diffusion.noise import noise_schedule
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import denoising
@@ -21,7 +21,7 @@ from cogvideox_jax.inference.inputs import Size, check_size, latent_shape
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.training import components, meshes, stages, step_functions
+from cogvideox_jax.training import components, meshes, step_functions
 from cogvideox_jax.training.step_functions import jit_train
 
 # config.remat -> how often a training step runs the forward pass again: linear layers, attention.
@@ -59,13 +59,13 @@ class Program(NamedTuple):
   attention_flops: float  # Of attention's products that run, which no kernel's cycles tell.
 
 
-def train_program(config: ConfigDict, stage_name: str, topology: Topology) -> Program:
+def train_program(config: TrainConfig, stage_name: str, topology: Topology) -> Program:
   """The training step of a stage; the very same as training/transformer_run.py's."""
   stage = config.stages[stage_name]
   mesh, rules = meshes.make_mesh(config, stage_name, topology.devices)
   functions = step_functions.make_functions(config, stage_name, mesh, rules)
   batch = meshes.abstract_batch(config, stage_name, mesh, rules)
-  model = stages.model_config(config)
+  model = config.model
   clips = work.clips_of_row(model, stage) * stage.rows
   key = jax.eval_shape(lambda: jax.random.key(0))
   forward = work.forward_flops(model, clips)
@@ -87,7 +87,7 @@ def train_program(config: ConfigDict, stage_name: str, topology: Topology) -> Pr
   )
 
 
-def stage_named(config: ConfigDict, stage: str) -> str:
+def stage_named(config: TrainConfig, stage: str) -> str:
   """The stage of a number, from 1, or of a name.
 
   Raises:
@@ -116,12 +116,12 @@ def bytes_per_device(tree: Any) -> int:
   )
 
 
-def sample_program(config: ConfigDict, topology: Topology, size: Size) -> Program:
+def sample_program(config: TrainConfig, topology: Topology, size: Size) -> Program:
   """One step of sampling one video, with guidance, as inference/pipeline.py runs it.
 
   Parameters are in bfloat16, as most published ones are, and whole on each device.
   """
-  model, vae = stages.model_config(config), components.vae_config(config)
+  model, vae = config.model, components.vae_config(config)
   check_size(size, vae, model.patch)
   rows = 2  # The halves of guidance.
   spread = denoising.spread(rows, topology.devices)
@@ -136,7 +136,7 @@ def sample_program(config: ConfigDict, topology: Topology, size: Size) -> Progra
   shape, _ = latent_shape(size, model, vae)
   x, text = array(1, *shape), array(rows, 1, model.text_length, model.text_width)
   image = array(1, *shape) if model.takes_image else None
-  schedule = noise_schedule(NoiseConfig(**config.noise))
+  schedule = noise_schedule(config.noise)
   steps = denoising.solver_steps(SOLVERS["ddim"](schedule, 50, 0), np.full(50, 6.0))
   arguments = (x, x, x, text, image)
 
@@ -166,7 +166,7 @@ def sample_program(config: ConfigDict, topology: Topology, size: Size) -> Progra
   )
 
 
-def vae_program(config: ConfigDict, topology: Topology, name: str, size: Size) -> Program:
+def vae_program(config: TrainConfig, topology: Topology, name: str, size: Size) -> Program:
   """`encode`, of a clip on each device, or `decode` of as many, by the VAE's programs of a chunk.
 
   A step is the whole clip: the first chunk, then the later ones, which share a program. The whole
@@ -225,7 +225,7 @@ PROGRAMS = ("train", "sample", "encode", "decode")
 
 
 def make(
-  config: ConfigDict, topology: Topology, name: str, stage: str, given: dict[str, int]
+  config: TrainConfig, topology: Topology, name: str, stage: str, given: dict[str, int]
 ) -> Program:
   """The program of one of PROGRAMS; given: of a Size, by default the model's."""
   if name == "train":

@@ -13,6 +13,7 @@ from cogvideox_jax.aot import fixes, hlo, programs
 from cogvideox_jax.aot.hlo import Costs
 from cogvideox_jax.aot.programs import Program
 from cogvideox_jax.aot.topology import GIB, Topology, open_topology
+from cogvideox_jax.config.schema import TrainConfig
 
 _SIZES = re.compile(r"\(?(\d+(?:\.\d+)?)([KMG])\)?")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -36,12 +37,11 @@ class Compiled(NamedTuple):
 
 
 def report(
-  config: Any, topology_name: str, program: str = "train", stage: str = "1", **size: int
+  config: TrainConfig, topology_name: str, program: str = "train", stage: str = "1", **size: int
 ) -> dict[str, Any]:
   """The object that `compile --json` prints.
 
   Args:
-    config: has the keys of configs/base.py.
     topology_name: as of `open_topology`.
     program: one of programs.PROGRAMS.
     stage: number from 1, or name.

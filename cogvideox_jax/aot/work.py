@@ -9,8 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from cogvideox_jax.config.schema import StageConfig
 from cogvideox_jax.inference.inputs import Size
 from cogvideox_jax.models.dit import DiTConfig
 
@@ -26,13 +25,13 @@ def clip_tokens(model: DiTConfig, num_frames: int, height: int, width: int) -> i
   )
 
 
-def longest_clip(model: DiTConfig, stage: ConfigDict) -> Size:
+def longest_clip(model: DiTConfig, stage: StageConfig) -> Size:
   """Of the stage's clips with the most tokens."""
   sizes = [Size(max(stage.durations), height, width) for height, width in stage.sizes]
   return max(sizes, key=lambda size: clip_tokens(model, *size))
 
 
-def clips_of_row(model: DiTConfig, stage: ConfigDict) -> list[int]:
+def clips_of_row(model: DiTConfig, stage: StageConfig) -> list[int]:
   """Tokens of each clip of a row: as many of the longest as fit, and one shorter for the rest.
 
   The dearest row there is, since attention goes with the square.

@@ -4,29 +4,38 @@
 [0, 1]: 0 is pure noise. The three conversions take it in any shape that broadcasts.
 """
 
-import dataclasses
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from cogvideox_jax.config_keys import key
+
 PREDICTIONS = ("v_prediction", "epsilon", "sample")  # diffusers' names.
 SPACINGS = ("trailing", "leading", "linspace")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class NoiseConfig:
   """The schedule, under SAT's and diffusers' values: `snr_shift` is 3 for 2B, 1 for the others.
 
   From `prediction` on, how a model is sampled, where the defaults are what all published ones do.
   """
 
-  steps: int  # Timesteps in training, 1000.
-  beta_start: float
-  beta_end: float
-  snr_shift: float  # Divides the signal-to-noise ratio: SAT `shift_scale`; 1 leaves it.
-  zero_terminal_snr: bool  # Whether the last timestep is pure noise (arXiv:2305.08891).
+  steps: int = field(metadata=key("Timesteps in training.", "SAT, published num_train_timesteps"))
+  beta_start: float = field(metadata=key("First beta of the schedule.", "SAT"))
+  beta_end: float = field(metadata=key("Last beta of the schedule.", "SAT"))
+  snr_shift: float = field(
+    metadata=key(
+      "What the signal-to-noise ratio is divided by; 1 leaves it. 3 in the 2B, 1 in the 5B models.",
+      "SAT shift_scale",
+    )
+  )
+  zero_terminal_snr: bool = field(
+    metadata=key("Whether the last timestep is pure noise.", "arXiv:2305.08891, SAT")
+  )
   prediction: str = "v_prediction"  # What the network returns: v, the noise, or clean latents.
   spacing: str = "trailing"  # Which timesteps a sampler visits.
   steps_offset: int = 0  # Added to each, with `leading` spacing.

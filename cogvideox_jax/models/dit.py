@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from cogvideox_jax.config_keys import AT_LEAST_ZERO, key
 from cogvideox_jax.models import positions
 from cogvideox_jax.models.layer_norm import STATISTICS, LayerNorm
 from cogvideox_jax.models.layers import EPSILON, LINEAR, MLP_OUT, Attention, Block, RotaryTable
@@ -63,23 +64,91 @@ OFS = 2.0  # What the published 1.5-I2V was trained and is sampled with, always.
 class DiTConfig:
   """Sizes and the rule of positions; `configs/` hold the published ones."""
 
-  depth: int
-  heads: int
-  head_dim: int  # A multiple of 16.
-  time_width: int
-  in_channels: int
-  out_channels: int
-  patch: tuple[int, int, int]  # Latent frames, height, width; the published (1 or 2, 2, 2).
-  text_width: int
-  text_length: int
-  positions: str  # One of positions.RULES.
-  sample_frames: int  # Pixel frames that a sampler makes if not told otherwise,
-  sample_height: int  # and latent pixels; rope rescales its positions to these.
-  sample_width: int
-  spatial_interpolation: float  # Of sincos and rope_scaled: positions are divided by it.
-  temporal_interpolation: float
-  learned_positions: bool = False  # 5B-I2V: a trained table is added, for clips of the sample size.
-  ofs_width: int = 0  # 1.5-I2V: of the sinusoids of `ofs`; 0: the model has none.
+  depth: int = field(metadata=key("Blocks.", "paper Table 6, published num_layers"))
+  heads: int = field(
+    metadata=key("Heads of attention.", "published num_attention_heads; paper Table 6 prints 32")
+  )
+  head_dim: int = field(
+    metadata=key("Width of a head, a multiple of 16.", "published attention_head_dim")
+  )
+  time_width: int = field(
+    metadata=key("Width of the timestep's embedding.", "published time_embed_dim")
+  )
+  in_channels: int = field(
+    metadata=key(
+      "Latent channels that the model sees: out_channels, or twice that with an image's latents "
+      "behind the noised ones.",
+      "published in_channels",
+    )
+  )
+  out_channels: int = field(
+    metadata=key("Latent channels that the model returns.", "published out_channels")
+  )
+  patch: tuple[int, int, int] = field(
+    metadata=key(
+      "Size of a patch: latent frames, height, width. The published models have 1 or 2, 2, 2.",
+      "published patch_size_t, patch_size",
+      form="hold three whole numbers, such as (1, 2, 2)",
+    )
+  )
+  text_width: int = field(
+    metadata=key("Width of the text encoder's states.", "published text_embed_dim")
+  )
+  text_length: int = field(
+    metadata=key("Text tokens of a clip, T5's padding included.", "published max_text_seq_length")
+  )
+  positions: str = field(
+    metadata=key(
+      "Rule of positions. sincos: added tables (2B); rope: rotary, rescaled to the sample size "
+      "(5B); rope_index: rotary, plain indices (1.5); rope_scaled: rotary, divided by the "
+      "interpolations.",
+      "published use_rotary_positional_embeddings",
+      choices=positions.RULES,
+    )
+  )
+  sample_frames: int = field(
+    metadata=key("Pixel frames that a sampler makes by default.", "published sample_frames")
+  )
+  sample_height: int = field(
+    metadata=key(
+      "Latent height that a sampler makes by default; rope rescales its positions to it.",
+      "published sample_height",
+    )
+  )
+  sample_width: int = field(
+    metadata=key(
+      "Latent width that a sampler makes by default; rope rescales its positions to it.",
+      "published sample_width",
+    )
+  )
+  spatial_interpolation: float = field(
+    metadata=key(
+      "What sincos and rope_scaled divide positions in space by.",
+      "published spatial_interpolation_scale",
+    )
+  )
+  temporal_interpolation: float = field(
+    metadata=key(
+      "What sincos and rope_scaled divide positions in time by.",
+      "published temporal_interpolation_scale",
+    )
+  )
+  learned_positions: bool = field(
+    default=False,
+    metadata=key(
+      "Whether a trained table of positions is added. It fixes clips to the sample size. Of the "
+      "published models only 5B-I2V has one.",
+      "published use_learned_positional_embeddings",
+    ),
+  )
+  ofs_width: int = field(
+    default=0,
+    metadata=key(
+      "Width of the sinusoids of the constant `ofs`; 0: the model has none. 512 in 1.5-5B-I2V.",
+      "published ofs_embed_dim",
+      allowed=AT_LEAST_ZERO,
+    ),
+  )
 
   @property
   def width(self) -> int:

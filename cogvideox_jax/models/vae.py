@@ -9,7 +9,7 @@ sees all frames of its chunk, so the plan of chunks is part of the numbers.
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cogvideox_jax.config_keys import key
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.convolution import convolve
 from cogvideox_jax.models.tiling import Tiling
@@ -39,12 +40,22 @@ Frames = tuple[Float[Array, "b _ _ _ _"], ...]
 class VAEConfig:
   """Sizes of the VAE; the defaults are those of every published model."""
 
-  in_channels: int = 3
-  channels: tuple[int, ...] = (128, 256, 256, 512)  # Of each level, finest first.
-  latent_channels: int = 16
-  resnets: int = 3  # Per encoder level; the decoder has one more.
-  groups: int = 32  # Of the group norms; divides every number of channels.
-  temporal_compression: int = 4  # A power of 2: the finest levels compress time.
+  in_channels: int = field(default=3, metadata=key("Channels of pixels."))
+  channels: tuple[int, ...] = field(
+    default=(128, 256, 256, 512),
+    metadata=key("Channels of each level, finest first.", form="hold numbers, such as (16, 32)"),
+  )
+  latent_channels: int = field(default=16, metadata=key("Channels of latents."))
+  resnets: int = field(
+    default=3, metadata=key("ResNet blocks in each level of the encoder; the decoder has one more.")
+  )
+  groups: int = field(
+    default=32, metadata=key("Groups of the group norms; divides every number of channels.")
+  )
+  temporal_compression: int = field(
+    default=4,
+    metadata=key("Frames to a latent frame, a power of 2; the finest levels compress time."),
+  )
   scaling_factor: float = 0.7  # Latents times this have about unit variance; 1.15258426 for 2B.
   invert_scale_latents: bool = False  # 1.5: image latents are divided by it, as diffusers reads it.
   sample_height: int = 480  # Pixels; tiles are half of it, and of the width.

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jaxtyping import Float
-from ml_collections import ConfigDict
 
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture, pictures
 from cogvideox_jax.data.loader import Loader
@@ -46,7 +46,7 @@ def open_stages(path: epath.Path) -> dict[str, Dataset]:
   return {folder.name: Dataset(folder) for folder in stages}
 
 
-def kept_config(path: epath.Path) -> ConfigDict | None:
+def kept_config(path: epath.Path) -> TrainConfig | None:
   """The config that was kept beside a dataset by `encode`, or in the workdir of a training."""
   for folder in (path, *list(path.parents)[:PARENTS]):
     kept = folder / resume.NAME
@@ -57,11 +57,11 @@ def kept_config(path: epath.Path) -> ConfigDict | None:
     except ValueError as error:
       raise UserError(f"{kept} is damaged ({error}).\nGive the config by --config=.") from error
     if "stages" in fields:  # Else it is of something else, such as a model.
-      return ConfigDict(fields)
+      return resume.read_config(folder)
   return None
 
 
-def readers(config: ConfigDict, datasets: Iterable[str], wanted: str) -> dict[str, str]:
+def readers(config: TrainConfig, datasets: Iterable[str], wanted: str) -> dict[str, str]:
   """Which stage of the config reads which of the datasets, where one does.
 
   wanted: a stage; "": each dataset is read by the stage of its name, or if it is the only dataset,
@@ -83,14 +83,14 @@ def readers(config: ConfigDict, datasets: Iterable[str], wanted: str) -> dict[st
   return {source: wanted}
 
 
-def training_rows(config: ConfigDict, stage: str, dataset: Dataset) -> Rows:
+def training_rows(config: TrainConfig, stage: str, dataset: Dataset) -> Rows:
   """What a training's stage reads; which captions it drops does not change the rows."""
   (rows,) = stage_data.make_rows(config, stage, {"": dataset}, "train", "zeros").values()
   return rows
 
 
 def list_rows(
-  config: ConfigDict, stage: str, rows: Rows, wanted: range, hosts: int
+  config: TrainConfig, stage: str, rows: Rows, wanted: range, hosts: int
 ) -> list[dict[str, Any]]:
   """Rows of a training's stage in their global order, with the host that reads each.
 

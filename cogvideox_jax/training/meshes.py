@@ -1,5 +1,6 @@
 """The mesh of a stage, and the shapes of a batch on it."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,26 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from cogvideox_jax import sharding
-from cogvideox_jax.training.stages import model_config
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.types import Batch
 
 
 def make_mesh(
-  config: ConfigDict, stage: str, devices: Sequence[Any] | None = None
+  config: TrainConfig, stage: str, devices: Sequence[Any] | None = None
 ) -> tuple[Mesh, sharding.Rules]:
   """The mesh of a stage, over all devices of the job or those given, and what it splits."""
   devices = jax.devices() if devices is None else devices
-  sizes = sharding.with_context(dict(config.mesh), config.stages[stage].context, devices)
+  sizes = sharding.with_context(
+    dataclasses.asdict(config.mesh), config.stages[stage].context, devices
+  )
   return sharding.make_mesh(sizes, devices), sharding.rules_named(config.sharding)
 
 
-def abstract_batch(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.Rules) -> Batch:
+def abstract_batch(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.Rules) -> Batch:
   """Shapes, types and shardings of a stage's global batch, as the loader gives it for clips that
   `encode` made."""
-  model, sizes = model_config(config), config.stages[stage]
+  model, sizes = config.model, config.stages[stage]
   rows, tokens, clips = sizes.rows, sizes.row_tokens, sizes.max_clips
   frame_width = model.out_channels * math.prod(model.patch[1:])
 

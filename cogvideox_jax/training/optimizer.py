@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
-from ml_collections import ConfigDict
 
 from cogvideox_jax import sharding
+from cogvideox_jax.config.schema import OptimizerConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training.state import Params
 
 
-def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """From 0 to the peak over the warm-up, then along a cosine to its end at the last step.
 
   Args:
-    config: the `optimizer` part of a training config.
     steps: updates in all.
 
   Raises:
@@ -38,8 +37,10 @@ def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
   )
 
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """Clips the gradient's global norm, then AdamW. `config` is the `optimizer` part."""
+def make_optimizer(
+  config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """Clips the gradient's global norm, then AdamW."""
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from ml_collections import ConfigDict
 
 from cogvideox_jax import hosts, sharding
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.data.media import VideoError
 from cogvideox_jax.data.video import contact_sheet, read, write_mp4
 from cogvideox_jax.errors import UserError
@@ -27,7 +27,7 @@ class Previewer:
   parts of the weights.
   """
 
-  def __init__(self, config: ConfigDict, folder: epath.Path):
+  def __init__(self, config: TrainConfig, folder: epath.Path):
     """Loads the frozen networks and the images; a UserError if one is missing or damaged."""
     self._config, self._folder = config, folder
     if not hosts.is_first():
@@ -67,7 +67,7 @@ class Previewer:
     contact_sheet(list(videos), prompts, self._folder / f"{name}.png")
 
 
-def _read_image(path: str, config: ConfigDict) -> UInt8[np.ndarray, "H W 3"]:
+def _read_image(path: str, config: TrainConfig) -> UInt8[np.ndarray, "H W 3"]:
   """Cropped to the size of the previews."""
   size = {"height": config.preview.height, "width": config.preview.width}
   try:

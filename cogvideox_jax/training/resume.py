@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from cogvideox_jax import hosts
+from cogvideox_jax.config.read import read, to_json
+from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import write_atomically
 from cogvideox_jax.errors import UserError
@@ -28,7 +29,7 @@ FREE = (
 MOST_LINES = 8  # Of changed keys in a message.
 
 
-def check_config(workdir: epath.Path, config: ConfigDict) -> None:
+def check_config(workdir: epath.Path, config: TrainConfig | VAETrainConfig) -> None:
   """Raises a UserError if the workdir was begun with a config that trains something else.
 
   Names the keys, both values, and the way out.
@@ -42,7 +43,7 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
       f"{workdir / NAME} is damaged ({error}).\nRestore it, or start in a new workdir."
     ) from error
   stored.pop(DIGESTS, None)
-  before, now = _flat(stored), _flat(json.loads(config.to_json()))
+  before, now = _flat(stored), _flat(json.loads(to_json(config)))
   changed = [
     f"  config.{key}: was {_text(before, key)}, is {_text(now, key)}"
     for key in sorted(before.keys() | now.keys())
@@ -54,6 +55,24 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
     raise UserError(
       "\n".join([f"{workdir} was begun with another config:", *changed, _way_out(workdir)])
     )
+
+
+def read_config(folder: epath.Path) -> TrainConfig:
+  """The config that `store` or `encode` wrote into a folder.
+
+  Raises:
+    UserError: it is damaged, or of another version.
+  """
+  path = folder / NAME
+  try:
+    fields = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f"{path} is damaged ({error}).\nRestore it.") from error
+  fields.pop(DIGESTS, None)
+  try:
+    return read(TrainConfig, fields)
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
 
 
 def check_data(workdir: epath.Path, digests: dict[str, str]) -> None:
@@ -68,9 +87,11 @@ def check_data(workdir: epath.Path, digests: dict[str, str]) -> None:
       )
 
 
-def store(workdir: epath.Path, config: ConfigDict, digests: dict[str, str]) -> None:
+def store(
+  workdir: epath.Path, config: TrainConfig | VAETrainConfig, digests: dict[str, str]
+) -> None:
   """Writes config.json: the config as JSON, and under `data_digests` what it was trained on."""
-  fields = {**json.loads(config.to_json()), DIGESTS: _digests(workdir) | digests}
+  fields = {**json.loads(to_json(config)), DIGESTS: _digests(workdir) | digests}
   write_atomically(workdir / NAME, (json.dumps(fields, indent=2) + "\n").encode())
 
 

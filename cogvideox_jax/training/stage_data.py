@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 from etils import epath
 from jaxtyping import Float
-from ml_collections import ConfigDict
 
 from cogvideox_jax import encoding, hosts
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import shapes
 from cogvideox_jax.data.loader import Loader
@@ -18,12 +18,11 @@ from cogvideox_jax.data.rows import DroppedCaption, Rows
 from cogvideox_jax.encoders import Encoders
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit import DiTConfig
-from cogvideox_jax.training.stages import model_config
 
 ENCODED = "data/encoded"  # Where in a workdir the embedded clips are.
 
 
-def make_data(config: ConfigDict, workdir: epath.Path) -> None:
+def make_data(config: TrainConfig, workdir: epath.Path) -> None:
   """Renders and encodes the embedded clips for all stages, if the config names no dataset.
 
   They are rendered for the stage of the largest clips: others make them smaller, and cut them.
@@ -47,7 +46,7 @@ def make_data(config: ConfigDict, workdir: epath.Path) -> None:
   encoding.encode(config, manifest, workdir / ENCODED, config.components)
 
 
-def open_data(config: ConfigDict, stage: str, workdir: epath.Path) -> dict[str, Dataset]:
+def open_data(config: TrainConfig, stage: str, workdir: epath.Path) -> dict[str, Dataset]:
   """The encoded clips of a stage, by the names of its mixture or that of the stage they are of.
 
   Raises:
@@ -66,7 +65,9 @@ def open_data(config: ConfigDict, stage: str, workdir: epath.Path) -> dict[str, 
   return {source: Dataset(epath.Path(config.data.path or workdir / ENCODED) / source)}
 
 
-def data_digests(config: ConfigDict, stage: str, datasets: Mapping[str, Dataset]) -> dict[str, str]:
+def data_digests(
+  config: TrainConfig, stage: str, datasets: Mapping[str, Dataset]
+) -> dict[str, str]:
   """By names that no other dataset of the run has."""
   many = config.data.mixture and len(config.stages) > 1
   source = config.stages[stage].data or stage
@@ -75,7 +76,7 @@ def data_digests(config: ConfigDict, stage: str, datasets: Mapping[str, Dataset]
   }
 
 
-def weights(config: ConfigDict, stage: str) -> dict[str, int | float]:
+def weights(config: TrainConfig, stage: str) -> dict[str, int | float]:
   """Of the datasets that `open_data` gives."""
   if config.data.mixture:
     return {name: source.weight for name, source in config.data.mixture.items()}
@@ -83,7 +84,7 @@ def weights(config: ConfigDict, stage: str) -> dict[str, int | float]:
 
 
 def make_rows(
-  config: ConfigDict,
+  config: TrainConfig,
   stage: str,
   datasets: Mapping[str, Dataset],
   split: str,
@@ -91,7 +92,7 @@ def make_rows(
 ) -> dict[str, Rows]:
   """A stage's rows of each dataset; a UserError if the clips are not such as the model takes."""
   settings = config.stages[stage]
-  model = model_config(config)
+  model = config.model
   for dataset in datasets.values():
     _check_clips(dataset, model)
   make = partial(
@@ -111,7 +112,7 @@ def make_rows(
 
 
 def make_loader(
-  config: ConfigDict,
+  config: TrainConfig,
   stage: str,
   datasets: Mapping[str, Rows],
   history: History,
@@ -121,11 +122,11 @@ def make_loader(
   return Loader(datasets, history, rows=config.stages[stage].rows, mine=mine)
 
 
-def dropped_caption(config: ConfigDict) -> DroppedCaption:
+def dropped_caption(config: TrainConfig) -> DroppedCaption:
   return "zeros" if config.text.drop == "zeros" else _empty_prompt(config)
 
 
-def _empty_prompt(config: ConfigDict) -> Float[np.ndarray, "l t"]:
+def _empty_prompt(config: TrainConfig) -> Float[np.ndarray, "l t"]:
   return Encoders(open_model(config.components), config).text([""])[0]
 
 

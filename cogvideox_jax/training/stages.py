@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit import DiTConfig
 from cogvideox_jax.training import optimizer, state
@@ -35,7 +35,7 @@ class Stage(NamedTuple):
     return self.end - self.start
 
 
-def plan(config: ConfigDict) -> tuple[Stage, ...]:
+def plan(config: TrainConfig) -> tuple[Stage, ...]:
   """The stages in turn, which is the order of their names.
 
   The updates up to a stage's end are its share and those before it, of `config.train.steps`,
@@ -60,7 +60,7 @@ def plan(config: ConfigDict) -> tuple[Stage, ...]:
   return tuple(found)
 
 
-def named(config: ConfigDict, name: str) -> Stage:
+def named(config: TrainConfig, name: str) -> Stage:
   """The stage of that name."""
   return next(stage for stage in plan(config) if stage.name == name)
 
@@ -75,7 +75,7 @@ def trained_last(stages: Sequence[Stage], step: int) -> Stage:
   return next(stage for stage in stages if step <= stage.end)
 
 
-def learning_rate(config: ConfigDict, name: str) -> optax.Schedule:
+def learning_rate(config: TrainConfig, name: str) -> optax.Schedule:
   """Of a stage, by the updates of the whole run: warm-up, then a cosine to the stage's last.
 
   Its peak is its own, or where that is 0 config.optimizer's. Where there are several stages, the
@@ -84,15 +84,17 @@ def learning_rate(config: ConfigDict, name: str) -> optax.Schedule:
   each stage is trained until it no longer gains.
   """
   stage = named(config, name)
-  own = ConfigDict(config.optimizer)
-  own.learning_rate = config.stages[name].learning_rate or own.learning_rate
+  own = config.optimizer
+  if peak := config.stages[name].learning_rate:
+    own = dataclasses.replace(own, learning_rate=float(peak))
   if len(config.stages) > 1:
-    own.warmup_steps = min(own.warmup_steps, stage.steps // WARMUP_PART)
+    warmup_steps = min(own.warmup_steps, stage.steps // WARMUP_PART)
+    own = dataclasses.replace(own, warmup_steps=warmup_steps)
   schedule = optimizer.learning_rate(own, stage.steps)
   return lambda step: schedule(step - stage.start)
 
 
-def make_optimizer(config: ConfigDict, name: str) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, name: str) -> optax.GradientTransformation:
   """Of a stage. It counts the updates that its moments have had: those of the run, or the stage."""
   schedule = learning_rate(config, name)
   if config.train.carry_optimizer:
@@ -101,7 +103,7 @@ def make_optimizer(config: ConfigDict, name: str) -> optax.GradientTransformatio
   return optimizer.make_optimizer(config.optimizer, lambda count: schedule(count + start))
 
 
-def enter(config: ConfigDict, stage: Stage, value: TrainState, abstract: TrainState) -> TrainState:
+def enter(config: TrainConfig, stage: Stage, value: TrainState, abstract: TrainState) -> TrainState:
   """The state to begin a stage with, or to go on with inside it, placed as the stage has it.
 
   Unless `config.train.carry_optimizer`, a stage that begins has fresh moments and their count at 0.
@@ -120,12 +122,7 @@ def _moved(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
   return array if array.sharding == place else jax.device_put(array, place, donate=True)
 
 
-def model_config(config: ConfigDict) -> DiTConfig:
-  """The transformer of a config, or of one that was kept as JSON, which has no tuples."""
-  return DiTConfig(**{**config.model, "patch": tuple(config.model.patch)})
-
-
-def stage_model(config: ConfigDict, name: str) -> DiTConfig:
+def stage_model(config: TrainConfig, name: str) -> DiTConfig:
   """The transformer as a stage trains it, and as what the stage has trained is sampled.
 
   With one stage it is `config.model` as it stands. With several, positions grow from stage to stage
@@ -141,7 +138,7 @@ def stage_model(config: ConfigDict, name: str) -> DiTConfig:
 
   Learned positions are a table for one size (config.check), so they do not grow.
   """
-  model = model_config(config)
+  model = config.model
   if len(config.stages) == 1 or model.learned_positions:
     return model
   if config.train.growth == "extrapolate":
@@ -153,5 +150,5 @@ def stage_model(config: ConfigDict, name: str) -> DiTConfig:
   return dataclasses.replace(model, positions=rule, spatial_interpolation=ratio)
 
 
-def _short_side(config: ConfigDict, name: str) -> int:
+def _short_side(config: TrainConfig, name: str) -> int:
   return max(min(size) for size in config.stages[name].sizes)

@@ -8,10 +8,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
-from ml_collections import ConfigDict
 
 from cogvideox_jax import sharding
-from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
+from cogvideox_jax.config.schema import StageConfig, TrainConfig
+from cogvideox_jax.diffusion.noise import noise_schedule
 from cogvideox_jax.diffusion.objective import Objective
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.backends import attention_for
@@ -32,7 +32,7 @@ class Functions(NamedTuple):
   validate: Callable[..., Any]  # (params, batch, key, timesteps) -> losses
 
 
-def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.Rules) -> Functions:
+def make_functions(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.Rules) -> Functions:
   """What the loop compiles for a stage."""
   model = stages.stage_model(config, stage)
   device = mesh.devices.flat[0]
@@ -77,13 +77,13 @@ def make_functions(config: ConfigDict, stage: str, mesh: Mesh, rules: sharding.R
   )
 
 
-def make_objective(config: ConfigDict) -> Objective:
+def make_objective(config: TrainConfig) -> Objective:
   """What the loss depends on; `config.components` gives the scale of the latents."""
-  schedule = noise_schedule(NoiseConfig(**config.noise))
+  schedule = noise_schedule(config.noise)
   return Objective(schedule, components.latent_config(config), config.train.explicit_uniform)
 
 
-def _parts(stage: ConfigDict, mesh: Mesh, rules: sharding.Rules) -> int:
+def _parts(stage: StageConfig, mesh: Mesh, rules: sharding.Rules) -> int:
   """In how many parts a step computes with a batch, one after the other."""
   sharding.row_sharding(mesh, rules, stage.rows)  # Checks that the rows divide.
   rows = stage.rows // sharding.row_shards(mesh, rules)

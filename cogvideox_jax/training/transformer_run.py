@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cogvideox_jax import hosts, sharding
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
@@ -45,7 +45,7 @@ VALIDATION_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 READ_AHEAD = 2  # Batches that are on the device before their step.
 
 
-def train(config: ConfigDict, workdir: epath.Path) -> int:
+def train(config: TrainConfig, workdir: epath.Path) -> int:
   """Trains until config.train.steps, from the workdir's newest good checkpoint if it has one.
 
   Returns:
@@ -104,7 +104,7 @@ class Outlets(NamedTuple):
 class Run:
   """One start of the training of a workdir: it moves from stage to stage by itself."""
 
-  def __init__(self, config: ConfigDict, workdir: epath.Path):
+  def __init__(self, config: TrainConfig, workdir: epath.Path):
     """Prepares all that needs no compiled program of the transformer, of the stages to come."""
     self._config, self._steps, self._workdir = config, config.train.steps, workdir
     self._plan = stages.plan(config)
@@ -168,7 +168,7 @@ class Run:
 class StageRun:
   """One stage of a run: its mesh, programs and data."""
 
-  def __init__(self, config: ConfigDict, stage: Stage, workdir: epath.Path, drop: DroppedCaption):
+  def __init__(self, config: TrainConfig, stage: Stage, workdir: epath.Path, drop: DroppedCaption):
     self._config, self._stage, self._workdir = config, stage, workdir
     self._settings = config.stages[stage.name]
     self.mesh, rules = meshes.make_mesh(config, stage.name)
@@ -287,7 +287,7 @@ class StageRun:
     return global_batch.place(batch, self._mine, self._settings.rows, self._places)
 
 
-def _keys(config: ConfigDict) -> jax.Array:
+def _keys(config: TrainConfig) -> jax.Array:
   """Of the weights as drawn, of the training's noise, and of the validation's."""
   return jax.random.split(jax.random.key(config.seed), 3)
 

@@ -1,5 +1,6 @@
 """The VAE's training loop: from a config and a workdir to a VAE in diffusers' layout."""
 
+import dataclasses
 import time
 from functools import partial
 
@@ -8,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cogvideox_jax.config import check_values
+from cogvideox_jax.config.checks import check_values
+from cogvideox_jax.config.schema import VAETrainConfig
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.data import buckets, shapes, video
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.interrupts import Interrupts
 from cogvideox_jax.models import vae
-from cogvideox_jax.models.vae import VAE, VAEConfig
+from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.training import optimizer, resume, state
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import RunLog
@@ -34,7 +35,7 @@ from cogvideox_jax.training.vae_step import (
 PREVIEW_CLIPS = 4
 
 
-def train(config: ConfigDict, workdir: epath.Path) -> int:
+def train(config: VAETrainConfig, workdir: epath.Path) -> int:
   """Trains on one device until config.train.steps, resuming from the workdir's checkpoints.
 
   Leaves WORKDIR/vae: the averaged weights, with the scaling factor measured on the clips.
@@ -46,7 +47,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
     UserError: the config, the data or the workdir do not allow it; before any compile.
   """
   check_values(config)
-  multiple = VAEConfig(**config.model.to_dict()).spatial_compression
+  multiple = config.model.spatial_compression
   buckets.check(config.data.sizes, config.data.durations, multiple_of=multiple)
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int:
 class Run:
   """One start of the training of a workdir."""
 
-  def __init__(self, config: ConfigDict, workdir: epath.Path, clips: Clips, log: RunLog):
+  def __init__(self, config: VAETrainConfig, workdir: epath.Path, clips: Clips, log: RunLog):
     self._config, self._workdir, self._clips, self._log = config, workdir, clips, log
     self._tx = optimizer.make_optimizer(
       config.optimizer, optimizer.learning_rate(config.optimizer, config.train.steps)
@@ -82,7 +83,7 @@ class Run:
       vae_step,
       graphdef=self._graphdef,
       tx=self._tx,
-      weights=LossWeights(**config.loss),
+      weights=LossWeights(**dataclasses.asdict(config.loss)),
       ema_decay=config.optimizer.ema_decay,
     )
     self._step = jax.jit(step, donate_argnums=0)
@@ -153,11 +154,11 @@ def to_bytes(frames: jax.Array) -> np.ndarray:
   return np.asarray(jnp.round((jnp.clip(frames, -1, 1) + 1) * 127.5).astype(jnp.uint8))
 
 
-def _new_model(config: ConfigDict, key: jax.Array) -> VAE:
-  return VAE(VAEConfig(**config.model.to_dict()), rngs=nnx.Rngs(key))
+def _new_model(config: VAETrainConfig, key: jax.Array) -> VAE:
+  return VAE(config.model, rngs=nnx.Rngs(key))
 
 
-def _manifest(config: ConfigDict, workdir: epath.Path) -> str:
+def _manifest(config: VAETrainConfig, workdir: epath.Path) -> str:
   data = config.data
   if data.path:
     return data.path
@@ -170,9 +171,9 @@ def _manifest(config: ConfigDict, workdir: epath.Path) -> str:
   )
 
 
-def _export(config: ConfigDict, workdir: epath.Path, model: VAE, clips: Clips) -> None:
+def _export(config: VAETrainConfig, workdir: epath.Path, model: VAE, clips: Clips) -> None:
   factor = round(measure_scaling_factor(model, clips, config.train.frames), 6)
-  vae_config = VAEConfig(**config.model.to_dict(), scaling_factor=factor)
+  vae_config = dataclasses.replace(config.model, scaling_factor=factor)
   params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   diffusers.save_vae(workdir / "vae", vae_config, params)
   tqdm.write(f"{workdir / 'vae'}: the VAE, scaling factor {factor}")

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from cogvideox_jax.config.schema import VAEDataConfig
 from cogvideox_jax.data import buckets, manifest, video
 from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.errors import UserError
@@ -90,10 +90,9 @@ class Clips(NamedTuple):
     return clips[rng.integers(len(clips), size=max(frames // clips.shape[1], 1))]
 
 
-def read_clips(path: str, config: ConfigDict) -> Clips:
+def read_clips(path: str, config: VAEDataConfig) -> Clips:
   """Decodes every usable clip of a manifest or folder to its bucket.
 
-  config: the `data` part: sizes, durations, fps.
   Raises UserError if no clip can be used.
   """
   items, refusals = manifest.read_manifest(path)

@@ -1,16 +1,14 @@
 """From a training workdir to a pipeline that samples with what it has learnt."""
 
-import json
 from typing import NamedTuple
 
 from etils import epath
-from ml_collections import ConfigDict
 
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion import model_layouts
 from cogvideox_jax.conversion.component_fields import write_noise
 from cogvideox_jax.conversion.folder import Settings, index_fields, open_model
 from cogvideox_jax.data.tokenizer import Tokenizer
-from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
 from cogvideox_jax.models.dit import DiTConfig
@@ -18,8 +16,7 @@ from cogvideox_jax.models.t5 import T5Config
 from cogvideox_jax.models.vae import VAEConfig
 from cogvideox_jax.training import stages
 from cogvideox_jax.training.checkpoint import open_weights
-from cogvideox_jax.training.resume import NAME
-from cogvideox_jax.training.stages import model_config
+from cogvideox_jax.training.resume import read_config
 from cogvideox_jax.training.state import Params
 
 
@@ -44,7 +41,7 @@ def load(
   workdir = epath.Path(model)
   if not is_workdir(workdir):
     return kind.from_pretrained(model, progress=progress, offload=offload)
-  config = _config(workdir)
+  config = read_config(workdir)
   transformer = _transformer(config, workdir, weights)
   return with_transformer(config, transformer, load_frozen(config), progress, kind, offload)
 
@@ -53,11 +50,9 @@ def is_workdir(path: epath.Path) -> bool:
   return (path / "checkpoints").is_dir()
 
 
-def _config(workdir: epath.Path) -> ConfigDict:
-  return ConfigDict(json.loads((workdir / NAME).read_text()))
-
-
-def _transformer(config: ConfigDict, workdir: epath.Path, weights: str) -> tuple[DiTConfig, Params]:
+def _transformer(
+  config: TrainConfig, workdir: epath.Path, weights: str
+) -> tuple[DiTConfig, Params]:
   """The newest good one, lazy, with the positions of the stage that it was trained in."""
   found = open_weights(workdir, weights)
   stage = stages.trained_last(stages.plan(config), found.step)
@@ -70,11 +65,11 @@ def model(workdir: epath.Path, weights: str) -> model_layouts.Model:
   Raises:
     UserError: it has no good checkpoint, or a part is missing or damaged.
   """
-  config = _config(workdir)
+  config = read_config(workdir)
   written = model_layouts.of_folder(open_model(config.components).path)
   transformer = _transformer(config, workdir, weights)
   written.networks["transformer"] = model_layouts.Network("transformer", *transformer, None)
-  written.scheduler = write_noise(NoiseConfig(**config.noise))
+  written.scheduler = write_noise(config.noise)
   takes_image = written.networks["transformer"].config.takes_image
   written.index = index_fields(_settings(config), takes_image)
   base = written.origin.name
@@ -92,14 +87,14 @@ class Frozen(NamedTuple):
   tokenizer: Tokenizer
 
 
-def load_frozen(config: ConfigDict) -> Frozen:
+def load_frozen(config: TrainConfig) -> Frozen:
   """Those of a training config; a UserError if one is missing or damaged."""
   components = open_model(config.components)
   return Frozen(components.vae(), components.text_encoder(), components.tokenizer())
 
 
 def with_transformer(
-  config: ConfigDict,
+  config: TrainConfig,
   transformer: tuple[DiTConfig, Params],
   frozen: Frozen,
   progress: Progress | None = None,
@@ -110,7 +105,7 @@ def with_transformer(
   return kind(
     transformer,
     *frozen,
-    NoiseConfig(**config.noise),
+    config.noise,
     _settings(config),
     dtype=config.dtype,
     progress=progress,
@@ -118,7 +113,7 @@ def with_transformer(
   )
 
 
-def _settings(config: ConfigDict) -> Settings:
+def _settings(config: TrainConfig) -> Settings:
   """How a model that was trained so is best sampled: as its previews are."""
   return Settings(
     text_drop=config.text.drop,
@@ -126,5 +121,5 @@ def _settings(config: ConfigDict) -> Settings:
     num_inference_steps=config.preview.steps,
     solver=config.preview.solver,
     fps=config.data.fps,
-    **({"image_scale": config.image.scale} if model_config(config).takes_image else {}),
+    **({"image_scale": config.image.scale} if config.model.takes_image else {}),
   )
