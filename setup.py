@@ -26,6 +26,7 @@ EXTRAS = {
     "beartype>=0.23.1",
     "diffusers==0.42.1",  # The reference that parity tests compare with.
     "libtpu>=0.0.42",  # Compiles for TPUs on a machine that has none.
+    "peft==0.21.2",  # What diffusers loads LoRA files with, to make reference tensors.
     "pytest>=9.2.0",
     "pytest-xdist>=3.8.0",
     "torch==2.13.0",

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +10,15 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from einops import rearrange
 from flax import nnx
+from goldens.folder import Folder
+from goldens.networks import channels_last, run_transformer
 
 from cogvideox_jax.conversion import names, tensors
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
 
-FOLDER = goldens.Folder(Path(__file__).parent / "data" / "goldens")
+FOLDER = Folder(Path(__file__).parent / "data" / "goldens")
 KINDS = ("2b", "5b", "5b_i2v", "15", "15_i2v")
 
 
@@ -59,7 +60,7 @@ def torch_inputs(stored):
 def test_gradients_of_the_transformer(kind):
   name = f"transformer_{kind}"
   config, params = FOLDER.model(name)
-  stored = FOLDER.tensors(f"{name}_default")
+  stored = FOLDER.case(f"{name}_default").stored
   weight = np.random.default_rng(0).normal(size=stored["out.sample"].shape).astype(np.float32)
 
   path = FOLDER.path / FOLDER.index["models"][name]["dir"]
@@ -68,7 +69,7 @@ def test_gradients_of_the_transformer(kind):
   (out * torch.from_numpy(weight)).sum().backward()
 
   def loss(params):
-    out = goldens.run_transformer(config, params, stored, stored["aux.time_proj"])
+    out = run_transformer(config, params, stored, stored["aux.time_proj"])
     return (out * weight).sum()
 
   grads = jax.grad(loss)(jax.tree.map(jnp.asarray, params))
@@ -79,7 +80,7 @@ def test_gradients_of_the_transformer(kind):
 
 def test_gradients_of_the_vae():
   config, params = FOLDER.model("vae")
-  frames = FOLDER.tensors("vae_encode_f17")["in.sample"]
+  frames = FOLDER.case("vae_encode_f17").stored["in.sample"]
   weight = np.random.default_rng(0).normal(size=frames.shape).astype(np.float32)
 
   path = FOLDER.path / FOLDER.index["models"]["vae"]["dir"]
@@ -91,8 +92,8 @@ def test_gradients_of_the_vae():
 
   def loss(params):
     model = nnx.merge(graph, params)
-    mean, _ = vae.encode(model, jnp.asarray(goldens.channels_last(frames)))
-    return (vae.decode(model, mean) * goldens.channels_last(weight)).sum()
+    mean, _ = vae.encode(model, jnp.asarray(channels_last(frames)))
+    return (vae.decode(model, mean) * channels_last(weight)).sum()
 
   grads = jax.grad(loss)(jax.tree.map(jnp.asarray, params))
   # The log-variances are not in this loss.
@@ -107,9 +108,9 @@ def test_gradients_of_the_vae():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_transformer_in_bfloat16_is_near_its_float32(kind):
   config, params = FOLDER.model(f"transformer_{kind}")
-  stored = FOLDER.tensors(f"transformer_{kind}_default")
+  stored = FOLDER.case(f"transformer_{kind}_default").stored
   time = stored["aux.time_proj"]
-  half = goldens.run_transformer(config, params, stored, time, dtype=jnp.bfloat16)
+  half = run_transformer(config, params, stored, time, dtype=jnp.bfloat16)
   assert 0 < relative(half, stored["out.sample"]) < 3e-2
 
 
@@ -117,7 +118,7 @@ def test_the_vae_in_bfloat16_is_near_its_float32():
   config, params = FOLDER.model("vae")
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
   model = nnx.merge(graph_of(vae.VAE, config), params)
-  stored = FOLDER.tensors("vae_decode_z5")
-  z = jnp.asarray(goldens.channels_last(stored["in.z"]), jnp.bfloat16)
+  stored = FOLDER.case("vae_decode_z5").stored
+  z = jnp.asarray(channels_last(stored["in.z"]), jnp.bfloat16)
   frames = rearrange(vae.decode(model, z), "b F H W c -> b c F H W")
   assert 0 < relative(frames, stored["out.sample"]) < 3e-2

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-import goldens
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from goldens.folder import Folder
 from safetensors.numpy import load_file, save_file
 
 from cogvideox_jax.conversion import sat, tensors, torch_files
@@ -16,19 +16,19 @@ from cogvideox_jax.conversion.components import AUTOENCODER, TRANSFORMER
 from cogvideox_jax.conversion.safetensors_file import SafetensorsFiles
 from cogvideox_jax.errors import UserError
 
-FOLDER = goldens.Folder(Path(__file__).parent / "data" / "goldens")
-FILES = {name: FOLDER.path / entry["file"] for name, entry in FOLDER.index["sat"].items()}
+FOLDER = Folder(Path(__file__).parent / "data" / "goldens")
+FILES = {name: FOLDER.path / entry["file"] for name, entry in FOLDER.sat.items()}
 
 
-def parts(name: str):
-  """The kind of network in a SAT file of the reference, and its config."""
-  config, _ = FOLDER.model(FOLDER.index["sat"][name]["model"])
+def component_of(name: str):
+  """The component that a SAT file of the reference holds, and its config."""
+  config, _ = FOLDER.model(FOLDER.sat[name]["model"])
   return (AUTOENCODER if name == "vae" else TRANSFORMER), config
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_round_trip_gives_the_same_tensors(name):
-  stored, (component, config) = SafetensorsFiles([FILES[name]]), parts(name)
+  stored, (component, config) = SafetensorsFiles([FILES[name]]), component_of(name)
   back = sat.as_file(sat.read(stored, component, config), component, config)
   assert back.keys() == stored.keys()
   for key, tensor in back.items():
@@ -37,7 +37,7 @@ def test_a_round_trip_gives_the_same_tensors(name):
 
 
 def test_a_written_torch_file_is_read_again_bit_by_bit(tmp_path):
-  component, config = parts("vae")
+  component, config = component_of("vae")
   halves = {name: x.astype(ml_dtypes.bfloat16) for name, x in load_file(FILES["vae"]).items()}
   torch_files.write(tmp_path / "vae.pt", "state_dict", tensors.InMemory(halves))
   content = torch.load(tmp_path / "vae.pt", weights_only=True)["state_dict"]
