@@ -140,28 +140,28 @@ def our_programs(case: Case, inputs: Inputs, params: state.Params) -> dict[str, 
 def train_program(case: Case, inputs: Inputs, params: state.Params) -> Run:
   """The whole training step, on fp32 masters. Each run continues from the state of the last."""
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, b2=0.95))
+  updates = state.Updates(tx, ema_decay=0.9999)
   train_step = partial(
     step.train_step,
     network=_network(case),
-    tx=tx,
+    updates=updates,
     learning_rate=optax.constant_schedule(1e-4),
     objective=Objective(
       noise_schedule(NoiseConfig(1000, 0.00085, 0.012, 1.0, zero_terminal_snr=True)),
       LatentConfig(PATCH, scaling_factor=0.7, image_scale=0.7, image_drop_rate=0.0),
       explicit_uniform=True,
     ),
-    ema_decay=0.9999,
     accumulation=step.Accumulation(
       split=lambda tree: jax.tree.map(lambda x: x[None], tree), pin=lambda grads: grads
     ),
   )
-  value = jax.jit(lambda params: state.new_state(params, tx))(params)
+  begun = jax.jit(updates.begin)(params)
   batch, key = _batch_of(case, inputs), jax.random.key(0)
-  compiled = jax.jit(train_step, donate_argnums=0).lower(value, batch, key).compile()
+  compiled = jax.jit(train_step, donate_argnums=0).lower(begun, batch, key).compile()
 
   def run() -> None:
-    nonlocal value
-    value, _ = jax.block_until_ready(compiled(value, batch, key))
+    nonlocal begun
+    begun, _ = jax.block_until_ready(compiled(begun, batch, key))
 
   return run
 

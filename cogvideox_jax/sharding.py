@@ -26,7 +26,7 @@ LANES = 128  # and on TPUs of this: the compiler lays them along the registers' 
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
-# The end of a path -> the logical axes of that array. Stacked layers add a leading axis.
+# The end of a path -> the logical axes of that array. Stacked layers add an axis in front.
 PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"(query|key|value)/kernel": ("embed", "heads"),
   r"attention/out/kernel": ("heads", "embed"),
@@ -36,6 +36,10 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"(vision_in|text_in)/kernel": ("input", "embed"),
   r"(time_in|(?<!attention/)out)/kernel": ("embed", "output"),
   r"position_table": ("positions", "embed"),
+  # The VAE's convolutions; those in three dimensions add an axis of time in front.
+  r"(conv|conv1|conv2|conv_in)/kernel": ("height", "width", "input", "embed"),
+  r"conv_out/kernel": ("height", "width", "embed", "output"),  # Frames have 3 channels.
+  r"(shortcut|scale|shift)/kernel": ("input", "embed"),
   r"(bias|scale|count|step)": (),
 }
 
@@ -218,17 +222,17 @@ def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
   return jax.tree.map_with_path(place, batch)
 
 
-def split_rows(tree: Any, parts: int, mesh: Mesh, rules: Rules) -> Any:
-  """Arrays [rows ...] as [parts, rows of a part, ...], where no row leaves its device.
+def split_rows(tree: Any, microbatches: int, mesh: Mesh, rules: Rules) -> Any:
+  """Turns arrays [rows, ...] into [microbatches, rows of one, ...]; no row leaves its device.
 
-  Part p is the p-th of `parts` equal runs of every device's rows.
+  Microbatch m is the m-th of the equal runs of every device's rows.
   """
   shards, free = _size(mesh, rules["rows"]), PartitionSpec.UNCONSTRAINED
 
   def split(x: Any) -> jax.Array:
     x = jnp.asarray(x)
-    x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
-    x = x.reshape(parts, -1, *x.shape[3:])
+    x = x.reshape(shards, microbatches, -1, *x.shape[1:]).swapaxes(0, 1)
+    x = x.reshape(microbatches, -1, *x.shape[3:])
     spec = PartitionSpec(None, rules["rows"], *(free,) * (x.ndim - 2))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 

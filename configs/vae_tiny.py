@@ -27,10 +27,12 @@ def get_config() -> ConfigDict:
   config.data.fps = 8.0
   config.data.sizes = ((32, 32), (24, 40))
   config.data.durations = (1, 17)
+  config.data.validation_fraction = 0.01  # Of the files, chosen by their names; ours.
 
   config.train = ConfigDict()
   config.train.steps = 1500
   config.train.frames = 64  # Of a batch, which holds clips of one bucket.
+  config.train.batch_multiple = 1  # Clips of a batch divide by it: the devices that share a batch.
 
   config.loss = ConfigDict()
   config.loss.l1 = 0.1  # Weights of means over pixels of [-1, 1],
@@ -48,7 +50,13 @@ def get_config() -> ConfigDict:
   config.optimizer.clip_norm = 1.0
   config.optimizer.ema_decay = 0.995
 
+  # Devices along each axis, in each slice of the job; one may be -1: all that are left.
+  config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
+  config.sharding = "fsdp"
+  config.cpu_devices = 1  # How many devices a CPU counts as.
+
   config.log_every = 20
+  config.validation = ConfigDict({"every": 500, "batches": 8})
   config.checkpoint = ConfigDict({"every": 500, "keep": 2})
   config.preview = ConfigDict({"every": 500})
   return config.lock()

@@ -24,8 +24,8 @@ def make_state(mesh_sizes, seed=0):
     return {"blocks": {"mlp": {"up": {"kernel": kernel, "bias": jnp.full((2, 2048), 0.5)}}}}
 
   mesh = sharding.make_mesh({"context": 1, "tensor": 1, **mesh_sizes})
-  tx = optax.adamw(1e-3)
-  return state.create(params, seed, tx, state.abstract(params(seed), tx, mesh, FSDP))
+  updates = state.Updates(optax.adamw(1e-3), ema_decay=0.9)
+  return state.create(params, seed, updates, state.abstract(params(seed), updates, mesh, FSDP))
 
 
 def abstract(value):

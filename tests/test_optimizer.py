@@ -7,7 +7,7 @@ import pytest
 
 from cogvideox_jax.config.schema import OptimizerConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.training import optimizer
+from cogvideox_jax.training import optimizer, state
 
 
 def config(**changes):
@@ -67,11 +67,11 @@ def test_the_average_forgets_the_drawn_weights_first_and_then_keeps_its_decay():
   drawn, trained = {"kernel": jnp.ones(3)}, {"kernel": jnp.zeros(3)}
 
   def kept(step, decay):
-    return float(optimizer.average(drawn, trained, jnp.int32(step), decay)["kernel"][0])
+    return float(state.average(drawn, trained, jnp.int32(step), decay)["kernel"][0])
 
   np.testing.assert_allclose([kept(0, 0.99), kept(90, 0.99)], [0.1, 0.91], rtol=1e-6)
   np.testing.assert_allclose([kept(890, 0.99), kept(10**6, 0.99)], [0.99, 0.99], rtol=1e-6)
   ema = drawn
   for step in range(100):
-    ema = optimizer.average(ema, trained, jnp.int32(step), 0.9999)
+    ema = state.average(ema, trained, jnp.int32(step), 0.9999)
   assert float(ema["kernel"][0]) < 1e-9  # A fixed decay would keep .99 of what was drawn.

@@ -29,8 +29,8 @@ def params(seed=0):
 
 
 def make_state(mesh):
-  tx = optax.adamw(1e-3)
-  return state.create(params, 0, tx, state.abstract(params(), tx, mesh, FSDP))
+  updates = state.Updates(optax.adamw(1e-3), ema_decay=0.9)
+  return state.create(params, 0, updates, state.abstract(params(), updates, mesh, FSDP))
 
 
 def test_one_size_of_the_mesh_may_be_left_open():
@@ -172,7 +172,7 @@ def test_parts_of_a_batch_are_rows_that_their_devices_had():
   mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "context": 2, "tensor": 1})
   batch = make_batch(rows=16, tokens=6)
   batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh, FSDP))
-  split = jax.jit(partial(sharding.split_rows, parts=2, mesh=mesh, rules=FSDP))
+  split = jax.jit(partial(sharding.split_rows, microbatches=2, mesh=mesh, rules=FSDP))
   parts = jax.block_until_ready(split(batch))
   assert parts.mean.shape == (2, 8, 6, 3)
   assert parts.segment_ids[:, :, 0].tolist() == [

@@ -21,6 +21,7 @@ from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import REMAT, DiT
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.training import state, step
+from cogvideox_jax.training.state import Updates
 from cogvideox_jax.types import VISION, Example
 
 LATENTS = LatentConfig(DIT_CONFIG.patch, scaling_factor=0.7, image_scale=0.7, image_drop_rate=0.0)
@@ -28,7 +29,8 @@ OBJECTIVE = Objective(noise_schedule(NOISE), LATENTS, explicit_uniform=True)
 SGD = optax.sgd(0.1)  # With which the change of a weight is a tenth of its gradient.
 KEY = jax.random.key(7)
 PARAMS = draw(DiT, DIT_CONFIG)[1]
-START = state.new_state(PARAMS, SGD)
+UPDATES = Updates(SGD, ema_decay=0.75)
+START = UPDATES.begin(PARAMS)
 
 
 def network(dtype=jnp.float32, attend=attention, config=DIT_CONFIG, remat="none"):
@@ -40,12 +42,11 @@ AT_ONCE = step.Accumulation(
 )
 
 
-def make_step(tx=SGD, **changes):
+def make_step(**changes):
   return partial(
     step.train_step,
-    tx=tx,
+    updates=UPDATES,
     learning_rate=optax.constant_schedule(1.0),
-    ema_decay=0.75,
     **{"network": network(), "objective": OBJECTIVE, "accumulation": AT_ONCE, **changes},
   )
 
@@ -75,7 +76,7 @@ def run():
 
 
 @pytest.mark.parametrize(
-  "name, sizes, parts",
+  "name, sizes, microbatches",
   [
     ("fsdp", {"data": 4, "fsdp": 2}, 1),
     ("fsdp", {"data": 2, "context": 2}, 4),
@@ -84,15 +85,17 @@ def run():
     ("fsdp_tensor", {"context": 2, "tensor": 2}, 1),
   ],
 )
-def test_a_sharded_step_in_any_number_of_parts_equals_that_of_one_device(run, name, sizes, parts):
+def test_a_sharded_step_in_any_number_of_microbatches_equals_that_of_one_device(
+  run, name, sizes, microbatches
+):
   batch = batch_of()
   expected, expected_metrics = jax.block_until_ready(run(START, batch, KEY))
   sizes = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **sizes}
   mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
   rules = sharding.rules_named(name)
-  places = state.shardings_of(state.abstract(PARAMS, SGD, mesh, rules))
+  places = state.shardings_of(state.abstract(PARAMS, UPDATES, mesh, rules))
   accumulation = step.Accumulation(
-    split=partial(sharding.split_rows, parts=parts, mesh=mesh, rules=rules),
+    split=partial(sharding.split_rows, microbatches=microbatches, mesh=mesh, rules=rules),
     pin=partial(jax.lax.with_sharding_constraint, shardings=places.params),
   )
   attend = sharding.shard_attention(attention, mesh, rules)
@@ -133,7 +136,8 @@ def test_a_policy_spares_the_products_that_it_names():
 
 def test_every_kernel_and_its_moments_are_spread_over_fsdp():
   mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "context": 1, "tensor": 1})
-  abstract = state.abstract(PARAMS, optax.adamw(1e-3), mesh, sharding.rules_named("fsdp"))
+  adamw = Updates(optax.adamw(1e-3), ema_decay=0.75)
+  abstract = state.abstract(PARAMS, adamw, mesh, sharding.rules_named("fsdp"))
   for path, leaf in jax.tree.leaves_with_path(abstract):
     spread = "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec))
     assert spread == sharding.path_name(path).endswith("kernel"), path

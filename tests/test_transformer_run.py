@@ -18,6 +18,7 @@ from cogvideox_jax.diffusion import timesteps
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import (
   checkpoint,
+  drive,
   initial_weights,
   meshes,
   metrics,
@@ -249,13 +250,12 @@ def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_pat
   compile_programs = transformer_run.StageRun._compile
   monkeypatch.setattr(transformer_run.StageRun, "_compile", compile_and_count)
   monkeypatch.setattr(metrics.Recorder, "_read", read_and_note)
-  make = transformer_run.StageRun.__init__
+  take_steps = drive.take_steps
 
-  def make_and_run_ahead(self, *args, **named):
-    make(self, *args, **named)
-    self._waits = False
+  def run_ahead(state, batches, take_step, session, *args, **named):
+    return take_steps(state, batches, take_step, session._replace(waits=False), *args, **named)
 
-  monkeypatch.setattr(transformer_run.StageRun, "__init__", make_and_run_ahead)
+  monkeypatch.setattr(drive, "take_steps", run_ahead)
   monkeypatch.setattr(jax, "block_until_ready", refuse)
   config = make_config(inputs, train__steps=6, checkpoint__every=0, validation__every=0)
   assert transformer_run.train(config, epath.Path(tmp_path)) == 0
@@ -306,3 +306,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
   assert checkpoint.good_steps(workdir / "checkpoints") == [2]
   stop = {"event": "not_finite", "step": 4, "metrics": ["grad_norm", "loss"]}
   assert stop in lines(workdir / "events.jsonl")
+
+
+class TwoDatasets(Loader):
+  """What a line of the log asks of a loader."""
+
+  def __init__(self):
+    pass
+
+  def padding_fraction(self, k):
+    return 0.25
+
+  def epochs(self, k):
+    return {"images": k // 2, "videos": 0}
+
+
+def test_the_log_counts_real_tokens_and_the_epochs_of_each_dataset():
+  assert transformer_run.describe_batch(TwoDatasets(), 5, tokens=100, seconds=4.5) == {
+    "tokens_per_second": 75 / 4.5,
+    "padding_fraction": 0.25,
+    "epoch": 2,
+    "epoch_images": 2,
+    "epoch_videos": 0,
+  }

@@ -1,6 +1,9 @@
 """The VAE's training: what its loss is, that it learns, that it resumes, what it leaves."""
 
 import json
+import os
+import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,37 +14,35 @@ from etils import epath
 from flax import nnx
 from typed_config import typed
 
+from cogvideox_jax import sharding
 from cogvideox_jax.config.schema import VAETrainConfig
 from cogvideox_jax.conversion import diffusers
-from cogvideox_jax.data import video
+from cogvideox_jax.data import measured_clips, video
+from cogvideox_jax.data.clip_batches import ClipBatches
+from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
-from cogvideox_jax.training import vae_run
-from cogvideox_jax.training.vae_step import (
-  LossWeights,
-  measure_scaling_factor,
-  read_clips,
-  vae_loss,
-)
+from cogvideox_jax.training import checkpoint, metrics, vae_run
+from cogvideox_jax.training import state as states
+from cogvideox_jax.training.vae_export import measure_scaling_factor
+from cogvideox_jax.training.vae_functions import make_vae_functions
+from cogvideox_jax.training.vae_step import LossWeights, vae_loss
 from configs import vae_tiny
-
-
-@pytest.fixture
-def config():
-  return make_config()
 
 
 def make_config(**changes):
   config = vae_tiny.get_config()
   config.model.update(channels=(8, 8), temporal_compression=2, latent_channels=4, groups=2)
-  config.data.update(clips=16, sizes=((16, 16),), durations=(1,))
-  config.train.update(steps=6, frames=4)
+  config.data.update(clips=16, sizes=((16, 16),), durations=(1,), validation_fraction=0.4)
+  config.train.update(steps=6, frames=4, batch_multiple=8)
   config.optimizer.warmup_steps = 2
   config.checkpoint.every = 3
   config.log_every = 1
   config.preview.every = 6
+  config.validation.every = 3
+  config.mesh.update(data=8, fsdp=1)
   return typed(config, VAETrainConfig, **changes)
 
 
@@ -65,47 +66,126 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
   np.testing.assert_allclose(parts["kl"], from_normal, rtol=1e-5)
 
 
-def test_a_stopped_run_ends_with_the_same_bits_and_refuses_another_config(tmp_path, config):
+def train_and_stop(config, workdir, at):
+  """Trains until a signal comes after a step."""
+  add = metrics.Recorder.add
+
+  def add_and_signal(self, step, values, measure):
+    add(self, step, values, measure)
+    if step == at:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(metrics.Recorder, "add", add_and_signal)
+    assert vae_run.train(config, workdir) == 83
+
+
+def test_a_stopped_run_ends_with_the_same_bits_and_refuses_other_configs_and_clips(tmp_path):
+  config = make_config()
   assert vae_run.train(config, epath.Path(tmp_path / "whole")) == 0
   workdir = epath.Path(tmp_path / "stopped")
-  real = vae_run.Interrupts
-
-  class StopsAtOnce(real):
-    def __enter__(self):
-      self.exit_code = 130
-      return self
-
-  vae_run.Interrupts = StopsAtOnce
-  try:
-    assert vae_run.train(config, workdir) == 130
-  finally:
-    vae_run.Interrupts = real
+  train_and_stop(config, workdir, at=2)
   assert not (workdir / "vae").exists()
   assert vae_run.train(config, workdir) == 0
   assert digests(workdir)[6] == digests(tmp_path / "whole")[6]
   resumed = [e["step"] for e in lines(workdir / "events.jsonl") if e["event"] == "resumed"]
-  assert resumed == [0, 1]
+  assert resumed == [0, 2]
   assert (workdir / "previews" / "step_000006.png").exists()
+  logged = lines(workdir / "metrics.jsonl")
+  assert [line["step"] for line in logged if "validation_psnr" in line] == [3, 6]
+  assert [line["epoch"] for line in logged] == [0, 1, 2, 3, 4, 5]  # Each is one batch of 8 clips.
 
   with pytest.raises(UserError, match=r"config\.loss\.kl: was 0\.0001, is 1\.0"):
     vae_run.train(make_config(loss__kl=1.0), workdir)
+  for path in sorted((workdir / "data" / "clips").glob("*.png"))[:12]:
+    path.unlink()
+  with pytest.raises(UserError, match="the records of 'clips' are not the same"):
+    vae_run.train(config, workdir)
 
+
+def test_the_scaling_factor_that_is_left_is_that_of_the_averaged_weights(tmp_path):
+  config = make_config(validation__every=0, preview__every=0)
+  workdir = epath.Path(tmp_path)
+  assert vae_run.train(config, workdir) == 0
   vae_config, params = diffusers.load_vae(workdir / "vae")
-  model = nnx.merge(graph_of(VAE, vae_config), jax.tree.map(jnp.asarray, params))
-  clips = read_clips(str(workdir / "data" / "clips"), config.data)
-  measured = measure_scaling_factor(model, clips, 4)
+  frames = [
+    video.read(path, fps=8.0, num_frames=1, height=16, width=16)
+    for path in sorted((workdir / "data" / "clips").glob("*.png"))
+  ]
+  measured = measure_scaling_factor(vae_config, params, [jnp.asarray(np.stack(frames))])
   assert vae_config.scaling_factor == pytest.approx(measured, rel=1e-4)
 
 
-def test_scaled_latents_have_unit_variance(config, tmp_path):
-  model = nnx.merge(graph_of(VAE, VAE_CONFIG), draw(VAE, VAE_CONFIG)[1])
+def test_a_training_that_diverges_ends_in_a_message_and_keeps_its_finite_checkpoint(tmp_path):
+  config = make_config(
+    optimizer__learning_rate=1e18,
+    optimizer__warmup_steps=0,
+    checkpoint__every=1,
+    checkpoint__keep=2,
+    log_every=4,
+  )
+  workdir = epath.Path(tmp_path)
+  with pytest.raises(UserError, match=r"at step 2: .*not finite. Earlier .* are intact"):
+    vae_run.train(config, workdir)
+  assert checkpoint.good_steps(workdir / "checkpoints") == [1]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint.load_weights(workdir, "raw")))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}])
+def test_a_step_on_any_mesh_has_the_loss_and_gradients_of_one_device(sizes):
+  config = make_config(model__channels=(8, 16), optimizer__warmup_steps=0)
+  clips = np.random.default_rng(0).integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
+  rules, key = sharding.rules_named("fsdp"), jax.random.key(1)
+  found = []
+  for devices, shape in ((1, {}), (8, sizes)):
+    mesh = sharding.make_mesh(
+      {"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **shape}, jax.devices()[:devices]
+    )
+    functions = make_vae_functions(config, mesh, rules)
+    shardings = states.shardings_of(functions.abstract)
+    state = jax.block_until_ready(functions.create(jax.random.key(0)))
+    kernels = [
+      leaf
+      for path, leaf in jax.tree.leaves_with_path(state)
+      if sharding.path_name(path).endswith("kernel")
+    ]
+    assert all(
+      len({str(s.index) for s in x.addressable_shards}) == mesh.shape["fsdp"] for x in kernels
+    )
+    frames = jax.device_put(clips, sharding.row_sharding(mesh, rules, len(clips)))
+    step = jax.jit(functions.train, out_shardings=(shardings, None))
+    found.append(jax.block_until_ready(step(state, frames, key)))
+  (alone, expected), (sharded, measured) = found
+  for name in expected:
+    np.testing.assert_allclose(measured[name], expected[name], rtol=2e-5)
+  # The first moments are a tenth of the clipped gradients.
+  moments = [opt_state.opt_state[1][0].mu for opt_state in (sharded, alone)]
+  jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4), *moments)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused_with_the_way_out(tmp_path):
+  config = make_config(train__batch_multiple=1)
+  with pytest.raises(UserError, match=r"4 clips .* 8 devices(.|\n)*config.train.batch_multiple=8"):
+    vae_run.train(config, epath.Path(tmp_path))
+
+
+def test_a_few_clips_of_which_none_is_held_out_train_without_validation(tmp_path, capsys):
+  config = make_config(data__validation_fraction=1e-6, train__steps=3)
+  assert vae_run.train(config, epath.Path(tmp_path)) == 0
+  assert "None of the 16 clips is held out" in capsys.readouterr().out
+  assert not any("validation_psnr" in line for line in lines(tmp_path / "metrics.jsonl"))
+
+
+def test_scaled_latents_have_unit_variance(tmp_path):
+  model = nnx.merge(graph_of(VAE, VAE_CONFIG), params := draw(VAE, VAE_CONFIG)[1])
   for index in range(8):
     frames = np.random.default_rng(index).integers(0, 255, (1, 16, 16, 3), np.uint8)
     video.write_mp4(tmp_path / f"{index}.mp4", frames, 8.0)
     (tmp_path / f"{index}.txt").write_text("noise")
-  clips = read_clips(str(tmp_path), config.data)
-  factor = measure_scaling_factor(model, clips, 8)
-  (frames,) = clips.by_bucket.values()
+  with Decoders(1) as decoders:
+    clips = measured_clips.measure(str(tmp_path), ((16, 16),), (1,), 8.0, decoders)
+    frames = ClipBatches(clips, decoders, frames=8, seed=0).batch(0)
+  factor = measure_scaling_factor(VAE_CONFIG, params, [jnp.asarray(frames)])
   mean, logvar = vae.encode(model, jnp.float32(frames) / 127.5 - 1)
   noise = jax.random.normal(jax.random.key(0), (64, *mean.shape))
   latents = factor * (mean + jnp.exp(logvar / 2) * noise)
@@ -123,8 +203,11 @@ def test_clips_that_the_vae_cannot_take_are_refused_at_once(tmp_path, key, value
   assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_without_usable_clips_is_refused(tmp_path, config):
-  (tmp_path / "a.mp4").write_bytes(b"")
-  (tmp_path / "a.txt").write_text("nothing")
+def test_a_folder_without_usable_clips_is_refused(tmp_path):
+  folder = tmp_path / "clips"
+  folder.mkdir()
+  (folder / "a.mp4").write_bytes(b"")
+  (folder / "a.txt").write_text("nothing")
+  config = make_config(data__path=str(folder))
   with pytest.raises(UserError, match="No clip of"):
-    read_clips(str(tmp_path), config.data)
+    vae_run.train(config, epath.Path(tmp_path / "run"))

@@ -399,6 +399,9 @@ class VAEDataConfig:
   durations: tuple[int, ...] = field(
     metadata=key("Lengths of the buckets in pixel frames, each 4k+1.", form=DURATIONS)
   )
+  validation_fraction: float = field(
+    metadata=key("Fraction of files held out, chosen by a hash of their names.", allowed=FRACTION)
+  )
 
 
 @dataclass(frozen=True)
@@ -407,6 +410,9 @@ class VAEScheduleConfig:
 
   steps: int = field(metadata=key("Updates in total."))
   frames: int = field(metadata=key("Pixel frames in a batch, which holds clips of one bucket."))
+  batch_multiple: int = field(
+    metadata=key("The clips of a batch divide by it: the devices that share a batch.")
+  )
 
 
 @dataclass(frozen=True)
@@ -446,6 +452,12 @@ class VAETrainConfig:
   train: VAEScheduleConfig = field(metadata=key("How long to train."))
   loss: VAELossConfig = field(metadata=key("Weights of the loss."))
   optimizer: OptimizerConfig = field(metadata=key("AdamW and the moving average."))
+  mesh: MeshConfig = field(metadata=key("Devices along each mesh axis."))
+  sharding: str = field(
+    metadata=key("How arrays are split over the mesh.", choices=tuple(sharding.RULES))
+  )
+  cpu_devices: int = field(metadata=key("Devices that a CPU counts as. They share its cores."))
   log_every: int = field(metadata=key("Updates from metrics line to metrics line."))
   checkpoint: CheckpointConfig = field(metadata=key("When to save."))
+  validation: ValidationConfig = field(metadata=key("The loss on held-out clips."))
   preview: VAEPreviewConfig = field(metadata=key("Reconstructions made during training."))

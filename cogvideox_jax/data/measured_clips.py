@@ -48,18 +48,16 @@ class MeasuredClips(NamedTuple):
       validation_fraction: in [0, 1); 0 holds nothing out.
 
     Raises:
-      UserError: there is nothing left to train on, or nothing to validate on though a fraction is
-        to be held out.
+      UserError: there is nothing left to train on.
     """
     hashes = np.array([source_hash(item.id) for item in self.files], np.uint64)
     held_out = hashes < validation_fraction * 2.0**64
     train, validation = self._of_files(~held_out), self._of_files(held_out)
-    for name, kept in (("train", train), ("validation", validation)):
-      if not kept.count and validation_fraction:
-        raise UserError(
-          f"none of the {self.count} clips is in the {name} split:\n"
-          f"change config.data.validation_fraction, which is {validation_fraction}"
-        )
+    if not train.count:
+      raise UserError(
+        f"none of the {self.count} clips is in the train split:\n"
+        f"change config.data.validation_fraction, which is {validation_fraction}"
+      )
     return train, validation
 
   def digest(self) -> str:

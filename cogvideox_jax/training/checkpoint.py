@@ -57,11 +57,11 @@ class Checkpoints:
     self._worker.shutdown(wait=not lost)
 
   def save(self, step: int, state: TrainState) -> None:
-    """Copies the state and returns; hashing and writing go on beside the next steps."""
+    """Copies the state but what is frozen; hashing and writing go on beside the next steps."""
     self.wait()
     hosts.wait("saved before")
     orbax.quieten()
-    arrays = flatten(state)
+    arrays = flatten(state.saved())
     held = _host_copies(arrays) if _alone() else shard_digests.copies(arrays)
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     context = ocp.Context()
@@ -95,13 +95,16 @@ class Checkpoints:
         ) from error
 
   def restore(self, abstract: TrainState) -> Restored | None:
-    """The newest good step, on the shardings of `abstract`; None if none was ever completed.
+    """Restores the newest good step, on the shardings of `abstract`, with nothing frozen.
+
+    Returns None if no step was ever completed.
 
     Steps that are passed over are renamed to STEP.skipped, so that training can save them anew.
 
     Raises:
       UserError: there are completed checkpoints, but none of them is good.
     """
+    abstract = abstract.saved()
     skipped: dict[int, str] = {}
     good = None
     # As the first process lists them: another may not see yet what was done a moment ago.

@@ -8,20 +8,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.errors import UserError
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 LONGEST_LINE = 1 << 20  # Bytes.
 
-Measure = Callable[[], dict[str, float]]
+Numbers = dict[str, int | float]  # By name.
+Measure = Callable[[], Numbers]
 
 
 class RunLog:
@@ -89,34 +89,39 @@ def drop_torn_line(path: Path) -> None:
     file.truncate(start + file.read().rfind(b"\n") + 1)
 
 
+def _nothing(step: int, seconds: float) -> Numbers:
+  return {}
+
+
+class Report(NamedTuple):
+  """What is reported of a training's steps."""
+
+  name: str  # On the progress bar, with
+  steps: int  # how many the training has in all, and
+  shown: tuple[str, ...]  # the metrics of the last one.
+  log_every: int  # A logged step stands for so many.
+  way_out: str  # What to do if a metric is not finite, as the end of a message.
+  describe: Callable[[int, float], Numbers] = _nothing  # Step, its seconds -> numbers to log.
+  labels: dict[str, str] = {}  # Stand in each line of the log.
+
+
 class Recorder:
   """Turns what steps return into logged numbers, without holding up the device.
 
   Reading a number waits for its step, so it is done `lag` steps late.
   """
 
-  def __init__(
-    self,
-    log: RunLog,
-    loader: Loader,
-    bar: tqdm,
-    *,
-    stage: str,
-    first: int,  # The step that takes the loader's first batch.
-    tokens: int,  # Of a global batch, padding included.
-    every: int,  # A logged step stands for so many.
-    lag: int,
-  ):
-    self._log, self._loader, self._bar = log, loader, bar
-    self._stage, self._first = stage, first
-    self._tokens, self._every, self._lag = tokens, every, lag
+  def __init__(self, log: RunLog, bar: tqdm, report: Report, *, lag: int):
+    self._log, self._bar, self._report, self._lag = log, bar, report, lag
     self._waiting: deque[tuple[int, dict[str, jax.Array], Measure | None]] = deque()
     self._mark, self._seconds, self._steps = time.perf_counter(), 0.0, 0
 
   def add(self, step: int, metrics: dict[str, jax.Array], measure: Measure | None = None) -> None:
     """Takes a step's metrics.
 
-    measure: called once the step is done, for numbers that make it a logged step whatever `every`.
+    Args:
+      measure: called once the step is done, for numbers that make it a logged step whatever
+        `log_every`.
     """
     self._waiting.append((step, metrics, measure))
     while len(self._waiting) > (0 if measure else self._lag):
@@ -135,37 +140,24 @@ class Recorder:
     values = {name: float(value) for name, value in metrics.items()}
     now = time.perf_counter()
     self._seconds, self._steps, self._mark = self._seconds + now - self._mark, self._steps + 1, now
+    self._check_finite(step, values)
+    self._bar.update()
+    self._bar.set_postfix({name: f"{values[name]:.4f}" for name in self._report.shown})
+    if step % self._report.log_every == 0 or measure:
+      self._write(step, values, measure() if measure else {})
+      self.restart_clock()
+
+  def _check_finite(self, step: int, values: Numbers) -> None:
     if odd := [name for name, value in values.items() if not math.isfinite(value)]:
       self._log.event("not_finite", step=step, metrics=odd)
       raise UserError(
         f"Training stopped at step {step}: {', '.join(odd)} not finite. Earlier checkpoints are "
-        "intact.\nThe same command would meet it again. Train on from the newest of them in a new "
-        "workdir, with\n--config.init_from=THIS_WORKDIR and a smaller "
-        "config.optimizer.learning_rate, or look for odd numbers in the data."
+        f"intact.\nThe same command would meet it again. {self._report.way_out}"
       )
-    self._bar.update()
-    self._bar.set_postfix(loss=f"{values['loss']:.4f}")
-    if step % self._every == 0 or measure:
-      self._write(step, values, measure() if measure else {})
-      self.restart_clock()
 
-  def _write(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
-    batch = step - self._first
-    padding = self._loader.padding_fraction(batch)
+  def _write(self, step: int, values: Numbers, measured: Numbers) -> None:
     seconds = self._seconds / self._steps
     self._seconds, self._steps = 0.0, 0
-    numbers = {
-      **values,
-      "step_seconds": seconds,
-      "tokens_per_second": self._tokens * (1 - padding) / seconds,
-      "padding_fraction": padding,
-      **_epochs(self._loader.epochs(batch)),
-      **measured,
-    }
-    self._log.metrics(step, numbers, stage=self._stage)
-
-
-def _epochs(by_dataset: dict[str, int]) -> dict[str, int]:
-  """`epoch`, of the dataset that is repeated most; and of each, where there are several."""
-  each = {f"epoch_{name}": epoch for name, epoch in by_dataset.items()}
-  return {"epoch": max(by_dataset.values()), **(each if len(each) > 1 else {})}
+    described = self._report.describe(step, seconds)
+    numbers = {**values, "step_seconds": seconds, **described, **measured}
+    self._log.metrics(step, numbers, **self._report.labels)

@@ -1,16 +1,13 @@
-"""AdamW with warm-up and a cosine, as the configs name them, and the average of the weights."""
+"""AdamW with warm-up and a cosine, as the configs name them."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from cogvideox_jax import sharding
 from cogvideox_jax.config.schema import OptimizerConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.training.state import Params
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -52,18 +49,6 @@ def make_optimizer(
       mask=decayed,
     ),
   )
-
-
-def average(ema: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
-  """The moving average of the weights after an update.
-
-  Its decay grows to `decay` from .1 (ours; as TensorFlow's averages): with a fixed one, the drawn
-  weights would be most of the average for as many updates as it spans.
-
-  step: updates done before this one.
-  """
-  decay_now = jnp.minimum(decay, (1 + step) / (10 + step))
-  return cast(Params, optax.incremental_update(params, ema, step_size=1 - decay_now))
 
 
 def decayed(params: Any) -> Any:

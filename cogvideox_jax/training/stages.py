@@ -17,8 +17,8 @@ import optax
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit import DiTConfig
-from cogvideox_jax.training import optimizer, state
-from cogvideox_jax.training.state import TrainState
+from cogvideox_jax.training import optimizer
+from cogvideox_jax.training.state import TrainState, shardings_of
 
 WARMUP_PART = 10  # Of several stages, each warms up over at most one part in so many; ours.
 
@@ -103,23 +103,24 @@ def make_optimizer(config: TrainConfig, name: str) -> optax.GradientTransformati
   return optimizer.make_optimizer(config.optimizer, lambda count: schedule(count + start))
 
 
-def enter(config: TrainConfig, stage: Stage, value: TrainState, abstract: TrainState) -> TrainState:
+def enter(config: TrainConfig, stage: Stage, state: TrainState, abstract: TrainState) -> TrainState:
   """The state to begin a stage with, or to go on with inside it, placed as the stage has it.
 
   Unless `config.train.carry_optimizer`, a stage that begins has fresh moments and their count at 0.
 
   abstract: a state on the stage's mesh.
   """
-  places = state.shardings_of(abstract)
-  value = jax.tree.map(_moved, value, places)
-  if config.train.carry_optimizer or stage.start == 0 or int(value.step) != stage.start:
-    return value
+  shardings = shardings_of(abstract)
+  state = jax.tree.map(_moved, state, shardings)
+  if config.train.carry_optimizer or stage.start == 0 or int(state.step) != stage.start:
+    return state
   tx = make_optimizer(config, stage.name)
-  return value._replace(opt_state=jax.jit(tx.init, out_shardings=places.opt_state)(value.params))
+  moments = jax.jit(tx.init, out_shardings=shardings.opt_state)(state.params)
+  return state._replace(opt_state=moments)
 
 
-def _moved(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
-  return array if array.sharding == place else jax.device_put(array, place, donate=True)
+def _moved(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+  return array if array.sharding == sharding else jax.device_put(array, sharding, donate=True)
 
 
 def stage_model(config: TrainConfig, name: str) -> DiTConfig:

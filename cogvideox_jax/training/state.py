@@ -1,7 +1,7 @@
-"""Everything that a training step changes, made on a mesh."""
+"""The state that a training step changes: what is trained, what is averaged and what is frozen."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,57 +12,137 @@ from jaxtyping import Array, Int
 from cogvideox_jax import sharding
 
 Params = dict[str, Any]  # Nested by the keys of a parameter's path; see nnx.to_pure_dict.
+# One for all parameters, or several by the names of the subtrees of the parameters they move.
+Optimizer = optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
+NOTHING: Params = {}
 
 
 class TrainState(NamedTuple):
-  """What is saved, restored, donated to each step and returned by it."""
+  """The state that each step is given, as donated buffers, and returns.
+
+  A checkpoint holds all of it but `frozen`.
+  """
 
   step: Int[Array, ""]  # Updates done.
-  params: Params  # The fp32 masters.
-  opt_state: optax.OptState
-  ema: Params  # Moving average of `params`: what is sampled from.
+  params: Params  # The trained parameters, as fp32 masters.
+  opt_state: Any  # The optimizer's state; of several optimizers, a dict by their names.
+  ema: Params  # The moving average of `params`, or of a subtree of them: what is sampled from.
+  frozen: Params = NOTHING  # Parameters that the step reads only: no gradient, moment or average.
+
+  def saved(self) -> "TrainState":
+    """Returns the state without its frozen parameters, which a checkpoint leaves out."""
+    return self._replace(frozen=NOTHING)
 
 
-def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-  """The state before the first update. The average starts at the weights.
+def everything(params: Params) -> Params:
+  return params
 
-  It holds its own copy of them: buffers donated twice crash a step.
+
+class Updates(NamedTuple):
+  """How the updates of a training move its parameters."""
+
+  optimizer: Optimizer
+  ema_decay: float  # The decay that the moving average reaches.
+  averaged: Callable[[Params], Params] = everything  # Picks the parameters that are averaged.
+
+  def begin(self, params: Params, frozen: Params = NOTHING) -> TrainState:
+    """Returns the state before the first update. The average starts at the weights.
+
+    The average gets buffers of its own, because a step must not be given one buffer twice.
+    """
+    average = jax.tree.map(jnp.copy, self.averaged(params))
+    return TrainState(jnp.int32(0), params, self.moments(params), average, frozen)
+
+  def moments(self, params: Params) -> Any:
+    """Returns the state of the optimizer, or of each optimizer by name, before any update."""
+    if isinstance(self.optimizer, Mapping):
+      return {name: tx.init(params[name]) for name, tx in self.optimizer.items()}
+    return self.optimizer.init(params)
+
+  def apply(self, state: TrainState, grads: Params) -> TrainState:
+    """Returns the state after one more update.
+
+    Args:
+      grads: the gradient of each parameter. If there are several optimizers, a subtree that has no
+        gradients is left as it is, with its moments: a discriminator may start late.
+    """
+    if isinstance(self.optimizer, Mapping):
+      params, opt_state = dict(state.params), dict(state.opt_state)
+      for name, gradient in grads.items():
+        params[name], opt_state[name] = _move(
+          self.optimizer[name], gradient, opt_state[name], params[name]
+        )
+    else:
+      params, opt_state = _move(self.optimizer, grads, state.opt_state, state.params)
+    ema = average(state.ema, self.averaged(params), state.step, self.ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema, state.frozen)
+
+
+def _move(
+  tx: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params
+) -> tuple[Params, optax.OptState]:
+  updates, opt_state = tx.update(grads, opt_state, params)
+  return cast(Params, optax.apply_updates(params, updates)), opt_state
+
+
+def average(ema: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
+  """Returns the moving average of the weights after an update.
+
+  Its decay grows to `decay` from .1 (ours; as TensorFlow's averages): with a fixed one, the drawn
+  weights would be most of the average for as many updates as it spans.
+
+  Args:
+    step: updates done before this one.
   """
-  return TrainState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params))
+  decay_now = jnp.minimum(decay, (1 + step) / (10 + step))
+  return cast(Params, optax.incremental_update(params, ema, step_size=1 - decay_now))
 
 
 def create(
   make_params: Callable[[Any], Params],
   argument: Any,
-  tx: optax.GradientTransformation,
+  updates: Updates,
   like: TrainState,
+  frozen: Params = NOTHING,
 ) -> TrainState:
   """Makes a state straight onto a mesh, so that no device ever holds all of it.
 
-  The shardings are given by name: a bare `jax.jit(tx.init)` leaves the moments unsharded.
+  The shardings are given by name, because a bare `jax.jit(tx.init)` leaves the moments unsharded.
 
   Args:
-    make_params: traced; given `argument`, such as a key, or arrays that are on the mesh already.
+    make_params: is traced with `argument`: a key, or arrays that are on the mesh already.
     like: what `abstract` returns.
+    frozen: arrays of the host or of devices, which are copied onto the mesh.
   """
 
   def make(argument: Any) -> TrainState:
-    return new_state(make_params(argument), tx)
+    return updates.begin(make_params(argument))
 
-  return jax.jit(make, out_shardings=shardings_of(like))(argument)
+  made = jax.jit(make, out_shardings=shardings_of(like.saved()))(argument)
+  return with_frozen(made, frozen, like)
+
+
+def with_frozen(state: TrainState, frozen: Params, like: TrainState) -> TrainState:
+  """Returns a state, such as a restored one, with frozen parameters, placed as those of `like`."""
+  placed = jax.tree.map(lambda x, as_in: jax.device_put(x, as_in.sharding), frozen, like.frozen)
+  return state._replace(frozen=placed)
 
 
 def abstract(
-  params: Params, tx: optax.GradientTransformation, mesh: Mesh, rules: sharding.Rules
+  params: Params, updates: Updates, mesh: Mesh, rules: sharding.Rules, frozen: Params = NOTHING
 ) -> TrainState:
-  """Shapes, types and shardings of a state; `params` are arrays, or their shapes."""
-  shapes = jax.eval_shape(lambda params: new_state(params, tx), params)
-  places = sharding.shardings(shapes, mesh, rules)
+  """Returns the shapes, types and shardings of a state.
+
+  Args:
+    params, frozen: arrays, or their shapes.
+  """
+  shapes = jax.eval_shape(updates.begin, params, frozen)
+  shardings = sharding.shardings(shapes, mesh, rules)
   return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
   )
 
 
 def shardings_of(state: TrainState) -> TrainState:
-  """The sharding of each array of a state, or of an abstract one."""
+  """Returns the sharding of each array of a state, or of an abstract one."""
   return jax.tree.map(lambda x: x.sharding, state)

@@ -1,7 +1,7 @@
 """One update of the weights, and the loss that is watched: pure functions of state and batch."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ from cogvideox_jax.diffusion.objective import (
   vision_tokens,
 )
 from cogvideox_jax.models.dit import timestep_sinusoid
-from cogvideox_jax.training import optimizer
-from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.state import Params, TrainState, Updates
 from cogvideox_jax.types import Batch
 
 
@@ -33,9 +32,9 @@ class Network(NamedTuple):
 
 
 class Accumulation(NamedTuple):
-  """How a global batch is computed with in parts, one after the other."""
+  """How a global batch is computed with in microbatches, one after the other."""
 
-  split: Callable[[Any], Any]  # Arrays [rows ...] of a tree -> [parts, rows of a part, ...].
+  split: Callable[[Any], Any]  # Arrays [rows, ...] of a tree -> [microbatches, their rows, ...].
   pin: Callable[[Params], Params]  # Keeps gradients where their parameters are.
 
 
@@ -45,10 +44,9 @@ def train_step(
   key: Key[Array, ""],
   *,
   network: Network,
-  tx: optax.GradientTransformation,
+  updates: Updates,
   learning_rate: optax.Schedule,
   objective: Objective,
-  ema_decay: float,
   accumulation: Accumulation,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
   """Denoises one batch and moves the weights. The loop jits it and donates `state`.
@@ -56,7 +54,7 @@ def train_step(
   Args:
     batch: the global batch.
     key: of the run; each step folds its number in, so that a resumed run draws the same noise.
-    learning_rate: what `tx` follows, for the metrics.
+    learning_rate: the schedule that the optimizer follows, for the metrics.
 
   Returns:
     The next state; loss, grad_norm (before clipping) and learning_rate.
@@ -65,24 +63,21 @@ def train_step(
   timed = draw_timesteps(objective, batch, timestep_key)
   tokens = vision_tokens(batch)
 
-  def loss_of(params: Params, part: TimedBatch) -> Float32[Array, ""]:
-    denoise = denoiser(network, params, part.batch)
-    return loss_share(objective, denoise, part, tokens, latent_key)
+  def loss_of(params: Params, microbatch: TimedBatch) -> Float32[Array, ""]:
+    denoise = denoiser(network, params, microbatch.batch)
+    return loss_share(objective, denoise, microbatch, tokens, latent_key)
 
-  def gradient_of(part: TimedBatch) -> tuple[Float32[Array, ""], Params]:
-    value, grads = jax.value_and_grad(loss_of)(state.params, part)
-    return value, accumulation.pin(grads)
+  def gradient_of(microbatch: TimedBatch) -> tuple[Float32[Array, ""], Params]:
+    share, grads = jax.value_and_grad(loss_of)(state.params, microbatch)
+    return share, accumulation.pin(grads)
 
-  value, grads = _sum_over(gradient_of, accumulation.split(timed))
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = cast(Params, optax.apply_updates(state.params, updates))
-  ema = optimizer.average(state.ema, params, state.step, ema_decay)
+  total, grads = _sum_over(gradient_of, accumulation.split(timed))
   metrics = {
-    "loss": value,
+    "loss": total,
     "grad_norm": optax.tree.norm(grads),
     "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
   }
-  return TrainState(state.step + 1, params, opt_state, ema), metrics
+  return updates.apply(state, grads), metrics
 
 
 def validation_step(
@@ -111,17 +106,17 @@ def validation_step(
   return jax.lax.map(at, timesteps)
 
 
-def _sum_over(function: Callable[[TimedBatch], Any], parts: TimedBatch) -> Any:
-  """The sum of what a function gives for each part, which are taken in turn."""
-  first = jax.tree.map(lambda x: x[0], parts)
-  if len(parts.rows) == 1:
+def _sum_over(function: Callable[[TimedBatch], Any], microbatches: TimedBatch) -> Any:
+  """Sums what a function gives for each microbatch; they are taken one after the other."""
+  first = jax.tree.map(lambda x: x[0], microbatches)
+  if len(microbatches.rows) == 1:
     return function(first)
 
-  def add(total: Any, part: TimedBatch) -> tuple[Any, None]:
-    return jax.tree.map(jnp.add, total, function(part)), None
+  def add(total: Any, microbatch: TimedBatch) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, function(microbatch)), None
 
   zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, first))
-  return jax.lax.scan(add, zeros, parts)[0]
+  return jax.lax.scan(add, zeros, microbatches)[0]
 
 
 def denoiser(network: Network, params: Params, batch: Batch) -> Denoise:

@@ -18,7 +18,7 @@ from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiT, DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.training import components, initial_weights, stages, state
-from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.state import Params, TrainState, Updates
 from cogvideox_jax.training.step import Accumulation, Network, train_step, validation_step
 from cogvideox_jax.xla import compiler_options
 
@@ -42,35 +42,34 @@ def make_functions(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.
     model.width,
     sharding.shard_attention(attention_for(device), mesh, rules),
   )
-  tx = stages.make_optimizer(config, stage)
+  updates = Updates(stages.make_optimizer(config, stage), config.optimizer.ema_decay)
   draw = partial(_draw_params, model)
   shapes = jax.eval_shape(draw, jax.random.key(0))
-  abstract = state.abstract(shapes, tx, mesh, rules)
-  parts = _parts(config.stages[stage], mesh, rules)
+  abstract = state.abstract(shapes, updates, mesh, rules)
+  microbatches = _microbatches(config.stages[stage], mesh, rules)
   shared = {
     "network": network,
     "objective": make_objective(config),
     "accumulation": Accumulation(
-      split=partial(sharding.split_rows, parts=parts, mesh=mesh, rules=rules),
+      split=partial(sharding.split_rows, microbatches=microbatches, mesh=mesh, rules=rules),
       pin=partial(jax.lax.with_sharding_constraint, shardings=state.shardings_of(abstract).params),
     ),
   }
 
   def create(key: Key[Array, ""]) -> TrainState:
     if not config.init_from:
-      return state.create(draw, key, tx, abstract)
+      return state.create(draw, key, updates, abstract)
     params = initial_weights.load_initial(config.init_from, shapes)
     params = jax.device_put(params, state.shardings_of(abstract).params)
-    return state.create(lambda given: given, params, tx, abstract)
+    return state.create(lambda given: given, params, updates, abstract)
 
   return Functions(
     abstract=abstract,
     create=create,
     train=partial(
       train_step,
-      tx=tx,
+      updates=updates,
       learning_rate=stages.learning_rate(config, stage),
-      ema_decay=config.optimizer.ema_decay,
       **shared,
     ),
     validate=partial(validation_step, **shared),
@@ -78,13 +77,13 @@ def make_functions(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.
 
 
 def make_objective(config: TrainConfig) -> Objective:
-  """What the loss depends on; `config.components` gives the scale of the latents."""
+  """Makes the objective; `config.components` gives the scale of the latents."""
   schedule = noise_schedule(config.noise)
   return Objective(schedule, components.latent_config(config), config.train.explicit_uniform)
 
 
-def _parts(stage: StageConfig, mesh: Mesh, rules: sharding.Rules) -> int:
-  """In how many parts a step computes with a batch, one after the other."""
+def _microbatches(stage: StageConfig, mesh: Mesh, rules: sharding.Rules) -> int:
+  """Returns in how many microbatches a step computes with a batch, one after the other."""
   sharding.row_sharding(mesh, rules, stage.rows)  # Checks that the rows divide.
   rows = stage.rows // sharding.row_shards(mesh, rules)
   at_once = stage.rows_at_once or rows
@@ -101,12 +100,15 @@ def _draw_params(model: DiTConfig, key: Key[Array, ""]) -> Params:
 
 
 def jit_train(functions: Functions) -> Callable[..., Any]:
-  """(state, batch, key) -> (state, metrics). The state stays where it is, in the same buffers."""
-  places = state.shardings_of(functions.abstract)
-  device, *_ = jax.tree.leaves(places)[0].device_set
+  """Compiles a training's step for its devices: (state, batch, key) -> (state, metrics).
+
+  The state is donated, so that the next one takes its buffers.
+  """
+  shardings = state.shardings_of(functions.abstract)
+  device, *_ = jax.tree.leaves(shardings)[0].device_set
   return jax.jit(
     functions.train,
-    out_shardings=(places, None),
+    out_shardings=(shardings, None),
     donate_argnums=0,
     compiler_options=compiler_options(device),
   )

@@ -1,8 +1,11 @@
-"""The training loop: from a config and a workdir to a trained model, over any number of starts."""
+"""Trains the transformer, from a config and a workdir to a trained model, in any number of starts.
+
+A run goes through its stages, each with its own mesh, programs and data, which it hands to the
+driver of steps.
+"""
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +14,6 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from cogvideox_jax import hosts, sharding
 from cogvideox_jax.config.schema import TrainConfig
@@ -21,9 +23,9 @@ from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.rows import DroppedCaption
 from cogvideox_jax.inference.progress import COMPILE, Progress
-from cogvideox_jax.interrupts import Interrupts
 from cogvideox_jax.training import (
   checkpoint,
+  drive,
   global_batch,
   meshes,
   resume,
@@ -31,18 +33,21 @@ from cogvideox_jax.training import (
   stages,
   step_functions,
 )
-from cogvideox_jax.training.checkpoint import Checkpoints
-from cogvideox_jax.training.metrics import Recorder, RunLog
+from cogvideox_jax.training.drive import Every
+from cogvideox_jax.training.metrics import Numbers, Report
 from cogvideox_jax.training.preview import Previewer
+from cogvideox_jax.training.session import Session, opened, say
 from cogvideox_jax.training.stages import Stage
 from cogvideox_jax.training.state import Params, TrainState
 from cogvideox_jax.training.step_functions import jit_train
-from cogvideox_jax.training.stopping import Stopping
 from cogvideox_jax.types import Batch
 
 # Where on the noise schedule the validation loss is taken, as fractions of its steps; ours.
 VALIDATION_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
-READ_AHEAD = 2  # Batches that are on the device before their step.
+WAY_OUT = (
+  "Train on from the newest of them in a new workdir, with\n--config.init_from=THIS_WORKDIR and a "
+  "smaller config.optimizer.learning_rate, or look for odd numbers in the data."
+)
 
 
 def train(config: TrainConfig, workdir: epath.Path) -> int:
@@ -62,43 +67,15 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
   with disk_errors(workdir):
     if hosts.is_first():
       resume.store(workdir, config, run.data_digests)
-    log = RunLog(workdir)
-
-  def on_saved(step: int, digest: str) -> None:
-    log.event("checkpoint_saved", step=step, digest=digest)
-    log.upload()
-
-  folder = workdir / "checkpoints"
-  with (
-    closing(log),
-    Interrupts() as interrupts,
-    Checkpoints(folder, keep=config.checkpoint.keep, on_saved=on_saved) as checkpoints,
-  ):
-    stopping = Stopping(interrupts, run.mesh)
-    value = run.start(checkpoints, log)
-    step = run.go(value, checkpoints, log, stopping)
-    hosts.wait("trained")  # Until the first has written all that is left.
-  if stopping.exit_code is None or step == config.train.steps:
-    say(f"Trained for {step} steps: {folder / str(step)}")
-    return 0
-  say(f"Stopped at step {step}, which is saved. The same command goes on from there.")
-  return stopping.exit_code
+  with opened(workdir, keep=config.checkpoint.keep, mesh=run.mesh) as session:
+    return session.end(run.go(session), steps=config.train.steps)
 
 
 class Programs(NamedTuple):
-  """What is compiled before the first step."""
+  """The programs that are compiled before the first step."""
 
   train: Callable[..., Any]
   validate: Callable[..., Any]
-
-
-class Outlets(NamedTuple):
-  """Where a run's steps leave something, and what may stop them."""
-
-  checkpoints: Checkpoints
-  log: RunLog
-  previewer: Previewer | None
-  stopping: Stopping
 
 
 class Run:
@@ -122,58 +99,55 @@ class Run:
 
   @property
   def mesh(self) -> Mesh:
-    """Of the stage that the run goes on with."""
+    """The mesh of the stage that the run goes on with."""
     return self._prepare(self._next).mesh
 
   @property
   def data_digests(self) -> dict[str, str]:
-    """Of the datasets of the stages that are prepared."""
-    parts = self._prepared.values()
-    return {name: digest for part in parts for name, digest in part.data_digests.items()}
+    """The digests of the datasets of the stages that are prepared, by name."""
+    prepared = self._prepared.values()
+    return {name: digest for stage in prepared for name, digest in stage.data_digests.items()}
 
-  def start(self, checkpoints: Checkpoints, log: RunLog) -> TrainState:
-    """The state to go on from, restored or new; says which."""
+  def go(self, session: Session) -> int:
+    """Takes the steps that are left, unless a signal comes. Returns the last one taken."""
     functions = self._prepare(self._next).functions
-    restored = checkpoints.restore(functions.abstract)
-    for step, reason in (restored.skipped if restored else {}).items():
-      log.event("checkpoint_skipped", step=step, reason=reason)
-      say(f"Passed over the checkpoint of step {step}: {reason}.")
-    value = restored.state if restored else functions.create(self._create_key)
-    step = int(value.step)
-    log.event("resumed", step=step)
-    say(f"resumed at step {step} of {self._steps}" if restored else f"new run, {self._steps} steps")
-    return value
-
-  def go(self, value: TrainState, checkpoints: Checkpoints, log: RunLog, stopping: Stopping) -> int:
-    """Takes the steps that are left. Returns the last one taken, which is saved by then."""
-    step = int(value.step)
-    outlets = Outlets(checkpoints, log, self._previewer, stopping)
-    while step < self._steps:
+    state = session.begin(
+      functions.abstract, partial(functions.create, self._create_key), steps=self._steps
+    )
+    while (step := int(state.step)) < self._steps:
       stage = stages.going_on_at(self._plan, step)
       if step == stage.start > 0:
-        log.event("stage", step=step, stage=stage.name)
+        session.log.event("stage", step=step, stage=stage.name)
         say(f"stage {stage.name}, to step {stage.end}")
-      value, step = self._prepare(stage).go(value, outlets)
-      if stopping.exit_code is not None:
-        break
-    checkpoints.wait()
+      state = self._prepare(stage).go(state, session)
+      if session.stopping.exit_code is not None:
+        return int(state.step)
     return step
 
   def _prepare(self, stage: Stage) -> "StageRun":
     if stage.name not in self._prepared:
-      self._prepared[stage.name] = StageRun(self._config, stage, self._workdir, self._drop)
+      self._prepared[stage.name] = StageRun(
+        self._config, stage, self._workdir, self._drop, self._previewer
+      )
     return self._prepared[stage.name]
 
 
 class StageRun:
   """One stage of a run: its mesh, programs and data."""
 
-  def __init__(self, config: TrainConfig, stage: Stage, workdir: epath.Path, drop: DroppedCaption):
+  def __init__(
+    self,
+    config: TrainConfig,
+    stage: Stage,
+    workdir: epath.Path,
+    drop: DroppedCaption,
+    previewer: Previewer | None,
+  ):
     self._config, self._stage, self._workdir = config, stage, workdir
-    self._settings = config.stages[stage.name]
+    self._settings, self._previewer = config.stages[stage.name], previewer
     self.mesh, rules = meshes.make_mesh(config, stage.name)
     batch = meshes.abstract_batch(config, stage.name, self.mesh, rules)
-    self._places = jax.tree.map(lambda x: x.sharding, batch)
+    self._shardings = jax.tree.map(lambda x: x.sharding, batch)
     rows = self._settings.rows
     self._mine = global_batch.rows_here(sharding.row_sharding(self.mesh, rules, rows), rows)
     self.functions = step_functions.make_functions(config, stage.name, self.mesh, rules)
@@ -192,61 +166,68 @@ class StageRun:
       self._held_out_batches = min(
         config.validation.batches, -(-sum(sizes.values()) // self._settings.rows)
       )
-    # On CPU, steps that are not waited for can deadlock where devices are many.
-    self._waits = self.mesh.devices.flat[0].platform == "cpu"
     _, self._train_key, self._validation_key = _keys(config)
 
-  def go(self, value: TrainState, outlets: Outlets) -> tuple[TrainState, int]:
+  def go(self, state: TrainState, session: Session) -> TrainState:
     """Takes the stage's steps that are left, unless a signal comes; the last one is saved."""
     config, stage = self._config, self._stage
-    value = stages.enter(config, stage, value, self.functions.abstract)
-    done = int(value.step) - stage.start
+    state = stages.enter(config, stage, state, self.functions.abstract)
+    done = int(state.step) - stage.start
     weights = stage_data.weights(config, stage.name)
     history = resume.go_on_mixing(self._workdir, stage.name, weights, done * self._settings.rows)
     loader = stage_data.make_loader(config, stage.name, self._datasets, history, self._mine)
     with closing(loader.iterate(done)) as rows:
-      batches = self._read_ahead(rows)
+      batches = drive.read_ahead(rows, self._place)
       first = next(batches)
-      programs = self._compile(value, first)
-      before, steps = stage.start + done, config.train.steps
-      with tqdm(desc="train", initial=before, total=steps, disable=not hosts.is_first()) as bar:
-        recorder = self._recorder(outlets.log, loader, bar)
-        for step, batch in enumerate(itertools.chain([first], batches), start=before + 1):
-          outlets.stopping.ask()
-          value, metrics = programs.train(value, batch, self._train_key)
-          if self._waits:
-            jax.block_until_ready(value)
-          measure = None
-          if self._held_out and is_due(step, config.validation.every):
-            measure = partial(self._validate, programs, self._held_out, value.ema)
-          recorder.add(step, metrics, measure)
-          stops = outlets.stopping.is_due() or step == stage.end
-          if stops or is_due(step, config.checkpoint.every):
-            recorder.drain()  # So that nothing is saved that is not finite.
-            outlets.checkpoints.save(step, value)
-          if outlets.previewer and is_due(step, config.preview.every):
-            outlets.previewer.write(step, stages.stage_model(config, stage.name), value.ema)
-          outlets.checkpoints.check()
-          if stops:
-            break
-          recorder.restart_clock()
-    return value, step
+      programs = self._compile(state, first)
+      return drive.take_steps(
+        state,
+        itertools.chain([first], batches),
+        lambda state, batch: programs.train(state, batch, self._train_key),
+        session,
+        self._report(loader),
+        last=stage.end,
+        save_every=config.checkpoint.every,
+        happenings=self._happenings(programs),
+      )
 
-  def _compile(self, value: TrainState, batch: Batch) -> Programs:
+  def _happenings(self, programs: Programs) -> list[Every]:
+    """Lists what happens every so many steps, besides saving."""
+    config, held_out, previewer = self._config, self._held_out, self._previewer
+    found = []
+    if held_out:
+
+      def validate(_: int, state: TrainState) -> Numbers:
+        return self._validate(programs, held_out, state.ema)
+
+      found.append(Every(config.validation.every, validate, measures=True))
+    if previewer:
+      model = stages.stage_model(config, self._stage.name)
+
+      def preview(step: int, state: TrainState) -> None:
+        previewer.write(step, model, state.ema)
+
+      found.append(Every(config.preview.every, preview))
+    return found
+
+  def _compile(self, state: TrainState, batch: Batch) -> Programs:
     train = jit_train(self.functions)
     validate = jax.jit(self.functions.validate)
     progress = Progress()
     with progress.phase(COMPILE, 2 if self._held_out else 1) as bar:
-      train = train.lower(value, batch, self._train_key).compile()
+      train = train.lower(state, batch, self._train_key).compile()
       bar.update()
       if self._held_out:
-        validate = validate.lower(value.ema, batch, *self._validation_noise()).compile()
+        validate = validate.lower(state.ema, batch, *self._validation_noise()).compile()
         bar.update()
     say(f"compiled in {progress.seconds[COMPILE]:.1f} s")
     return Programs(train, validate)
 
-  def _validate(self, programs: Programs, held_out: Loader, params: Params) -> dict[str, float]:
-    """The loss on the held-out clips, by timestep and over all: always the same clips and noise."""
+  def _validate(self, programs: Programs, held_out: Loader, params: Params) -> Numbers:
+    """Computes the loss on the held-out clips: always the same clips, noise and timesteps.
+
+    Returns it at each of the timesteps, and their mean.
+    """
     noise = self._validation_noise()
     losses = np.mean(
       [
@@ -262,42 +243,47 @@ class StageRun:
     points = np.array(VALIDATION_POINTS) * self._config.noise.steps
     return self._validation_key, points.astype(np.int32)
 
-  def _recorder(self, log: RunLog, loader: Loader, bar: tqdm) -> Recorder:
-    return Recorder(
-      log,
-      loader,
-      bar,
-      stage=self._stage.name,
-      first=self._stage.start + 1,
-      tokens=self._settings.rows * self._settings.row_tokens,
-      every=self._config.log_every,
-      lag=0 if self._waits else READ_AHEAD,
+  def _report(self, loader: Loader) -> Report:
+    tokens = self._settings.rows * self._settings.row_tokens  # Of a batch, padding included.
+    first = self._stage.start + 1  # The step that takes the loader's first batch.
+
+    def describe(step: int, seconds: float) -> Numbers:
+      return describe_batch(loader, step - first, tokens, seconds)
+
+    return Report(
+      name="train",
+      steps=self._config.train.steps,
+      shown=("loss",),
+      log_every=self._config.log_every,
+      way_out=WAY_OUT,
+      describe=describe,
+      labels={"stage": self._stage.name},
     )
 
-  def _read_ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Batches on the mesh, each put there while earlier ones are computed with."""
-    waiting: deque[Batch] = deque()
-    for batch in batches:
-      waiting.append(self._place(batch))
-      if len(waiting) > READ_AHEAD:
-        yield waiting.popleft()
-
   def _place(self, batch: Batch) -> Batch:
-    """This host's rows as its part of the global batch."""
-    return global_batch.place(batch, self._mine, self._settings.rows, self._places)
+    """Makes the global batch, of which this host's rows are its part."""
+    return global_batch.place(batch, self._mine, self._settings.rows, self._shardings)
+
+
+def describe_batch(loader: Loader, k: int, tokens: int, seconds: float) -> Numbers:
+  """Returns what the log says of batch k: its padding, its epoch, and how fast tokens went by.
+
+  `epoch` is that of the dataset that is repeated most; if there are several, each has one, too.
+
+  Args:
+    tokens: of the batch, padding included.
+    seconds: that its step took.
+  """
+  padding, by_dataset = loader.padding_fraction(k), loader.epochs(k)
+  each = {f"epoch_{name}": epoch for name, epoch in by_dataset.items()}
+  return {
+    "tokens_per_second": tokens * (1 - padding) / seconds,
+    "padding_fraction": padding,
+    "epoch": max(by_dataset.values()),
+    **(each if len(each) > 1 else {}),
+  }
 
 
 def _keys(config: TrainConfig) -> jax.Array:
-  """Of the weights as drawn, of the training's noise, and of the validation's."""
+  """Returns the keys of the drawn weights, of the training's noise and of the validation's."""
   return jax.random.split(jax.random.key(config.seed), 3)
-
-
-def is_due(step: int, every: int) -> bool:
-  """Whether something done `every` so many steps, never if that is 0, is to be done at `step`."""
-  return every > 0 and step % every == 0
-
-
-def say(text: str) -> None:
-  """A line in the terminal, once for all processes of a job."""
-  if hosts.is_first():
-    print(text, flush=True)

@@ -1,47 +1,57 @@
-"""The VAE's training loop: from a config and a workdir to a VAE in diffusers' layout."""
+"""Trains the VAE, from a config and a workdir to a VAE in diffusers' layout.
+
+The clips are decoded while training runs; the driver of steps, the state, the meshes and the
+checkpoints are those of the transformer's training.
+"""
 
 import dataclasses
-import time
+import itertools
+import os
+from contextlib import closing
 from functools import partial
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
-from tqdm import tqdm
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import UInt8
 
+from cogvideox_jax import hosts, sharding
 from cogvideox_jax.config.checks import check_values
 from cogvideox_jax.config.schema import VAETrainConfig
-from cogvideox_jax.conversion import diffusers
-from cogvideox_jax.data import buckets, shapes, video
+from cogvideox_jax.data import buckets, measured_clips, shapes
+from cogvideox_jax.data.clip_batches import ClipBatches
+from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.files import disk_errors
-from cogvideox_jax.interrupts import Interrupts
-from cogvideox_jax.models import vae
-from cogvideox_jax.models.vae import VAE
-from cogvideox_jax.training import optimizer, resume, state
-from cogvideox_jax.training.checkpoint import Checkpoints
-from cogvideox_jax.training.metrics import RunLog
+from cogvideox_jax.data.measured_clips import MeasuredClips
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.training import drive, global_batch, resume
+from cogvideox_jax.training.drive import Every
+from cogvideox_jax.training.metrics import Numbers, Report
+from cogvideox_jax.training.session import Session, opened, say
 from cogvideox_jax.training.state import TrainState
-from cogvideox_jax.training.vae_step import (
-  Clips,
-  LossWeights,
-  measure_scaling_factor,
-  read_clips,
-  to_float,
-  vae_step,
-)
+from cogvideox_jax.training.step_functions import jit_train
+from cogvideox_jax.training.vae_export import export
+from cogvideox_jax.training.vae_functions import make_vae_functions
+from cogvideox_jax.training.vae_preview import Previewer
 
-PREVIEW_CLIPS = 4
+SCALING_BATCHES = 256  # Of the first epoch, on which the scaling factor is measured, at most.
+VALIDATION = 2**31 - 1  # Folded into the key of the training, where steps are: never a step.
+DECODERS = min(os.cpu_count() or 1, 16)  # Processes of each host.
+WAY_OUT = (
+  "Train anew in another workdir, with\na smaller config.optimizer.learning_rate, or look for odd "
+  "clips in the data."
+)
 
 
 def train(config: VAETrainConfig, workdir: epath.Path) -> int:
-  """Trains on one device until config.train.steps, resuming from the workdir's checkpoints.
+  """Trains until config.train.steps, from the workdir's newest good checkpoint if it has one.
 
   Leaves WORKDIR/vae: the averaged weights, with the scaling factor measured on the clips.
 
   Returns:
-    The exit code: 0, or what a signal asks for, once the state is saved.
+    The exit code: 0, or once a signal came and the state is saved, that signal's.
 
   Raises:
     UserError: the config, the data or the workdir do not allow it; before any compile.
@@ -52,128 +62,186 @@ def train(config: VAETrainConfig, workdir: epath.Path) -> int:
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   resume.check_config(workdir, config)
-  clips = read_clips(_manifest(config, workdir), config.data)
-  with disk_errors(workdir):
-    resume.store(workdir, config, {})
-    log = RunLog(workdir)
-
-  def on_saved(step: int, digest: str) -> None:
-    log.event("checkpoint_saved", step=step, digest=digest)
-
-  folder = workdir / "checkpoints"
-  with Checkpoints(folder, keep=config.checkpoint.keep, on_saved=on_saved) as checkpoints:
-    run = Run(config, workdir, clips, log)
-    value, exit_code = run.go(checkpoints)
-  log.close()
-  if exit_code == 0:
-    _export(config, workdir, run.model(value.ema), clips)
+  with Decoders(DECODERS) as decoders:
+    run = Run(config, workdir, _open_clips(config, workdir, decoders), decoders)
+    with disk_errors(workdir):
+      if hosts.is_first():
+        resume.store(workdir, config, run.data_digests)
+    with opened(workdir, keep=config.checkpoint.keep, mesh=run.mesh) as session:
+      state = run.go(session)
+      exit_code = session.end(int(state.step), steps=config.train.steps)
+    if exit_code == 0:
+      run.export(state)
   return exit_code
+
+
+class Clips(NamedTuple):
+  """The clips to train on, and those that are held out for validation."""
+
+  train: MeasuredClips
+  held_out: MeasuredClips
 
 
 class Run:
   """One start of the training of a workdir."""
 
-  def __init__(self, config: VAETrainConfig, workdir: epath.Path, clips: Clips, log: RunLog):
-    self._config, self._workdir, self._clips, self._log = config, workdir, clips, log
-    self._tx = optimizer.make_optimizer(
-      config.optimizer, optimizer.learning_rate(config.optimizer, config.train.steps)
+  def __init__(self, config: VAETrainConfig, workdir: epath.Path, clips: Clips, decoders: Decoders):
+    self._config, self._workdir = config, workdir
+    self._rules = sharding.rules_named(config.sharding)
+    self.mesh = _make_mesh(config)
+    self._functions = make_vae_functions(config, self.mesh, self._rules)
+    self.data_digests = {"clips": clips.train.digest()}
+    hosts.check_same("set of clips", self.data_digests["clips"])
+    resume.check_data(workdir, self.data_digests)
+    self._train = self._batches(clips.train, decoders)
+    self._held_out = self._batches(clips.held_out, decoders) if clips.held_out.count else None
+    self._step = jit_train(self._functions)
+    self._measure = jax.jit(self._functions.validate)
+    self._create_key, self._train_key, self._validation_key = _keys(config)
+
+  def go(self, session: Session) -> TrainState:
+    """Takes the steps that are left, unless a signal comes; the last one is saved."""
+    config, functions = self._config, self._functions
+    steps = config.train.steps
+    state = session.begin(
+      functions.abstract, partial(functions.create, self._create_key), steps=steps
     )
-    self._graphdef = nnx.split(nnx.eval_shape(partial(_new_model, config, jax.random.key(0))))[0]
-    step = partial(
-      vae_step,
-      graphdef=self._graphdef,
-      tx=self._tx,
-      weights=LossWeights(**dataclasses.asdict(config.loss)),
-      ema_decay=config.optimizer.ema_decay,
+    done = int(state.step)
+    if done == steps:
+      return state
+    with closing(self._train.iterate(done, self._rows_here)) as frames:
+      clips = (self._train.sizes_of(k).clips for k in itertools.count(done))
+      return drive.take_steps(
+        state,
+        drive.read_ahead(zip(clips, frames, strict=False), lambda batch: self._place(*batch)),
+        lambda state, frames: self._step(state, frames, self._train_key),
+        session,
+        self._report(),
+        last=steps,
+        save_every=config.checkpoint.every,
+        happenings=self._happenings(),
+      )
+
+  def export(self, state: TrainState) -> None:
+    """Writes the averaged weights as a VAE in diffusers' layout."""
+    count = min(self._train.per_epoch, SCALING_BATCHES)
+    frames = (self._placed(self._train, k) for k in range(count))
+    factor = export(self._workdir / "vae", self._config.model, state.ema, frames)
+    say(f"{self._workdir / 'vae'}: the VAE, scaling factor {factor}")
+
+  def _batches(self, clips: MeasuredClips, decoders: Decoders) -> ClipBatches:
+    return ClipBatches(
+      clips,
+      decoders,
+      frames=self._config.train.frames,
+      seed=self._config.seed,
+      multiple_of=self._config.train.batch_multiple,
     )
-    self._step = jax.jit(step, donate_argnums=0)
-    self._create_key, self._train_key = jax.random.split(jax.random.key(config.seed))
 
-  def go(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """Runs from the newest good checkpoint to the end, or to a signal."""
-    config, value = self._config, self._start(checkpoints)
-    first, steps = int(value.step), config.train.steps
-    with Interrupts() as interrupts, tqdm(total=steps, initial=first, desc="Training VAE") as bar:
-      for step in range(first + 1, steps + 1):
-        begin = time.perf_counter()
-        batch = self._clips.batch(config.train.frames, config.seed, step)
-        value, metrics = self._step(value, batch, self._train_key)
-        jax.block_until_ready(metrics)
-        bar.update()
-        if step % config.log_every == 0:
-          numbers = {name: float(metric) for name, metric in metrics.items()}
-          bar.set_postfix(l1=f"{numbers['l1']:.4f}", psnr=f"{numbers['psnr']:.1f}")
-          self._log.metrics(step, {**numbers, "step_seconds": time.perf_counter() - begin})
-        stopping = interrupts.exit_code is not None
-        if step % config.checkpoint.every == 0 or step == steps or stopping:
-          checkpoints.save(step, value)
-        if config.preview.every and step % config.preview.every == 0:
-          self._preview(step, value)
-        if stopping:
-          checkpoints.wait()
-          tqdm.write(f"Saved step {step} in {self._workdir}. The same command goes on from there.")
-          return value, interrupts.exit_code or 0
-      checkpoints.wait()
-    return value, 0
+  def _happenings(self) -> list[Every]:
+    """Lists what happens every so many steps, besides saving."""
+    config, found = self._config, []
+    if self._held_out and config.validation.every:
+      found.append(Every(config.validation.every, self._validate, measures=True))
+    if config.preview.every:
+      shown = self._held_out or self._train
+      found.append(
+        Every(
+          config.preview.every, Previewer(config.model, shown, self._workdir / "previews").write
+        )
+      )
+    return found
 
-  def model(self, params: state.Params) -> VAE:
-    return nnx.merge(self._graphdef, params)
+  def _validate(self, _: int, state: TrainState) -> Numbers:
+    """Measures the averaged weights on held-out clips: always the same clips and noise."""
+    assert self._held_out
+    count = min(self._config.validation.batches, self._held_out.per_epoch)
+    found = []
+    for k in range(count):
+      frames = self._placed(self._held_out, k)
+      found.append(jax.device_get(self._measure(state.ema, frames, self._validation_key)))
+    return {
+      f"validation_{name}": float(np.mean([numbers[name] for numbers in found]))
+      for name in found[0]
+    }
 
-  def _start(self, checkpoints: Checkpoints) -> TrainState:
-    def create(key):
-      model = _new_model(self._config, key)
-      return state.new_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), self._tx)
+  def _report(self) -> Report:
+    config, batches = self._config, self._train
 
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      jax.eval_shape(create, self._create_key),
+    def describe(step: int, seconds: float) -> Numbers:
+      size = batches.sizes_of(step - 1)
+      return {"epoch": batches.epoch(step - 1), "frames": size.clips * size.bucket.num_frames}
+
+    return Report(
+      name="train VAE",
+      steps=config.train.steps,
+      shown=("l1", "psnr"),
+      log_every=config.log_every,
+      way_out=WAY_OUT,
+      describe=describe,
     )
-    restored = checkpoints.restore(abstract)
-    value = restored.state if restored else jax.jit(create)(self._create_key)
-    self._log.event("resumed", step=int(value.step))
-    if restored:
-      tqdm.write(f"Resumed at step {int(value.step)}.")
-    return value
 
-  def _preview(self, step: int, value: TrainState) -> None:
-    """Some clips above their reconstructions, with the averaged weights."""
-    clips = max(self._clips.by_bucket.values(), key=lambda clips: clips.shape[1])[:PREVIEW_CLIPS]
-    model = self.model(value.ema)
-    mean, _ = vae.encode(model, to_float(jnp.asarray(clips)))
-    restored = to_bytes(vae.decode(model, mean))
-    pairs = [frames for pair in zip(clips, restored, strict=True) for frames in pair]
-    folder = self._workdir / "previews"
-    folder.mkdir(exist_ok=True)
-    labels = ["clip", "reconstruction"] * len(clips)
-    video.contact_sheet(pairs, labels, folder / f"step_{step:06d}.png")
+  def _rows_here(self, clips: int) -> tuple[int, ...]:
+    """Returns the rows of a batch of so many clips that this host's devices hold."""
+    return global_batch.rows_here(self._sharding(clips), clips)
 
+  def _place(self, clips: int, frames: UInt8[np.ndarray, "b F H W 3"]) -> jax.Array:
+    """Makes a global batch of so many clips, of which this host's frames are its part."""
+    return global_batch.place(frames, self._rows_here(clips), clips, self._sharding(clips))
 
-def to_bytes(frames: jax.Array) -> np.ndarray:
-  """[-1, 1] to bytes."""
-  return np.asarray(jnp.round((jnp.clip(frames, -1, 1) + 1) * 127.5).astype(jnp.uint8))
+  def _placed(self, batches: ClipBatches, k: int) -> jax.Array:
+    return self._place(batches.sizes_of(k).clips, batches.batch(k, self._rows_here))
+
+  def _sharding(self, clips: int) -> NamedSharding:
+    try:
+      return sharding.row_sharding(self.mesh, self._rules, clips)
+    except UserError as error:
+      shards = sharding.row_shards(self.mesh, self._rules)
+      raise UserError(
+        f"a batch of {clips} clips does not divide over the {shards} devices that share it.\n"
+        f"Set config.train.batch_multiple={shards}, and config.train.frames to hold so many clips."
+      ) from error
 
 
-def _new_model(config: VAETrainConfig, key: jax.Array) -> VAE:
-  return VAE(config.model, rngs=nnx.Rngs(key))
-
-
-def _manifest(config: VAETrainConfig, workdir: epath.Path) -> str:
+def _open_clips(config: VAETrainConfig, workdir: epath.Path, decoders: Decoders) -> Clips:
+  """Measures the clips; without a path it renders the embedded ones first."""
   data = config.data
-  if data.path:
-    return data.path
-  folder = workdir / "data" / "clips"
-  sizes, durations = data.sizes, data.durations
-  return str(
-    shapes.render_dataset(
-      folder, data.clips, config.seed, sizes=sizes, durations=durations, fps=data.fps
-    )
+  clips = measured_clips.measure(
+    data.path or _render(config, workdir), data.sizes, data.durations, data.fps, decoders
   )
+  train, held_out = clips.split(data.validation_fraction if config.validation.every else 0.0)
+  if config.validation.every and not held_out.count:
+    say(
+      f"None of the {clips.count} clips is held out by config.data.validation_fraction, so that "
+      "there is no validation."
+    )
+  return Clips(train, held_out)
 
 
-def _export(config: VAETrainConfig, workdir: epath.Path, model: VAE, clips: Clips) -> None:
-  factor = round(measure_scaling_factor(model, clips, config.train.frames), 6)
-  vae_config = dataclasses.replace(config.model, scaling_factor=factor)
-  params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-  diffusers.save_vae(workdir / "vae", vae_config, params)
-  tqdm.write(f"{workdir / 'vae'}: the VAE, scaling factor {factor}")
+def _render(config: VAETrainConfig, workdir: epath.Path) -> str:
+  data, folder = config.data, workdir / "data" / "clips"
+  render = partial(
+    shapes.render_dataset,
+    folder,
+    data.clips,
+    config.seed,
+    sizes=data.sizes,
+    durations=data.durations,
+    fps=data.fps,
+  )
+  if hosts.is_first():
+    render()
+  hosts.wait("rendered")
+  return str(render())  # Which finds it done.
+
+
+def _make_mesh(config: VAETrainConfig) -> Mesh:
+  """Makes the mesh over all devices of the job. No row is shared, since clips are not split."""
+  sizes = sharding.with_context(dataclasses.asdict(config.mesh), 1, jax.devices())
+  return sharding.make_mesh(sizes)
+
+
+def _keys(config: VAETrainConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the keys of the drawn weights, of the training's noise and of the validation's."""
+  create, train = jax.random.split(jax.random.key(config.seed))
+  return create, train, jax.random.fold_in(train, VALIDATION)

@@ -1,0 +1,110 @@
+"""Takes the steps of a training, whatever it trains.
+
+The driver knows batches, a step, and things that happen every so many steps. It reads batches
+ahead, reads metrics late so that the device never waits for the host, saves only what is known to
+be finite, notices saves that failed, stops when it is told to, and keeps clocks and progress.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from tqdm import tqdm
+
+from cogvideox_jax import hosts
+from cogvideox_jax.training.metrics import Numbers, Recorder, Report
+from cogvideox_jax.training.session import Session
+from cogvideox_jax.training.state import TrainState
+
+READ_AHEAD = 2  # Batches that are on the device before their step.
+
+T = TypeVar("T")
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class Every(NamedTuple):
+  """Something that happens once in so many steps, in every process of a job."""
+
+  steps: int  # 0: never.
+  do: Callable[[int, TrainState], Numbers | None]  # Given the number of a step and its state.
+  measures: bool = False  # Whether it returns numbers, which stand in the step's line of the log.
+
+
+def take_steps(
+  state: TrainState,
+  batches: Iterator[Any],
+  take_step: Step,
+  session: Session,
+  report: Report,
+  *,
+  last: int,
+  save_every: int,
+  happenings: Sequence[Every] = (),
+) -> TrainState:
+  """Takes steps from the state's to `last`, or until a signal comes.
+
+  At each step the happenings that measure come first, then a save if one is due, then the others,
+  each in the order given.
+
+  Args:
+    batches: on the mesh, as `read_ahead` gives them, from the next step's on.
+    take_step: (state, batch) -> (state, metrics); it may be given the state's buffers to reuse.
+    last: the step to stop after, which is saved.
+    save_every: steps from one save to the next; 0: only the last is saved.
+
+  Returns:
+    The state after the last step taken, which is saved, or being saved, by then.
+
+  Raises:
+    UserError: a metric is not finite, or a checkpoint could not be written.
+  """
+  begun = int(state.step)
+  with tqdm(
+    desc=report.name, initial=begun, total=report.steps, disable=not hosts.is_first()
+  ) as bar:
+    # A step that is waited for need not be read late.
+    recorder = Recorder(session.log, bar, report, lag=0 if session.waits else READ_AHEAD)
+    for step, batch in enumerate(batches, start=begun + 1):
+      session.stopping.ask()
+      state, metrics = take_step(state, batch)
+      if session.waits:
+        jax.block_until_ready(state)
+      due = [one for one in happenings if is_due(step, one.steps)]
+      measures = [one.do for one in due if one.measures]
+      recorder.add(step, metrics, partial(_measure, measures, step, state) if measures else None)
+      stops = session.stopping.is_due() or step == last
+      if stops or is_due(step, save_every):
+        recorder.drain()  # So that nothing is saved that is not finite.
+        session.checkpoints.save(step, state)
+      for one in due:
+        if not one.measures:
+          one.do(step, state)
+      session.checkpoints.check()
+      if stops:
+        break
+      recorder.restart_clock()
+  return state
+
+
+def read_ahead(batches: Iterator[T], place: Callable[[T], Any]) -> Iterator[Any]:
+  """Yields batches on the mesh, each placed there while earlier ones are computed with."""
+  waiting: deque[Any] = deque()
+  for batch in batches:
+    waiting.append(place(batch))
+    if len(waiting) > READ_AHEAD:
+      yield waiting.popleft()
+  yield from waiting
+
+
+def is_due(step: int, every: int) -> bool:
+  """Returns whether something done `every` so many steps is done at `step`; never if that is 0."""
+  return every > 0 and step % every == 0
+
+
+def _measure(
+  measures: Sequence[Callable[[int, TrainState], Numbers | None]], step: int, state: TrainState
+) -> Numbers:
+  """Joins the numbers of all that measure at a step."""
+  return {name: x for measure in measures for name, x in (measure(step, state) or {}).items()}

@@ -1,0 +1,100 @@
+"""One start of a training in a workdir: what it opens, goes on from, and says at its end."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+from etils import epath
+from jax.sharding import Mesh
+
+from cogvideox_jax import hosts
+from cogvideox_jax.data.files import disk_errors
+from cogvideox_jax.interrupts import Interrupts
+from cogvideox_jax.training.checkpoint import Checkpoints
+from cogvideox_jax.training.metrics import RunLog
+from cogvideox_jax.training.state import NOTHING, Params, TrainState, with_frozen
+from cogvideox_jax.training.stopping import Stopping
+
+
+class Session(NamedTuple):
+  """Where the steps of a training leave something, and what may stop them."""
+
+  folder: epath.Path  # Of the checkpoints.
+  checkpoints: Checkpoints
+  log: RunLog
+  stopping: Stopping
+  waits: bool  # Whether each step is waited for: on CPU, programs of many devices can deadlock.
+
+  def begin(
+    self,
+    like: TrainState,
+    create: Callable[[], TrainState],
+    *,
+    steps: int,
+    frozen: Params = NOTHING,
+  ) -> TrainState:
+    """Returns the state to go on from, restored or new, and says which.
+
+    Args:
+      like: the shapes and shardings of the state.
+      create: makes a new state, with its frozen parameters.
+      steps: of the whole training.
+      frozen: the frozen parameters, which a checkpoint does not have.
+    """
+    restored = self.checkpoints.restore(like)
+    for step, reason in (restored.skipped if restored else {}).items():
+      self.log.event("checkpoint_skipped", step=step, reason=reason)
+      say(f"Passed over the checkpoint of step {step}: {reason}.")
+    state = with_frozen(restored.state, frozen, like) if restored else create()
+    step = int(state.step)
+    self.log.event("resumed", step=step)
+    say(f"resumed at step {step} of {steps}" if restored else f"new run, {steps} steps")
+    return state
+
+  def end(self, step: int, *, steps: int) -> int:
+    """Waits for the last save, says how the training ended, and returns the exit code.
+
+    Args:
+      step: the last one taken; of `steps` in all.
+    """
+    self.checkpoints.wait()
+    hosts.wait("trained")  # Until the first has written all that is left.
+    if self.stopping.exit_code is None or step == steps:
+      say(f"Trained for {step} steps: {self.folder / str(step)}")
+      return 0
+    say(f"Stopped at step {step}, which is saved. The same command goes on from there.")
+    return self.stopping.exit_code
+
+
+@contextmanager
+def opened(workdir: epath.Path, *, keep: int, mesh: Mesh) -> Iterator[Session]:
+  """Opens the log and the checkpoints of a workdir, and takes Ctrl-C and SIGTERM as asked to stop.
+
+  Args:
+    keep: how many checkpoints are kept, the newest.
+    mesh: of the stage that the training goes on with.
+
+  Raises:
+    UserError: the workdir cannot be written to; or, when it is left, the last save has failed.
+  """
+  with disk_errors(workdir):
+    log = RunLog(workdir)
+
+  def on_saved(step: int, digest: str) -> None:
+    log.event("checkpoint_saved", step=step, digest=digest)
+    log.upload()
+
+  folder = workdir / "checkpoints"
+  with (
+    closing(log),
+    Interrupts() as interrupts,
+    Checkpoints(folder, keep=keep, on_saved=on_saved) as checkpoints,
+  ):
+    waits = mesh.devices.flat[0].platform == "cpu"
+    yield Session(folder, checkpoints, log, Stopping(interrupts, mesh), waits)
+
+
+def say(text: str) -> None:
+  """Prints a line, once for all processes of a job."""
+  if hosts.is_first():
+    print(text, flush=True)

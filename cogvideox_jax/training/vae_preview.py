@@ -1,0 +1,53 @@
+"""Shows some clips above their reconstructions, as the VAE learns."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from cogvideox_jax import hosts
+from cogvideox_jax.data import video
+from cogvideox_jax.data.clip_batches import ClipBatches
+from cogvideox_jax.models import vae
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.vae import VAE, VAEConfig
+from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.vae_step import to_float
+
+CLIPS = 4
+
+
+class Previewer:
+  """Reconstructs the same few of the longest clips each time, from the mean of their posterior."""
+
+  def __init__(self, config: VAEConfig, batches: ClipBatches, folder: epath.Path):
+    self._folder = folder
+    longest = max(range(batches.per_epoch), key=lambda k: batches.sizes_of(k).bucket.num_frames)
+    self._clips = batches.batch(longest)[:CLIPS]
+    self._reconstruct = jax.jit(partial(_reconstruct, graphdef=graph_of(VAE, config)))
+
+  def write(self, step: int, state: TrainState) -> None:
+    """Adds FOLDER/step_NNNNNN.png. Every process of a job calls it; the first one writes."""
+    restored = hosts.whole(self._reconstruct(state.ema, self._clips))
+    if restored is None or not hosts.is_first():
+      return
+    pairs = [frames for pair in zip(self._clips, restored, strict=True) for frames in pair]
+    self._folder.mkdir(parents=True, exist_ok=True)
+    labels = ["clip", "reconstruction"] * len(self._clips)
+    video.contact_sheet(pairs, labels, self._folder / f"step_{step:06d}.png")
+
+
+def _reconstruct(
+  params: Params, clips: UInt8[Array, "b F H W 3"], *, graphdef: nnx.GraphDef
+) -> UInt8[Array, "b F H W 3"]:
+  model = nnx.merge(graphdef, params)
+  mean, _ = vae.encode(model, to_float(clips))
+  return to_bytes(vae.decode(model, mean))
+
+
+def to_bytes(frames: Float[Array, "b F H W 3"]) -> UInt8[Array, "b F H W 3"]:
+  """Turns [-1, 1] into bytes."""
+  return jnp.round((jnp.clip(frames, -1, 1) + 1) * 127.5).astype(jnp.uint8)
