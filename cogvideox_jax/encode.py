@@ -8,7 +8,7 @@ knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --pr
 
 from absl import flags
 
-from cogvideox_jax import command, encoding, job
+from cogvideox_jax import command, job, precompute
 from cogvideox_jax.config.schema import TrainConfig
 
 CONFIG = command.config_flag(TrainConfig)
@@ -18,7 +18,7 @@ MODEL = flags.DEFINE_string(
   "model", None, "Model folder or shipped name: VAE, text encoder, tokenizer.", required=True
 )
 WORKERS = flags.DEFINE_integer(
-  "workers", encoding.WORKERS, "Processes that decode files.", lower_bound=1
+  "workers", precompute.WORKERS, "Processes that decode files.", lower_bound=1
 )
 job.declare_flags()
 
@@ -26,7 +26,7 @@ job.declare_flags()
 def main() -> None:
   with job.joined():
     try:
-      counts = encoding.encode(
+      counts = precompute.encode(
         CONFIG.value, INPUT.value, OUTPUT.value, MODEL.value, workers=WORKERS.value
       )
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from small_run import make_config as make_text_config
 from small_run import make_inputs
 from typed_config import typed
 
-from cogvideox_jax import encoding, sample
+from cogvideox_jax import precompute, sample
 from cogvideox_jax.config import checks
 from cogvideox_jax.data import video
 from cogvideox_jax.data.noising import ImageNoise, noised_copies
@@ -92,7 +92,10 @@ def make_config(inputs, **changes):
 def encoded(inputs, tmp_path_factory):
   output = epath.Path(tmp_path_factory.mktemp("encoded"))
   config = make_config(inputs)
-  assert encoding.encode(config, inputs / "clips", output, config.components, workers=1) == (20, 0)
+  assert precompute.encode(config, inputs / "clips", output, config.components, workers=1) == (
+    20,
+    0,
+  )
   return output
 
 

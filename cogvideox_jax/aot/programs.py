@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cogvideox_jax import encoders, sharding
+from cogvideox_jax import frozen_networks, sharding
 from cogvideox_jax.aot import work
 from cogvideox_jax.aot.topology import Topology
 from cogvideox_jax.config.schema import TrainConfig
@@ -175,7 +175,8 @@ def vae_program(config: TrainConfig, topology: Topology, name: str, size: Size) 
   sizes = components.vae_config(config)
   check_size(size, sizes)
   graph = graph_of(vae.VAE, sizes)
-  mesh, rules = sharding.mesh_of_rows(len(topology.devices), topology.devices), encoders.RULES
+  mesh = sharding.mesh_of_rows(len(topology.devices), topology.devices)
+  rules = frozen_networks.RULES
   shapes = jax.eval_shape(lambda: nnx.split(vae.VAE(sizes, rngs=nnx.Rngs(0)))[1])
   params = _placed(shapes, sharding.replicated(mesh), jnp.float32)
   rows = sharding.row_sharding(mesh, rules, len(topology.devices))

@@ -7,16 +7,16 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from cogvideox_jax import encoding, hosts
+from cogvideox_jax import hosts, precompute
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
-from cogvideox_jax.data import shapes
+from cogvideox_jax.data import shape_clips
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.mixture import History
 from cogvideox_jax.data.records import INDEX, Dataset, stage_folder
 from cogvideox_jax.data.rows import DroppedCaption, Rows
-from cogvideox_jax.encoders import Encoders
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.frozen_networks import FrozenNetworks
 from cogvideox_jax.models.dit import DiTConfig
 
 ENCODED = "data/encoded"  # Where in a workdir the embedded clips are.
@@ -31,7 +31,7 @@ def make_data(config: TrainConfig, workdir: epath.Path) -> None:
     return
   largest = max(config.stages.values(), key=lambda stage: max(h * w for h, w in stage.sizes))
   render = partial(
-    shapes.render_dataset,
+    shape_clips.render_dataset,
     workdir / "data" / "clips",
     config.data.clips,
     config.seed,
@@ -43,7 +43,7 @@ def make_data(config: TrainConfig, workdir: epath.Path) -> None:
     render()
   hosts.wait("rendered")
   manifest = render()  # Which finds it done.
-  encoding.encode(config, manifest, workdir / ENCODED, config.components)
+  precompute.encode(config, manifest, workdir / ENCODED, config.components)
 
 
 def open_data(config: TrainConfig, stage: str, workdir: epath.Path) -> dict[str, Dataset]:
@@ -127,7 +127,7 @@ def dropped_caption(config: TrainConfig) -> DroppedCaption:
 
 
 def _empty_prompt(config: TrainConfig) -> Float[np.ndarray, "l t"]:
-  return Encoders(open_model(config.components), config).text([""])[0]
+  return FrozenNetworks(open_model(config.components), config).text([""])[0]
 
 
 def _check_clips(dataset: Dataset, model: DiTConfig) -> None:

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from cogvideox_jax import hosts, sharding
 from cogvideox_jax.config.checks import check_values
 from cogvideox_jax.config.schema import VAETrainConfig
-from cogvideox_jax.data import buckets, measured_clips, shapes
+from cogvideox_jax.data import buckets, measured_clips, shape_clips
 from cogvideox_jax.data.clip_batches import ClipBatches
 from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.files import disk_errors
@@ -221,7 +221,7 @@ def _open_clips(config: VAETrainConfig, workdir: epath.Path, decoders: Decoders)
 def _render(config: VAETrainConfig, workdir: epath.Path) -> str:
   data, folder = config.data, workdir / "data" / "clips"
   render = partial(
-    shapes.render_dataset,
+    shape_clips.render_dataset,
     folder,
     data.clips,
     config.seed,

@@ -38,7 +38,7 @@ from cogvideox_jax.data.noising import ImageNoise, noised_copies
 from cogvideox_jax.data.records import storage_fault
 from cogvideox_jax.data.shards import Counts, OpenShard, ShardWriter, identity
 from cogvideox_jax.data.video import VideoError, VideoInfo, Window
-from cogvideox_jax.encoders import Encoders, fill
+from cogvideox_jax.frozen_networks import FrozenNetworks, fill
 from cogvideox_jax.interrupts import Interrupts
 from cogvideox_jax.types import Caption, Example
 
@@ -81,10 +81,10 @@ def encode(
   """
   check(config, model)
   items, refusals = read_manifest(source)
-  encoders, output = Encoders(open_model(model), config), epath.Path(output)
+  networks, output = FrozenNetworks(open_model(model), config), epath.Path(output)
   runs = _runs(items)
   own = [name for name, stage in config.stages.items() if not stage.data]
-  stages = [_Stage(config, name, output, runs, encoders.digest) for name in own]
+  stages = [_Stage(config, name, output, runs, networks.digest) for name in own]
   lacking = hosts.agree([any(stage.lacks(run) for stage in stages) for run in range(len(runs))])
   missing = [run for run, lacks in enumerate(lacking) if lacks]
   mine = missing[jax.process_index() :: jax.process_count()]
@@ -92,7 +92,7 @@ def encode(
   done = len(items) - sum(len(runs[run]) for run in missing)
   total = done + sum(len(shard.items) for shard in shards)
   with tqdm(total=total, initial=done, desc="Encoding", unit="file") as bar:
-    _encode_shards(shards, encoders, config, workers, bar)
+    _encode_shards(shards, networks, config, workers, bar)
   return _finish(stages, refusals, output, config)
 
 
@@ -253,7 +253,7 @@ class _Background:
 
 
 def _encode_shards(
-  shards: Sequence[_Shard], encoders: Encoders, config: TrainConfig, workers: int, bar: tqdm
+  shards: Sequence[_Shard], networks: FrozenNetworks, config: TrainConfig, workers: int, bar: tqdm
 ) -> None:
   files = (file for shard in shards for file in shard.files(config.data.fps))
   noise = _image_noise(config)
@@ -261,12 +261,12 @@ def _encode_shards(
   with interrupts, Decoders(workers) as decoders, _Background() as background:
     decoded = decoders.decode(files)
     for shard in shards:
-      texts = _texts(shard.items, encoders)
-      for batch in _batches(interrupts.until(shard.clips(decoded, bar)), encoders):
+      texts = _texts(shard.items, networks)
+      for batch in _batches(interrupts.until(shard.clips(decoded, bar)), networks):
         clips, frames = zip(*batch, strict=True)
-        size = encoders.batch_size(clips[0].clip.bucket)
-        moments = encoders.moments(fill(np.stack(frames), size))
-        images = encoders.images(fill(_copies(clips, frames, noise), size)) if noise else None
+        size = networks.batch_size(clips[0].clip.bucket)
+        moments = networks.moments(fill(np.stack(frames), size))
+        images = networks.images(fill(_copies(clips, frames, noise), size)) if noise else None
         background.do(shard.write, clips, moments, images, texts)
       background.do(shard.close)
 
@@ -287,21 +287,21 @@ def _copies(
   return np.stack([noised_copies(video[0], clip.source, noise) for (_, clip), video in named])
 
 
-def _texts(items: Sequence[Item], encoders: Encoders) -> dict[str, States]:
+def _texts(items: Sequence[Item], networks: FrozenNetworks) -> dict[str, States]:
   """The states of every caption of the items."""
   captions = list(dict.fromkeys(caption for item in items for caption in item.captions))
-  return dict(zip(captions, encoders.text(captions), strict=True)) if captions else {}
+  return dict(zip(captions, networks.text(captions), strict=True)) if captions else {}
 
 
 def _batches(
-  clips: Iterator[tuple[StageClip, Frames]], encoders: Encoders
+  clips: Iterator[tuple[StageClip, Frames]], networks: FrozenNetworks
 ) -> Iterator[list[tuple[StageClip, Frames]]]:
-  """Clips of one stage and bucket together, as many as the encoders take; fewer at the end."""
+  """Clips of one stage and bucket together, as many as the networks take; fewer at the end."""
   waiting: dict[tuple[str, Bucket], list[tuple[StageClip, Frames]]] = {}
   for staged, frames in clips:
     key = staged.stage, staged.clip.bucket
     waiting.setdefault(key, []).append((staged, frames))
-    if len(waiting[key]) == encoders.batch_size(staged.clip.bucket):
+    if len(waiting[key]) == networks.batch_size(staged.clip.bucket):
       yield waiting.pop(key)
   for key in sorted(waiting):
     yield waiting[key]

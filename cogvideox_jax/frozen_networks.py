@@ -26,7 +26,7 @@ BATCH_PIXELS = 2**22  # and about this many pixels on a device; but always a cli
 RULES = sharding.rules_named("fsdp")
 
 
-class Encoders:
+class FrozenNetworks:
   """VAE and text encoder. Each device holds both, and takes its part of every batch."""
 
   def __init__(self, folder: ModelFolder, config: TrainConfig):

@@ -11,32 +11,37 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from cogvideox_jax.data import shapes, video
+from cogvideox_jax.data import shape_clips, video
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZES, DURATIONS = ((64, 64), (48, 80), (80, 48)), (1, 9, 17)
-WORDS = (shapes.COLOURS, shapes.SHAPES, tuple(shapes.MOTIONS), shapes.BACKGROUNDS)
+WORDS = (
+  shape_clips.COLOURS,
+  shape_clips.SHAPES,
+  tuple(shape_clips.MOTIONS),
+  shape_clips.BACKGROUNDS,
+)
 
 
 def render_dataset(folder, clips=12, seed=0, fps=8.0):
-  return shapes.render_dataset(folder, clips, seed, sizes=SIZES, durations=DURATIONS, fps=fps)
+  return shape_clips.render_dataset(folder, clips, seed, sizes=SIZES, durations=DURATIONS, fps=fps)
 
 
-def drawn_scenes(count: int, moving: bool = True) -> list[shapes.Scene]:
+def drawn_scenes(count: int, moving: bool = True) -> list[shape_clips.Scene]:
   rng = np.random.default_rng(5)
-  return [shapes.draw_scene(rng, moving) for _ in range(count)]
+  return [shape_clips.draw_scene(rng, moving) for _ in range(count)]
 
 
-def words_of(scene: shapes.Scene) -> list[tuple]:
+def words_of(scene: shape_clips.Scene) -> list[tuple]:
   return [(*thing, scene.background) for thing in scene.objects]
 
 
 @pytest.mark.parametrize("moving", [True, False])
 def test_a_caption_says_all_of_its_scene(moving):
   for scene in drawn_scenes(1000, moving):
-    assert shapes.parse(shapes.caption(scene)) == scene
+    assert shape_clips.parse(shape_clips.caption(scene)) == scene
 
 
 @pytest.mark.parametrize(
@@ -56,23 +61,25 @@ def test_a_caption_says_all_of_its_scene(moving):
 )
 def test_what_is_not_a_caption_is_refused(text):
   with pytest.raises(ValueError, match="not a caption"):
-    shapes.parse(text)
+    shape_clips.parse(text)
 
 
 def test_every_caption_fits_the_tiny_model_s_text():
-  things = [shapes.Thing(*words) for words in itertools.product(*WORDS[:2], (*WORDS[2], None))]
-  pairs = [shapes.Scene(pair, "blue") for pair in itertools.product(things, repeat=2)]
-  grounds = [shapes.Scene((things[0],), ground) for ground in shapes.BACKGROUNDS]
+  things = [shape_clips.Thing(*words) for words in itertools.product(*WORDS[:2], (*WORDS[2], None))]
+  pairs = [shape_clips.Scene(pair, "blue") for pair in itertools.product(things, repeat=2)]
+  grounds = [shape_clips.Scene((things[0],), ground) for ground in shape_clips.BACKGROUNDS]
   tokenizer = Tokenizer(epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer")
-  lengths = (tokenizer.encode([shapes.caption(s) for s in pairs + grounds], 226) != 0).sum(axis=1)
+  lengths = (tokenizer.encode([shape_clips.caption(s) for s in pairs + grounds], 226) != 0).sum(
+    axis=1
+  )
   assert lengths[: len(pairs)].max() == 19
   assert len(set(lengths[len(pairs) :])) == 1  # So any background is as long as blue.
 
 
 def test_held_out_prompts_are_distinct_and_balanced_over_every_word():
-  assert len(set(shapes.held_out_prompts())) == 64
+  assert len(set(shape_clips.held_out_prompts())) == 64
   for count in (16, 30, 64):
-    scenes = map(shapes.parse, shapes.held_out_prompts(count))
+    scenes = map(shape_clips.parse, shape_clips.held_out_prompts(count))
     columns = zip(*(words_of(scene)[0] for scene in scenes), strict=True)
     for column, words in zip(columns, WORDS, strict=True):
       times = [Counter(column)[word] for word in words]
@@ -80,7 +87,7 @@ def test_held_out_prompts_are_distinct_and_balanced_over_every_word():
 
 
 def test_no_object_of_a_scene_is_held_out():
-  held_out = {words_of(scene)[0] for scene in shapes.held_out_scenes()}
+  held_out = {words_of(scene)[0] for scene in shape_clips.held_out_scenes()}
   shown = [words for scene in drawn_scenes(3000) for words in words_of(scene)]
   assert not held_out & set(shown)
   # Nor is anything else missing: what is not held out is all shown.
@@ -93,7 +100,7 @@ def test_no_object_of_a_scene_is_held_out():
 def test_previews_of_training_show_no_held_out_prompt(monkeypatch):
   monkeypatch.syspath_prepend(CONFIGS.parent)
   config = runpy.run_path(str(CONFIGS / "tiny.py"))["get_config"]()
-  assert not set(config.preview.prompts) & set(shapes.held_out_prompts())
+  assert not set(config.preview.prompts) & set(shape_clips.held_out_prompts())
 
 
 @pytest.mark.parametrize("num_frames", [9, 17, 49])
@@ -101,20 +108,20 @@ def test_previews_of_training_show_no_held_out_prompt(monkeypatch):
 def test_objects_stay_whole_in_the_frame_and_never_meet(num_frames, height, width):
   rng = np.random.default_rng(6)
   for scene in drawn_scenes(30):
-    frames = shapes.render(scene, num_frames, height, width, rng).astype(float)
-    ground = shapes.PALETTE[scene.background]
+    frames = shape_clips.render(scene, num_frames, height, width, rng).astype(float)
+    ground = shape_clips.PALETTE[scene.background]
     seen = np.abs(frames - ground).sum(axis=(1, 2, 3))  # Falls when an object is hidden or cut.
-    np.testing.assert_allclose(seen, seen[0], rtol=0.03, err_msg=shapes.caption(scene))
+    np.testing.assert_allclose(seen, seen[0], rtol=0.03, err_msg=shape_clips.caption(scene))
 
 
 @pytest.mark.parametrize(("num_frames", "least", "most"), [(9, 0.19, 0.26), (17, 0.39, 0.51)])
 def test_objects_travel_as_captioned_at_constant_speed(num_frames, least, most):
   rng = np.random.default_rng(7)
   height, width = 48, 80
-  for motion, direction in shapes.MOTIONS.items():
-    scene = shapes.Scene((shapes.Thing("red", "circle", motion),), "blue")
-    frames = shapes.render(scene, num_frames, height, width, rng).astype(float)
-    mass = np.abs(frames - shapes.PALETTE["blue"]).sum(axis=-1)
+  for motion, direction in shape_clips.MOTIONS.items():
+    scene = shape_clips.Scene((shape_clips.Thing("red", "circle", motion),), "blue")
+    frames = shape_clips.render(scene, num_frames, height, width, rng).astype(float)
+    mass = np.abs(frames - shape_clips.PALETTE["blue"]).sum(axis=-1)
     mass /= mass.sum(axis=(1, 2), keepdims=True)
     x = mass.sum(axis=1) @ np.arange(width) / width
     y = mass.sum(axis=2) @ np.arange(height) / height
@@ -129,11 +136,11 @@ def test_objects_travel_as_captioned_at_constant_speed(num_frames, least, most):
 
 
 def test_an_image_is_drawn_at_the_rate_it_should_be():
-  lengths = Counter(len(shapes.draw_clip(i, 3, SIZES, DURATIONS)[1]) for i in range(400))
+  lengths = Counter(len(shape_clips.draw_clip(i, 3, SIZES, DURATIONS)[1]) for i in range(400))
   assert lengths[1] / 400 == pytest.approx(0.15, abs=0.06)
   assert lengths[17] > lengths[9] > lengths[1]
-  assert {len(shapes.draw_clip(i, 3, SIZES, (1,))[1]) for i in range(5)} == {1}
-  assert {len(shapes.draw_clip(i, 3, SIZES, (9,))[1]) for i in range(40)} == {9}
+  assert {len(shape_clips.draw_clip(i, 3, SIZES, (1,))[1]) for i in range(5)} == {1}
+  assert {len(shape_clips.draw_clip(i, 3, SIZES, (9,))[1]) for i in range(40)} == {9}
 
 
 def test_files_show_what_the_manifest_says(tmp_path):
@@ -142,8 +149,8 @@ def test_files_show_what_the_manifest_says(tmp_path):
   assert [item["id"] for item in items] == [f"clip_{index:06d}" for index in range(12)]
   kinds = set()
   for index, item in enumerate(items):
-    scene, frames = shapes.draw_clip(index, 0, SIZES, DURATIONS)
-    assert item["caption"] == shapes.caption(scene)
+    scene, frames = shape_clips.draw_clip(index, 0, SIZES, DURATIONS)
+    assert item["caption"] == shape_clips.caption(scene)
     file = Path(manifest.parent / item["file"])
     num_frames, height, width, _ = frames.shape
     if num_frames == 1:
@@ -198,22 +205,22 @@ def test_numbers_that_make_no_dataset_are_refused(tmp_path):
   with pytest.raises(UserError, match=r"config\.data\.clips"):
     render_dataset(tmp_path, clips=0)
   with pytest.raises(UserError, match="there are 1 to 64"):
-    shapes.held_out_prompts(65)
+    shape_clips.held_out_prompts(65)
 
 
 def test_a_score_says_how_clearly_an_object_stands_out(tmp_path):
   manifest = render_dataset(tmp_path / "clips")
   items = [json.loads(line) for line in manifest.read_text().splitlines()]
   for index, item in enumerate(items):
-    _, frames = shapes.draw_clip(index, 0, SIZES, DURATIONS)
-    assert item["score"] == pytest.approx(shapes.contrast(frames), abs=1e-4)
+    _, frames = shape_clips.draw_clip(index, 0, SIZES, DURATIONS)
+    assert item["score"] == pytest.approx(shape_clips.contrast(frames), abs=1e-4)
 
   ground = np.full((2, 8, 8, 3), 20, np.uint8)
-  assert shapes.contrast(ground) == 0
+  assert shape_clips.contrast(ground) == 0
   part = ground.copy()
   part[:, :4, :4] = (220, 40, 40)  # A quarter of the frame.
   distance = np.sqrt(200**2 + 2 * 20**2) / 255
-  assert shapes.contrast(part) == pytest.approx(distance * np.sqrt(0.25 * 0.75))
+  assert shape_clips.contrast(part) == pytest.approx(distance * np.sqrt(0.25 * 0.75))
   smaller, fainter = ground.copy(), ground.copy()
   smaller[:, :2, :2], fainter[:, :4, :4] = (220, 40, 40), (80, 20, 20)
-  assert shapes.contrast(smaller) < shapes.contrast(part) > shapes.contrast(fainter)
+  assert shape_clips.contrast(smaller) < shape_clips.contrast(part) > shape_clips.contrast(fainter)

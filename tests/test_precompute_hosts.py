@@ -10,25 +10,25 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_encoding import ROOT, make_encoders, write_clips
+from test_precompute import ROOT, make_encoders, write_clips
 
 from cogvideox_jax import hosts
 from cogvideox_jax.errors import UserError
 
 RUN = """
 import sys
-from cogvideox_jax import encoding, hosts
+from cogvideox_jax import precompute, hosts
 from cogvideox_jax.config.read import read
 from cogvideox_jax.config.schema import TrainConfig
 from configs import tiny
-encoding.SHARD_ITEMS, hosts.HEARTBEAT = 4, 3
+precompute.SHARD_ITEMS, hosts.HEARTBEAT = 4, 3
 clips, output, model, port, count, index = sys.argv[1:]
 if int(count) > 1:
   hosts.join(hosts.Group(f"127.0.0.1:{port}", int(count), int(index)))
 config = tiny.get_config()
 config.model.text_length = 6
 config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
-print(encoding.encode(read(TrainConfig, config), clips, output, model, workers=1))
+print(precompute.encode(read(TrainConfig, config), clips, output, model, workers=1))
 """
 
 
