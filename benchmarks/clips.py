@@ -21,9 +21,10 @@ from typing import Any
 import measure
 import numpy as np
 
-from cogvideox_jax.data import measured_clips, video
+from cogvideox_jax.data import measured_clips
 from cogvideox_jax.data.clip_batches import ClipBatches
 from cogvideox_jax.data.decoding import Decoders
+from cogvideox_jax.data.mp4 import write_mp4
 
 FRAMES, SIDE, FPS = 17, 64, 8.0
 CONTENTS = 32  # Distinct files.
@@ -40,7 +41,7 @@ def write_files(folder: Path, clips: int, clips_per_file: int) -> None:
       time_, colour = np.arange(FRAMES * clips_per_file), rng.uniform(0, 255, 3)
       wave = np.sin((x + y)[None] / 9 + time_[:, None, None] / 3 + number)
       frames = wave[..., None] * 60 + colour + rng.normal(0, 4, (len(time_), SIDE, SIDE, 3))
-      video.write_mp4(folder / name, frames.clip(0, 255).astype(np.uint8), FPS)
+      write_mp4(folder / name, frames.clip(0, 255).astype(np.uint8), FPS)
     else:
       os.link(folder / names[number % CONTENTS], folder / name)
   lines = [json.dumps({"file": name, "caption": "a wave"}) + "\n" for name in names]

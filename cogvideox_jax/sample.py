@@ -14,7 +14,8 @@ from etils import epath
 
 from cogvideox_jax import __version__, command, model_flags
 from cogvideox_jax.data.media import VideoError
-from cogvideox_jax.data.video import read, write_mp4
+from cogvideox_jax.data.mp4 import write_mp4
+from cogvideox_jax.data.video import read
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.image_to_video import ImageToVideo

@@ -16,6 +16,7 @@ from cogvideox_jax.data.clip_batches import ClipBatches
 from cogvideox_jax.data.clips import source_hash
 from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.measured_clips import measure
+from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.errors import UserError
 
 SIZES, DURATIONS, FPS = ((16, 16), (16, 24)), (1, 5), 8.0
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
   shapes = [(5, 16, 16)] * 3 + [(21, 16, 16)] + [(5, 16, 24)] * 3 + [(1, 16, 16)] * 3
   names = [f"{index}.mp4" for index in range(len(shapes))]
   for name, shape in zip(names, shapes, strict=True):
-    video.write_mp4(folder / name, rng.integers(0, 255, (*shape, 3), np.uint8), FPS)
+    write_mp4(folder / name, rng.integers(0, 255, (*shape, 3), np.uint8), FPS)
   write_manifest(folder, names)
   return folder
 
@@ -220,7 +221,7 @@ def test_clips_before_the_damage_of_a_file_are_used(folder, decoders, tmp_path):
   write_manifest(own, ["3.mp4", "0.mp4"])
   clips = measure(own, SIZES, DURATIONS, FPS, decoders)
   frames = np.random.default_rng(1).integers(0, 255, (11, 16, 16, 3), np.uint8)
-  video.write_mp4(own / "3.mp4", frames, FPS)  # Two of the four clips are gone.
+  write_mp4(own / "3.mp4", frames, FPS)  # Two of the four clips are gone.
   shown = clips_of([make_batches(clips, decoders, frames=25).batch(0)])
   kept = video.read(own / "3.mp4", fps=FPS, num_frames=10, height=16, width=16)
   other = video.read(own / "0.mp4", fps=FPS, num_frames=5, height=16, width=16)
@@ -279,7 +280,7 @@ def test_files_without_clips_are_refused_with_their_reasons(folder, decoders, tm
 def test_memory_does_not_grow_with_the_clips(decoders, tmp_path, monkeypatch):
   """200 clips of 17x64x64 are 42 MB of frames; 2 MiB are read ahead, in batches of 0.8 MB."""
   frames = np.broadcast_to(np.arange(85, dtype=np.uint8)[:, None, None, None], (85, 64, 64, 3))
-  video.write_mp4(tmp_path / "0.mp4", frames, FPS)
+  write_mp4(tmp_path / "0.mp4", frames, FPS)
   for copy in range(1, 40):
     os.link(tmp_path / "0.mp4", tmp_path / f"{copy}.mp4")
   write_manifest(tmp_path, [f"{copy}.mp4" for copy in range(40)])

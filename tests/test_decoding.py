@@ -53,7 +53,7 @@ def sound(tmp_path_factory):
   """A file of 14 frames."""
   path = tmp_path_factory.mktemp("sound") / "sound.mp4"
   frames = np.random.default_rng(0).integers(0, 255, (14, 64, 64, 3), np.uint8)
-  video.write_mp4(path, frames, 8.0)
+  write_mp4(path, frames, 8.0)
   return path
 
 
@@ -140,6 +140,7 @@ def test_a_parent_that_is_killed_leaves_no_process(sound, tmp_path):
 import time
 from cogvideox_jax.data.decoding import Decoders, File
 from cogvideox_jax.data.video import Window
+from cogvideox_jax.data.mp4 import write_mp4
 with Decoders(1) as decoders:
   next(next(decoders.decode([File({str(sound)!r}, 8.0, lambda info: [Window(0, 1, 32, 32)])])))
   print(decoders._workers[0]._running.process.pid, flush=True)

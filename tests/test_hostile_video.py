@@ -24,6 +24,7 @@ CLIPS = Path(__file__).parent / "data" / "clips"
 PEAK = """
 import resource, sys
 from cogvideox_jax.data import video
+from cogvideox_jax.data.mp4 import write_mp4
 
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -202,7 +203,7 @@ def test_a_damaged_file_gives_frames_or_a_reason(tmp_path, name):
   rng = np.random.default_rng(0)
   frames = rng.integers(0, 255, (9, 48, 64, 3), np.uint8)
   if name == "a.mp4":
-    video.write_mp4(tmp_path / name, frames, 8.0)
+    write_mp4(tmp_path / name, frames, 8.0)
   elif name == "a.mkv":
     encode(tmp_path / name, "libx264", (48, 64), 9)
   elif name.startswith("a."):

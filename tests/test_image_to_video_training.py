@@ -20,6 +20,7 @@ from typed_config import typed
 from cogvideox_jax import precompute, sample
 from cogvideox_jax.config import checks
 from cogvideox_jax.data import video
+from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.noising import ImageNoise, noised_copies
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.errors import UserError
@@ -46,7 +47,7 @@ def inputs(tmp_path_factory):
   lines = []
   for number in range(CLIPS):
     frames = rng.integers(0, 256, (9, 16, 24, 3), np.uint8)
-    video.write_mp4(folder / "clips" / f"{number}.mp4", frames, 8.0)
+    write_mp4(folder / "clips" / f"{number}.mp4", frames, 8.0)
     lines.append({"file": f"{number}.mp4", "captions": [f"clip {number}", "another caption"]})
   text = "".join(json.dumps(line) + "\n" for line in lines)
   (folder / "clips" / "manifest.jsonl").write_text(text)

@@ -23,6 +23,7 @@ from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import video
 from cogvideox_jax.data.buckets import Bucket
+from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.errors import UserError
@@ -66,7 +67,7 @@ def write_clips(folder, count, seed=0):
   for index in range(count):
     file = f"{index:03d}.mp4"
     frames = rng.integers(0, 255, (1 if index % 3 == 0 else 9, 16, 16, 3), np.uint8)
-    video.write_mp4(folder / file, frames, 8.0)
+    write_mp4(folder / file, frames, 8.0)
     lines.append({"file": file, "caption": f"number {index}"})
   text = "".join(json.dumps(line) + "\n" for line in lines)
   (folder / "manifest.jsonl").write_text(text)
@@ -161,7 +162,7 @@ def test_a_long_video_becomes_clips_that_share_its_caption_and_follow_one_anothe
 ):
   clips, output = write_clips(tmp_path / "clips", 1), tmp_path / "out"
   frames = np.random.default_rng(1).integers(0, 255, (30, 16, 16, 3), np.uint8)
-  video.write_mp4(clips / "000.mp4", frames, 8.0)
+  write_mp4(clips / "000.mp4", frames, 8.0)
   assert precompute.encode(typed(config), clips, output, model) == (3, 0)
   dataset = Dataset(output / "tiny")
   assert sources(output) == ["000.mp4#0", "000.mp4#1", "000.mp4#2"]
@@ -178,7 +179,7 @@ def test_a_long_video_becomes_clips_that_share_its_caption_and_follow_one_anothe
 def test_a_file_goes_to_each_stage_at_its_size_unless_it_would_blur(tmp_path, model, config):
   clips, output = write_clips(tmp_path / "clips", 3), tmp_path / "out"
   large = np.random.default_rng(1).integers(0, 255, (9, 32, 32, 3), np.uint8)
-  video.write_mp4(clips / "001.mp4", large, 8.0)
+  write_mp4(clips / "001.mp4", large, 8.0)
   (clips / "002.mp4").write_bytes(b"x")
   assert precompute.encode(typed(two_stages(config)), clips, output, model) == (3, 2)
   a, b = Dataset(output / "a"), Dataset(output / "b")

@@ -15,8 +15,8 @@ from test_precompute import make_encoders
 from typed_config import typed
 
 from cogvideox_jax import precompute
-from cogvideox_jax.data import video
 from cogvideox_jax.data.decoding import Decoders, File
+from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.video import Window
 from configs import tiny
@@ -147,7 +147,7 @@ def many_frames(path: Path) -> None:
 def noise_inside(path: Path) -> None:
   """The container is whole, its pictures are not."""
   frames = np.random.default_rng(0).integers(0, 255, (24, 64, 64, 3), np.uint8)
-  video.write_mp4(path, frames, 8.0)
+  write_mp4(path, frames, 8.0)
   data = bytearray(path.read_bytes())
   start = data.index(b"mdat") + 2000
   data[start : start + 40_000] = np.random.default_rng(1).bytes(40_000)

@@ -9,8 +9,9 @@ from PIL import Image
 from small_run import make_config
 
 from cogvideox_jax.conversion import diffusers
+from cogvideox_jax.data.mp4 import read_metadata
 from cogvideox_jax.data.tokenizer import Tokenizer
-from cogvideox_jax.data.video import probe, read_metadata
+from cogvideox_jax.data.video import probe
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.t5 import T5Encoder
 from cogvideox_jax.models.vae import VAE

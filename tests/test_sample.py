@@ -11,7 +11,8 @@ from drawn import make_pipeline
 
 from cogvideox_jax import __version__, sample
 from cogvideox_jax.conversion.folder import Settings
-from cogvideox_jax.data.video import probe, read_metadata
+from cogvideox_jax.data.mp4 import read_metadata
+from cogvideox_jax.data.video import probe
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import residence
 from cogvideox_jax.inference.pipeline import Pipeline

@@ -5,6 +5,7 @@ import pytest
 from scipy import ndimage
 
 from cogvideox_jax.data import shape_clips, video
+from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.evaluation.shape_scores import Reading, read_scene, score
 
 PARTS = ("background", "colour", "motion", "shape")
@@ -24,7 +25,7 @@ def rendered(num_frames: int, height: int, width: int, count: int = CLIPS):
 
 def compressed(frames, path):
   num_frames, height, width, _ = frames.shape
-  video.write_mp4(path, frames, 8.0)
+  write_mp4(path, frames, 8.0)
   return video.read(path, fps=8.0, num_frames=num_frames, height=height, width=width)
 
 

@@ -20,6 +20,7 @@ from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.data import measured_clips, video
 from cogvideox_jax.data.clip_batches import ClipBatches
 from cogvideox_jax.data.decoding import Decoders
+from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
@@ -180,7 +181,7 @@ def test_scaled_latents_have_unit_variance(tmp_path):
   model = nnx.merge(graph_of(VAE, VAE_CONFIG), params := draw(VAE, VAE_CONFIG)[1])
   for index in range(8):
     frames = np.random.default_rng(index).integers(0, 255, (1, 16, 16, 3), np.uint8)
-    video.write_mp4(tmp_path / f"{index}.mp4", frames, 8.0)
+    write_mp4(tmp_path / f"{index}.mp4", frames, 8.0)
     (tmp_path / f"{index}.txt").write_text("noise")
   with Decoders(1) as decoders:
     clips = measured_clips.measure(str(tmp_path), ((16, 16),), (1,), 8.0, decoders)

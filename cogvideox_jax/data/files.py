@@ -22,6 +22,17 @@ def write_atomically(path: epath.Path, data: bytes) -> None:
   partial.replace(path)
 
 
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file so that no reader finds half of it.
+
+  Unlike `write_atomically` it does not wait for the disk, so a power cut may lose the file.
+  """
+  whole = epath.Path(path)
+  unfinished = whole.with_name(whole.name + ".unfinished")
+  unfinished.write_bytes(data)
+  unfinished.replace(whole)
+
+
 def write_arrays(path: epath.Path, arrays: dict[str, Any]) -> None:
   """Writes an .npz file atomically."""
   buffer = io.BytesIO()

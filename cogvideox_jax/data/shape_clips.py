@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from cogvideox_jax.data import video
+from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.errors import UserError
 
 PALETTE = {  # RGB. Any two are at least 150 apart, so each survives H.264's halved chroma.
@@ -291,7 +291,7 @@ def render_dataset(
     if len(frames) == 1:
       Image.fromarray(frames[0]).save(folder / file)
     else:
-      video.write_mp4(folder / file, frames, fps)
+      write_mp4(folder / file, frames, fps)
     score = round(contrast(frames), 4)
     lines.append(json.dumps({"file": file, "caption": caption(scene), "id": name, "score": score}))
   part = folder / "manifest.jsonl.part"

@@ -1,31 +1,26 @@
-"""Video files to frames and back.
+"""Reads frames of video and image files that may be hostile.
 
-Decode workers import this file and media.py alone, so they need numpy, PyAV and PIL only. Frames
-are decoded one at a time, and only those asked for are kept.
+Decoding processes import only this file and media.py, so they need only numpy, PyAV and PIL.
+Frames are decoded one at a time, and only the wanted ones are kept.
 """
 
-import io
-import json
 import math
 import os
-import textwrap
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import Colorspace, Interpolation
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from cogvideox_jax.data.media import (
   DEFAULT_LIMITS,
   Limits,
   VideoError,
-  as_path,
   check_size,
   is_image,
   load_image,
@@ -34,19 +29,8 @@ from cogvideox_jax.data.media import (
 
 _SLACK = 1e-3  # Seconds: Matroska rounds its timestamps to milliseconds.
 _TAIL = 0.1  # Seconds by which a file's packets may promise more than its frames hold.
-# Plain colours survive at this crf. One thread, no creation time, no B-frames and no macroblock
-# tree (mbtree), so that equal frames give equal files: with B-frames libx264's bytes differ from
-# run to run, with the tree in one file of about 1,500 on a loaded machine (measured).
-_X264 = {
-  "crf": "12",
-  "preset": "medium",
-  "threads": "1",
-  "bf": "0",
-  "mbtree": "0",
-  "flags": "+bitexact",
-}
 _UNTAGGED = 2  # FFmpeg's colour space of a file that names none.
-_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
 class VideoInfo(NamedTuple):
@@ -138,110 +122,6 @@ def read_windows(
     raise VideoError(f"too short: {count} of {end} frames at {fps:g} fps")
 
 
-def write_mp4(
-  path: str | os.PathLike[str],
-  frames: UInt8[np.ndarray, "F H W 3"],
-  fps: float,
-  metadata: dict[str, Any] | None = None,
-) -> None:
-  """Writes RGB frames as H.264 (yuv420p, BT.709); one frame is a video too.
-
-  fps: above 0. metadata: JSON values, kept in the file's comment; `read_metadata` returns them.
-  The same arguments give the same bytes, and the file appears whole or not at all.
-  Raises ValueError if there is no frame, or height or width is odd, which yuv420p cannot hold.
-  """
-  num_frames, height, width, _ = frames.shape
-  if not frames.size or height % 2 or width % 2:
-    raise ValueError(
-      f"an mp4 takes frames of even height and width, not {num_frames} of {height}x{width}"
-    )
-  buffer = io.BytesIO()
-  options = {"movflags": "use_metadata_tags", "fflags": "+bitexact"}
-  with av.open(buffer, "w", format="mp4", options=options) as container:
-    if metadata is not None:
-      container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
-    rate = Fraction(fps).limit_denominator(1001)
-    stream = container.add_stream("libx264", rate=rate, options=_X264)
-    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    context = stream.codec_context
-    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-    for index, frame in enumerate(frames):
-      picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-      picture = picture.reformat(
-        format="yuv420p",
-        dst_colorspace=Colorspace.ITU709,
-        dst_color_range=ColorRange.MPEG,
-        interpolation=_EXACT,
-        threads=1,
-      )
-      picture.pts, picture.time_base = index, 1 / rate
-      container.mux(stream.encode(picture))
-    container.mux(stream.encode())
-  _write_whole(path, buffer.getvalue())
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Returns what `write_mp4` was told to keep; empty for a file that holds none.
-
-  Raises VideoError if the file cannot be used.
-  """
-  with open_video(path, DEFAULT_LIMITS) as (container, _):
-    comment = container.metadata.get("comment", "")
-  try:
-    metadata = json.loads(comment)
-  except json.JSONDecodeError:
-    return {}
-  return metadata if isinstance(metadata, dict) else {}
-
-
-def contact_sheet(
-  videos: list[UInt8[np.ndarray, "_ _ _ 3"]],
-  captions: list[str],
-  path: str | os.PathLike[str],
-) -> None:
-  """Writes a PNG to look at: for each video its caption, and below it up to 8 frames in a row."""
-  rows = [_sheet_row(frames, caption) for frames, caption in zip(videos, captions, strict=True)]
-  sheet = Image.new(
-    "RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white"
-  )
-  top = 0
-  for row in rows:
-    sheet.paste(row, (0, top))
-    top += row.height
-  buffer = io.BytesIO()
-  sheet.save(buffer, format="png")
-  _write_whole(path, buffer.getvalue())
-
-
-def _sheet_row(frames: UInt8[np.ndarray, "F H W 3"], caption: str) -> Image.Image:
-  """One video of a contact sheet. Small frames are enlarged, their pixels left to be seen."""
-  num_frames, height, width, _ = frames.shape
-  scale = 256 / max(height, width)
-  scale = max(1, round(scale)) if scale > 0.5 else scale
-  cell_width, cell_height = round(width * scale), round(height * scale)
-  resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-  picked = np.unique(np.linspace(0, num_frames - 1, 8).round().astype(int))
-  font, line, gap = ImageFont.load_default(size=14), 18, 2
-  row_width = len(picked) * (cell_width + gap)
-  lines = textwrap.wrap(caption, max(20, row_width // 8)) or [""]
-  row_width = max(row_width, *(math.ceil(font.getlength(text)) + 8 for text in lines))
-  row = Image.new("RGB", (row_width, len(lines) * line + cell_height + 3 * gap), "white")
-  ImageDraw.Draw(row).text((4, gap), "\n".join(lines), fill="black", font=font, spacing=4)
-  for column, index in enumerate(picked):
-    cell = Image.fromarray(frames[index]).resize((cell_width, cell_height), resampling)
-    row.paste(cell, (column * (cell_width + gap), len(lines) * line + 2 * gap))
-  return row
-
-
-def _write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-  """Writes a file that nobody can find half written."""
-  whole = as_path(path)
-  unfinished = whole.with_name(whole.name + ".unfinished")
-  unfinished.write_bytes(data)
-  unfinished.replace(whole)
-
-
 def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> VideoInfo:
   """The stream's size, from its first frame, and its length, from its packets."""
   first, packets, shown, start, end = None, 0, 0, math.inf, -math.inf
@@ -326,7 +206,7 @@ def _upright(frame: av.VideoFrame, stream: VideoStream) -> tuple[Image.Image, tu
   rgb = frame.to_ndarray(
     format="rgb24",
     src_colorspace=Colorspace.ITU709 if untagged_hd else None,  # As players take it.
-    interpolation=_EXACT | Interpolation.FULL_CHR_H_INT,
+    interpolation=EXACT | Interpolation.FULL_CHR_H_INT,
     threads=1,
   )
   if frame.interlaced_frame and frame.height > 1:

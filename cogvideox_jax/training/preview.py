@@ -9,8 +9,10 @@ from jaxtyping import UInt8
 
 from cogvideox_jax import hosts, sharding
 from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.data.contact_sheet import contact_sheet
 from cogvideox_jax.data.media import VideoError
-from cogvideox_jax.data.video import contact_sheet, read, write_mp4
+from cogvideox_jax.data.mp4 import write_mp4
+from cogvideox_jax.data.video import read
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline

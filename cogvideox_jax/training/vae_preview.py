@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from cogvideox_jax import hosts
-from cogvideox_jax.data import video
 from cogvideox_jax.data.clip_batches import ClipBatches
+from cogvideox_jax.data.contact_sheet import contact_sheet
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE, VAEConfig
@@ -37,7 +37,7 @@ class Previewer:
     pairs = [frames for pair in zip(self._clips, restored, strict=True) for frames in pair]
     self._folder.mkdir(parents=True, exist_ok=True)
     labels = ["clip", "reconstruction"] * len(self._clips)
-    video.contact_sheet(pairs, labels, self._folder / f"step_{step:06d}.png")
+    contact_sheet(pairs, labels, self._folder / f"step_{step:06d}.png")
 
 
 def _reconstruct(
