@@ -22,7 +22,7 @@ HEAD = """\
 # as constraints. requirements.txt and setup.py hold the bounds, which users install by.
 # Written by: python tests/make_lock.py python3.11 python3.12
 """
-# PyTorch brings these for GPUs on some platforms only, and pins their versions itself.
+# PyTorch brings these for GPUs on some platforms only, and bounds their versions itself.
 SKIPPED = ("cogvideox-jax", "cuda-", "nvidia-", "triton")
 
 
