@@ -1,40 +1,26 @@
 """Training by two real processes, as on two hosts: what one does, whoever must stop or dies."""
 
-import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from host_processes import end_all, finish, lines, start_job
 from small_run import config_flags_of, make_inputs, settings
 
-ROOT = Path(__file__).parents[1]
 STEPS = 40
-STARTED: list[subprocess.Popen] = []
 
 
 @pytest.fixture(autouse=True)
 def reaped():
   """No process outlives its test, which may fail while one waits for another."""
   yield
-  while STARTED:
-    with STARTED.pop() as process:
-      process.kill()
+  end_all()
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
   return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def free_port() -> int:
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return free.getsockname()[1]
 
 
 def start(inputs, workdir, count, **changes) -> list[subprocess.Popen]:
@@ -47,33 +33,8 @@ def start(inputs, workdir, count, **changes) -> list[subprocess.Popen]:
     validation__every=0,
     **changes,
   )
-  command = [sys.executable, "-m", "cogvideox_jax.train", "--config=configs/tiny.py"]
-  command += [f"--workdir={workdir}", *config_flags_of(values)]
-  if count > 1:
-    command += [f"--coordinator=127.0.0.1:{free_port()}", f"--process_count={count}"]
-  environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-  processes = [
-    subprocess.Popen(
-      command + [f"--process_id={index}"] * (count > 1),
-      cwd=ROOT,
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for index in range(count)
-  ]
-  STARTED.extend(processes)
-  return processes
-
-
-def finish(processes) -> tuple[list[int], list[str]]:
-  outputs = [process.communicate(timeout=120) for process in processes]
-  return [process.returncode for process in processes], ["".join(output) for output in outputs]
-
-
-def lines(path) -> list[dict]:
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  flags = ["--config=configs/tiny.py", f"--workdir={workdir}", *config_flags_of(values)]
+  return start_job("train", flags, count)
 
 
 def losses(workdir) -> dict[int, float]:
