@@ -35,7 +35,7 @@ from configs import vae_tiny
 
 def make_config(**changes):
   config = vae_tiny.get_config()
-  config.model.update(channels=(8, 8), temporal_compression=2, latent_channels=4, groups=2)
+  config.model.update(channels=(8,), temporal_compression=1, latent_channels=4, groups=2)
   config.data.update(clips=16, sizes=((16, 16),), durations=(1,), validation_fraction=0.4)
   config.train.update(steps=6, frames=4, batch_multiple=8)
   config.optimizer.warmup_steps = 2
@@ -104,10 +104,14 @@ def test_a_stopped_run_ends_with_the_same_bits_and_refuses_other_configs_and_cli
     vae_run.train(config, workdir)
 
 
-def test_the_scaling_factor_that_is_left_is_that_of_the_averaged_weights(tmp_path):
-  config = make_config(validation__every=0, preview__every=0)
+def test_few_clips_train_without_validation_and_leave_the_scaling_factor_of_the_average(
+  tmp_path, capsys
+):
+  config = make_config(data__validation_fraction=1e-6, preview__every=0, train__steps=3)
   workdir = epath.Path(tmp_path)
   assert vae_run.train(config, workdir) == 0
+  assert "None of the 16 clips is held out" in capsys.readouterr().out
+  assert not any("validation_psnr" in line for line in lines(workdir / "metrics.jsonl"))
   vae_config, params = diffusers.load_vae(workdir / "vae")
   frames = [
     video.read(path, fps=8.0, num_frames=1, height=16, width=16)
@@ -124,6 +128,8 @@ def test_a_training_that_diverges_ends_in_a_message_and_keeps_its_finite_checkpo
     checkpoint__every=1,
     checkpoint__keep=2,
     log_every=4,
+    validation__every=0,
+    preview__every=0,
   )
   workdir = epath.Path(tmp_path)
   with pytest.raises(UserError, match=r"at step 2: .*not finite. Earlier .* are intact"):
@@ -132,35 +138,34 @@ def test_a_training_that_diverges_ends_in_a_message_and_keeps_its_finite_checkpo
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint.load_weights(workdir, "raw")))
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}])
-def test_a_step_on_any_mesh_has_the_loss_and_gradients_of_one_device(sizes):
-  config = make_config(model__channels=(8, 16), optimizer__warmup_steps=0)
-  clips = np.random.default_rng(0).integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
-  rules, key = sharding.rules_named("fsdp"), jax.random.key(1)
-  found = []
-  for devices, shape in ((1, {}), (8, sizes)):
-    mesh = sharding.make_mesh(
-      {"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **shape}, jax.devices()[:devices]
-    )
-    functions = make_vae_functions(config, mesh, rules)
-    shardings = states.shardings_of(functions.abstract)
-    state = jax.block_until_ready(functions.create(jax.random.key(0)))
-    kernels = [
-      leaf
-      for path, leaf in jax.tree.leaves_with_path(state)
-      if sharding.path_name(path).endswith("kernel")
-    ]
-    assert all(
-      len({str(s.index) for s in x.addressable_shards}) == mesh.shape["fsdp"] for x in kernels
-    )
-    frames = jax.device_put(clips, sharding.row_sharding(mesh, rules, len(clips)))
-    step = jax.jit(functions.train, out_shardings=(shardings, None))
-    found.append(jax.block_until_ready(step(state, frames, key)))
-  (alone, expected), (sharded, measured) = found
-  for name in expected:
-    np.testing.assert_allclose(measured[name], expected[name], rtol=2e-5)
+CLIPS = np.random.default_rng(0).integers(0, 256, (8, 1, 16, 16, 3), np.uint8)
+
+
+def step_on(devices, **sizes):
+  """The state before and after a step on CLIPS, and its metrics, on a mesh of so many devices."""
+  config = make_config(optimizer__warmup_steps=0)
+  mesh = sharding.make_mesh(
+    {"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **sizes}, jax.devices()[:devices]
+  )
+  rules = sharding.rules_named("fsdp")
+  functions = make_vae_functions(config, mesh, rules)
+  shardings = states.shardings_of(functions.abstract)
+  before = jax.block_until_ready(functions.create(jax.random.key(0)))
+  frames = jax.device_put(CLIPS, sharding.row_sharding(mesh, rules, len(CLIPS)))
+  step = jax.jit(functions.train, out_shardings=(shardings, None))
+  return before, *jax.block_until_ready(step(before, frames, jax.random.key(1)))
+
+
+def test_a_step_on_a_mesh_has_the_loss_and_gradients_of_one_device():
+  before, after, metrics = step_on(8, data=2, fsdp=4)
+  for path, leaf in jax.tree.leaves_with_path(before):
+    if sharding.path_name(path).endswith("kernel"):
+      assert len({str(x.index) for x in leaf.addressable_shards}) == 4, path
+  _, expected, expected_metrics = step_on(1)
+  for name in expected_metrics:
+    np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-5)
   # The first moments are a tenth of the clipped gradients.
-  moments = [opt_state.opt_state[1][0].mu for opt_state in (sharded, alone)]
+  moments = [state.opt_state[1][0].mu for state in (after, expected)]
   jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4), *moments)
 
 
@@ -168,13 +173,6 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused_with_the_way_o
   config = make_config(train__batch_multiple=1)
   with pytest.raises(UserError, match=r"4 clips .* 8 devices(.|\n)*config.train.batch_multiple=8"):
     vae_run.train(config, epath.Path(tmp_path))
-
-
-def test_a_few_clips_of_which_none_is_held_out_train_without_validation(tmp_path, capsys):
-  config = make_config(data__validation_fraction=1e-6, train__steps=3)
-  assert vae_run.train(config, epath.Path(tmp_path)) == 0
-  assert "None of the 16 clips is held out" in capsys.readouterr().out
-  assert not any("validation_psnr" in line for line in lines(tmp_path / "metrics.jsonl"))
 
 
 def test_scaled_latents_have_unit_variance(tmp_path):
@@ -198,7 +196,7 @@ def test_scaled_latents_have_unit_variance(tmp_path):
   [("durations", (16,), "16"), ("sizes", ((15, 16),), "15"), ("fps", -1.0, "fps")],
 )
 def test_clips_that_the_vae_cannot_take_are_refused_at_once(tmp_path, key, value, word):
-  config = make_config(**{f"data__{key}": value})
+  config = make_config(model__channels=(8, 8), **{f"data__{key}": value})
   with pytest.raises(UserError, match=word):
     vae_run.train(config, epath.Path(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
