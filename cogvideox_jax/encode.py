@@ -8,8 +8,9 @@ knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --pr
 
 from absl import flags
 
-from cogvideox_jax import command, job, precompute
+from cogvideox_jax import command, job
 from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.precompute import encode_clips
 
 CONFIG = command.config_flag(TrainConfig)
 INPUT = flags.DEFINE_string("input", None, "Manifest (JSON lines) or folder.", required=True)
@@ -18,7 +19,7 @@ MODEL = flags.DEFINE_string(
   "model", None, "Model folder or shipped name: VAE, text encoder, tokenizer.", required=True
 )
 WORKERS = flags.DEFINE_integer(
-  "workers", precompute.WORKERS, "Processes that decode files.", lower_bound=1
+  "workers", encode_clips.WORKERS, "Processes that decode files.", lower_bound=1
 )
 job.declare_flags()
 
@@ -26,7 +27,7 @@ job.declare_flags()
 def main() -> None:
   with job.joined():
     try:
-      counts = precompute.encode(
+      counts = encode_clips.encode(
         CONFIG.value, INPUT.value, OUTPUT.value, MODEL.value, workers=WORKERS.value
       )
     except KeyboardInterrupt:

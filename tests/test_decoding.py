@@ -12,6 +12,7 @@ from test_hostile_video import encode
 
 from cogvideox_jax.data import video
 from cogvideox_jax.data.decoding import Decoders, File
+from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.video import VideoError, Window
 from cogvideox_jax.errors import UserError
 
@@ -140,7 +141,6 @@ def test_a_parent_that_is_killed_leaves_no_process(sound, tmp_path):
 import time
 from cogvideox_jax.data.decoding import Decoders, File
 from cogvideox_jax.data.video import Window
-from cogvideox_jax.data.mp4 import write_mp4
 with Decoders(1) as decoders:
   next(next(decoders.decode([File({str(sound)!r}, 8.0, lambda info: [Window(0, 1, 32, 32)])])))
   print(decoders._workers[0]._running.process.pid, flush=True)

@@ -18,13 +18,13 @@ from PIL import Image
 
 from cogvideox_jax.data import video
 from cogvideox_jax.data.media import Limits
+from cogvideox_jax.data.mp4 import write_mp4
 
 CLIPS = Path(__file__).parent / "data" / "clips"
 # Runs in a process of its own, since the memory of this one holds JAX; prints megabytes.
 PEAK = """
 import resource, sys
 from cogvideox_jax.data import video
-from cogvideox_jax.data.mp4 import write_mp4
 
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

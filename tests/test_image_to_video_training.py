@@ -17,7 +17,7 @@ from small_run import make_config as make_text_config
 from small_run import make_inputs
 from typed_config import typed
 
-from cogvideox_jax import precompute, sample
+from cogvideox_jax import sample
 from cogvideox_jax.config import checks
 from cogvideox_jax.data import video
 from cogvideox_jax.data.mp4 import write_mp4
@@ -27,6 +27,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.precompute import encode_clips
 from cogvideox_jax.training import transformer_run, workdir
 from configs import tiny_i2v
 
@@ -93,10 +94,8 @@ def make_config(inputs, **changes):
 def encoded(inputs, tmp_path_factory):
   output = epath.Path(tmp_path_factory.mktemp("encoded"))
   config = make_config(inputs)
-  assert precompute.encode(config, inputs / "clips", output, config.components, workers=1) == (
-    20,
-    0,
-  )
+  counts = encode_clips.encode(config, inputs / "clips", output, config.components, workers=1)
+  assert counts == (20, 0)
   return output
 
 

@@ -18,7 +18,6 @@ from etils import epath
 from flax import nnx
 from typed_config import typed
 
-from cogvideox_jax import precompute
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import video
@@ -32,6 +31,7 @@ from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.t5 import T5Encoder, encode_text
 from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.precompute import encode_clips
 from configs import tiny
 
 TOKENIZER = epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer"
@@ -83,7 +83,7 @@ def test_an_example_holds_the_moments_of_its_clip_and_the_states_of_its_caption(
   tmp_path, model, config
 ):
   clips = write_clips(tmp_path / "clips", 3)
-  precompute.encode(typed(config), clips, tmp_path / "out", model)
+  encode_clips.encode(typed(config), clips, tmp_path / "out", model)
   dataset = Dataset(tmp_path / "out" / "tiny")
   examples = [dataset[index] for index in range(len(dataset))]
   example = next(example for example in examples if example.caption == "number 1")
@@ -113,7 +113,7 @@ def test_clips_that_cannot_be_used_get_their_line_and_the_rest_is_encoded(tmp_pa
     manifest.write('{"file": "../outside.mp4", "caption": "outside"}\n')
     manifest.write('{"file": "000.mp4"}\n')
     manifest.write("not json\n")
-  counts = precompute.encode(typed(config), clips, tmp_path / "out", model)
+  counts = encode_clips.encode(typed(config), clips, tmp_path / "out", model)
   lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
   refused = [json.loads(line) for line in lines]
   assert counts == (4, 6)
@@ -125,7 +125,7 @@ def test_clips_that_cannot_be_used_get_their_line_and_the_rest_is_encoded(tmp_pa
 def test_a_clip_shorter_than_every_duration_is_refused_with_the_reason(tmp_path, model, config):
   config.stages.tiny.durations = (9,)
   clips = write_clips(tmp_path / "clips", 2)
-  precompute.encode(typed(config), clips, tmp_path / "out", model)
+  encode_clips.encode(typed(config), clips, tmp_path / "out", model)
   (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
   assert "9 frames at 8 frames a second" in json.loads(line)["reason"]
 
@@ -133,10 +133,10 @@ def test_a_clip_shorter_than_every_duration_is_refused_with_the_reason(tmp_path,
 def test_encoding_again_does_nothing_and_keeps_the_quarantine(tmp_path, model, config):
   clips = write_clips(tmp_path / "clips", 3)
   (clips / "002.mp4").write_bytes(b"x")
-  precompute.encode(typed(config), clips, tmp_path / "out", model)
+  encode_clips.encode(typed(config), clips, tmp_path / "out", model)
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.array_record*")}
   quarantine = (tmp_path / "out" / "quarantine.jsonl").read_text()
-  counts = precompute.encode(typed(config), clips, tmp_path / "out", model)
+  counts = encode_clips.encode(typed(config), clips, tmp_path / "out", model)
   assert counts == (2, 1)
   assert (tmp_path / "out" / "quarantine.jsonl").read_text() == quarantine
   for path, time_of in before.items():
@@ -144,10 +144,10 @@ def test_encoding_again_does_nothing_and_keeps_the_quarantine(tmp_path, model, c
 
 
 def test_another_manifest_into_the_same_place_is_refused(tmp_path, model, config):
-  precompute.encode(typed(config), write_clips(tmp_path / "one", 2), tmp_path / "out", model)
+  encode_clips.encode(typed(config), write_clips(tmp_path / "one", 2), tmp_path / "out", model)
   other = write_clips(tmp_path / "two", 3)
   with pytest.raises(UserError, match="other files or settings"):
-    precompute.encode(typed(config), other, tmp_path / "out", model)
+    encode_clips.encode(typed(config), other, tmp_path / "out", model)
 
 
 def two_stages(config):
@@ -163,7 +163,7 @@ def test_a_long_video_becomes_clips_that_share_its_caption_and_follow_one_anothe
   clips, output = write_clips(tmp_path / "clips", 1), tmp_path / "out"
   frames = np.random.default_rng(1).integers(0, 255, (30, 16, 16, 3), np.uint8)
   write_mp4(clips / "000.mp4", frames, 8.0)
-  assert precompute.encode(typed(config), clips, output, model) == (3, 0)
+  assert encode_clips.encode(typed(config), clips, output, model) == (3, 0)
   dataset = Dataset(output / "tiny")
   assert sources(output) == ["000.mp4#0", "000.mp4#1", "000.mp4#2"]
   assert len(set(dataset.index.source_hash)) == 1
@@ -181,7 +181,7 @@ def test_a_file_goes_to_each_stage_at_its_size_unless_it_would_blur(tmp_path, mo
   large = np.random.default_rng(1).integers(0, 255, (9, 32, 32, 3), np.uint8)
   write_mp4(clips / "001.mp4", large, 8.0)
   (clips / "002.mp4").write_bytes(b"x")
-  assert precompute.encode(typed(two_stages(config)), clips, output, model) == (3, 2)
+  assert encode_clips.encode(typed(two_stages(config)), clips, output, model) == (3, 2)
   a, b = Dataset(output / "a"), Dataset(output / "b")
   assert sorted(a.source(clip) for clip in range(len(a))) == ["000.mp4", "001.mp4"]
   assert [b.source(clip) for clip in range(len(b))] == ["001.mp4"]
@@ -195,12 +195,12 @@ def test_a_file_goes_to_each_stage_at_its_size_unless_it_would_blur(tmp_path, mo
 def test_a_stage_that_is_there_is_not_written_again(tmp_path, model, config):
   clips, output = write_clips(tmp_path / "clips", 2), tmp_path / "out"
   config.stages.tiny.sizes = ((16, 16), (16, 32))
-  precompute.encode(typed(two_stages(config)), clips, output, model)
+  encode_clips.encode(typed(two_stages(config)), clips, output, model)
   shards = {stage: next(output.glob(f"{stage}/*.array_record*")) for stage in "ab"}
   expected = shards["b"].read_bytes()
   shards["b"].unlink()
   before = shards["a"].stat().st_mtime_ns
-  precompute.encode(typed(config), clips, output, model)
+  encode_clips.encode(typed(config), clips, output, model)
   assert shards["b"].read_bytes() == expected
   assert shards["a"].stat().st_mtime_ns == before
 
@@ -210,7 +210,7 @@ def test_a_clip_keeps_all_its_captions_and_its_score(tmp_path, model, config):
   line = {"file": "000.mp4", "caption": "first", "captions": ["second", "number 1"], "score": 0.5}
   manifest = clips / "manifest.jsonl"
   manifest.write_text(f"{json.dumps(line)}\n{manifest.read_text().splitlines()[1]}\n")
-  precompute.encode(typed(config), clips, output, model)
+  encode_clips.encode(typed(config), clips, output, model)
   dataset = Dataset(output / "tiny")
   several, one = np.argsort(-dataset.index.captions).tolist()
   np.testing.assert_array_equal(dataset.index.captions[[several, one]], [3, 1])
@@ -221,13 +221,13 @@ def test_a_clip_keeps_all_its_captions_and_its_score(tmp_path, model, config):
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path, model, config, monkeypatch):
-  monkeypatch.setattr(encoding, "SHARD_ITEMS", 5)
+  monkeypatch.setattr(encode_clips, "SHARD_ITEMS", 5)
   clips = write_clips(tmp_path / "clips", 12)
   (clips / "007.mp4").write_bytes(b"x")
   written = []
   for workers in (1, 3):
     output = tmp_path / str(workers)
-    precompute.encode(typed(config), clips, output, model, workers=workers)
+    encode_clips.encode(typed(config), clips, output, model, workers=workers)
     files = [path for path in output.rglob("*") if path.is_file()]
     written.append({path.relative_to(output): path.read_bytes() for path in files})
   assert written[0] == written[1]
@@ -239,10 +239,10 @@ def test_a_full_disk_is_one_clear_message(tmp_path, model, config):
   resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
   try:
     with pytest.raises(UserError, match=r"cannot write .*\nFree some space"):
-      precompute.encode(typed(config), clips, output, model)
+      encode_clips.encode(typed(config), clips, output, model)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  assert precompute.encode(typed(config), clips, output, model) == (12, 0)
+  assert encode_clips.encode(typed(config), clips, output, model) == (12, 0)
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, model):
@@ -273,15 +273,15 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, model):
 RUN = """
 import sys
 from pathlib import Path
-from cogvideox_jax import precompute
+from cogvideox_jax.precompute import encode_clips
 from cogvideox_jax.config.read import read
 from cogvideox_jax.config.schema import TrainConfig
 from configs import tiny
-precompute.SHARD_ITEMS = 4
+encode_clips.SHARD_ITEMS = 4
 config = tiny.get_config()
 config.model.text_length = 6
 config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
-precompute.encode(read(TrainConfig, config), *map(Path, sys.argv[1:3]), sys.argv[3])
+encode_clips.encode(read(TrainConfig, config), *map(Path, sys.argv[1:3]), sys.argv[3])
 """
 
 
@@ -313,6 +313,6 @@ def test_the_text_encoder_runs_as_one_program_whatever_the_number_of_captions(mo
 
 
 def test_encoding_imports_no_tensorflow():
-  code = "import sys, cogvideox_jax.precompute; sys.exit('tensorflow' in sys.modules)"
+  code = "import sys, cogvideox_jax.precompute.encode_clips; sys.exit('tensorflow' in sys.modules)"
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
   assert jax.default_backend() == "cpu"

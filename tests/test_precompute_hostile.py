@@ -14,11 +14,11 @@ from test_hostile_video import HOSTILE, encode
 from test_precompute import make_encoders
 from typed_config import typed
 
-from cogvideox_jax import precompute
 from cogvideox_jax.data.decoding import Decoders, File
 from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.video import Window
+from cogvideox_jax.precompute import encode_clips
 from configs import tiny
 
 # What every odd file shows: a colour in each quarter, so that turns and mirrors are seen.
@@ -215,7 +215,7 @@ def test_a_job_keeps_what_it_can_and_says_why_not_of_the_rest(folder, tmp_path):
   config.model.text_length = 32
   config.stages.tiny.update(sizes=((16, 16), (16, 24)), durations=(1, 9))
   model = make_encoders(tmp_path / "model")
-  counts = precompute.encode(typed(config), folder, tmp_path / "out", model, workers=2)
+  counts = encode_clips.encode(typed(config), folder, tmp_path / "out", model, workers=2)
   dataset = Dataset(tmp_path / "out" / "tiny")
   assert sorted({dataset.source(clip) for clip in range(len(dataset))}) == sorted(SHOWN)
   assert {clip.caption for clip in map(dataset.__getitem__, range(len(dataset)))} == {

@@ -17,18 +17,19 @@ from cogvideox_jax.errors import UserError
 
 RUN = """
 import sys
-from cogvideox_jax import precompute, hosts
+from cogvideox_jax import hosts
 from cogvideox_jax.config.read import read
+from cogvideox_jax.precompute import encode_clips
 from cogvideox_jax.config.schema import TrainConfig
 from configs import tiny
-precompute.SHARD_ITEMS, hosts.HEARTBEAT = 4, 3
+encode_clips.SHARD_ITEMS, hosts.HEARTBEAT = 4, 3
 clips, output, model, port, count, index = sys.argv[1:]
 if int(count) > 1:
   hosts.join(hosts.Group(f"127.0.0.1:{port}", int(count), int(index)))
 config = tiny.get_config()
 config.model.text_length = 6
 config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
-print(precompute.encode(read(TrainConfig, config), clips, output, model, workers=1))
+print(encode_clips.encode(read(TrainConfig, config), clips, output, model, workers=1))
 """
 
 

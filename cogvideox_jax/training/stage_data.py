@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from cogvideox_jax import hosts, precompute
+from cogvideox_jax import hosts
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import shape_clips
@@ -18,6 +18,7 @@ from cogvideox_jax.data.rows import DroppedCaption, Rows
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.frozen_networks import FrozenNetworks
 from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.precompute import encode_clips
 
 ENCODED = "data/encoded"  # Where in a workdir the embedded clips are.
 
@@ -43,7 +44,7 @@ def make_data(config: TrainConfig, workdir: epath.Path) -> None:
     render()
   hosts.wait("rendered")
   manifest = render()  # Which finds it done.
-  precompute.encode(config, manifest, workdir / ENCODED, config.components)
+  encode_clips.encode(config, manifest, workdir / ENCODED, config.components)
 
 
 def open_data(config: TrainConfig, stage: str, workdir: epath.Path) -> dict[str, Dataset]:
