@@ -20,7 +20,7 @@ from cogvideox_jax.config.checks import check
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.data.contact_sheet import contact_sheet
 from cogvideox_jax.data.mp4 import write_mp4
-from cogvideox_jax.data.shape_clips import held_out_prompts
+from cogvideox_jax.data.shape_scenes import held_out_prompts
 from cogvideox_jax.evaluation.shape_scores import score
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.models.dit import DiT

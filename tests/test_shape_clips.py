@@ -11,17 +11,17 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from cogvideox_jax.data import shape_clips, video
+from cogvideox_jax.data import shape_clips, shape_scenes, video
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZES, DURATIONS = ((64, 64), (48, 80), (80, 48)), (1, 9, 17)
 WORDS = (
-  shape_clips.COLOURS,
-  shape_clips.SHAPES,
-  tuple(shape_clips.MOTIONS),
-  shape_clips.BACKGROUNDS,
+  shape_scenes.COLOURS,
+  shape_scenes.SHAPES,
+  tuple(shape_scenes.MOTIONS),
+  shape_scenes.BACKGROUNDS,
 )
 
 
@@ -29,19 +29,19 @@ def render_dataset(folder, clips=12, seed=0, fps=8.0):
   return shape_clips.render_dataset(folder, clips, seed, sizes=SIZES, durations=DURATIONS, fps=fps)
 
 
-def drawn_scenes(count: int, moving: bool = True) -> list[shape_clips.Scene]:
+def drawn_scenes(count: int, moving: bool = True) -> list[shape_scenes.Scene]:
   rng = np.random.default_rng(5)
-  return [shape_clips.draw_scene(rng, moving) for _ in range(count)]
+  return [shape_scenes.draw_scene(rng, moving) for _ in range(count)]
 
 
-def words_of(scene: shape_clips.Scene) -> list[tuple]:
+def words_of(scene: shape_scenes.Scene) -> list[tuple]:
   return [(*thing, scene.background) for thing in scene.objects]
 
 
 @pytest.mark.parametrize("moving", [True, False])
 def test_a_caption_says_all_of_its_scene(moving):
   for scene in drawn_scenes(1000, moving):
-    assert shape_clips.parse(shape_clips.caption(scene)) == scene
+    assert shape_scenes.parse(shape_scenes.caption(scene)) == scene
 
 
 @pytest.mark.parametrize(
@@ -61,15 +61,17 @@ def test_a_caption_says_all_of_its_scene(moving):
 )
 def test_what_is_not_a_caption_is_refused(text):
   with pytest.raises(ValueError, match="not a caption"):
-    shape_clips.parse(text)
+    shape_scenes.parse(text)
 
 
 def test_every_caption_fits_the_tiny_model_s_text():
-  things = [shape_clips.Thing(*words) for words in itertools.product(*WORDS[:2], (*WORDS[2], None))]
-  pairs = [shape_clips.Scene(pair, "blue") for pair in itertools.product(things, repeat=2)]
-  grounds = [shape_clips.Scene((things[0],), ground) for ground in shape_clips.BACKGROUNDS]
+  things = [
+    shape_scenes.Thing(*words) for words in itertools.product(*WORDS[:2], (*WORDS[2], None))
+  ]
+  pairs = [shape_scenes.Scene(pair, "blue") for pair in itertools.product(things, repeat=2)]
+  grounds = [shape_scenes.Scene((things[0],), ground) for ground in shape_scenes.BACKGROUNDS]
   tokenizer = Tokenizer(epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer")
-  lengths = (tokenizer.encode([shape_clips.caption(s) for s in pairs + grounds], 226) != 0).sum(
+  lengths = (tokenizer.encode([shape_scenes.caption(s) for s in pairs + grounds], 226) != 0).sum(
     axis=1
   )
   assert lengths[: len(pairs)].max() == 19
@@ -77,9 +79,9 @@ def test_every_caption_fits_the_tiny_model_s_text():
 
 
 def test_held_out_prompts_are_distinct_and_balanced_over_every_word():
-  assert len(set(shape_clips.held_out_prompts())) == 64
+  assert len(set(shape_scenes.held_out_prompts())) == 64
   for count in (16, 30, 64):
-    scenes = map(shape_clips.parse, shape_clips.held_out_prompts(count))
+    scenes = map(shape_scenes.parse, shape_scenes.held_out_prompts(count))
     columns = zip(*(words_of(scene)[0] for scene in scenes), strict=True)
     for column, words in zip(columns, WORDS, strict=True):
       times = [Counter(column)[word] for word in words]
@@ -87,7 +89,7 @@ def test_held_out_prompts_are_distinct_and_balanced_over_every_word():
 
 
 def test_no_object_of_a_scene_is_held_out():
-  held_out = {words_of(scene)[0] for scene in shape_clips.held_out_scenes()}
+  held_out = {words_of(scene)[0] for scene in shape_scenes.held_out_scenes()}
   shown = [words for scene in drawn_scenes(3000) for words in words_of(scene)]
   assert not held_out & set(shown)
   # Nor is anything else missing: what is not held out is all shown.
@@ -100,7 +102,7 @@ def test_no_object_of_a_scene_is_held_out():
 def test_previews_of_training_show_no_held_out_prompt(monkeypatch):
   monkeypatch.syspath_prepend(CONFIGS.parent)
   config = runpy.run_path(str(CONFIGS / "tiny.py"))["get_config"]()
-  assert not set(config.preview.prompts) & set(shape_clips.held_out_prompts())
+  assert not set(config.preview.prompts) & set(shape_scenes.held_out_prompts())
 
 
 @pytest.mark.parametrize("num_frames", [9, 17, 49])
@@ -109,19 +111,19 @@ def test_objects_stay_whole_in_the_frame_and_never_meet(num_frames, height, widt
   rng = np.random.default_rng(6)
   for scene in drawn_scenes(30):
     frames = shape_clips.render(scene, num_frames, height, width, rng).astype(float)
-    ground = shape_clips.PALETTE[scene.background]
+    ground = shape_scenes.PALETTE[scene.background]
     seen = np.abs(frames - ground).sum(axis=(1, 2, 3))  # Falls when an object is hidden or cut.
-    np.testing.assert_allclose(seen, seen[0], rtol=0.03, err_msg=shape_clips.caption(scene))
+    np.testing.assert_allclose(seen, seen[0], rtol=0.03, err_msg=shape_scenes.caption(scene))
 
 
 @pytest.mark.parametrize(("num_frames", "least", "most"), [(9, 0.19, 0.26), (17, 0.39, 0.51)])
 def test_objects_travel_as_captioned_at_constant_speed(num_frames, least, most):
   rng = np.random.default_rng(7)
   height, width = 48, 80
-  for motion, direction in shape_clips.MOTIONS.items():
-    scene = shape_clips.Scene((shape_clips.Thing("red", "circle", motion),), "blue")
+  for motion, direction in shape_scenes.MOTIONS.items():
+    scene = shape_scenes.Scene((shape_scenes.Thing("red", "circle", motion),), "blue")
     frames = shape_clips.render(scene, num_frames, height, width, rng).astype(float)
-    mass = np.abs(frames - shape_clips.PALETTE["blue"]).sum(axis=-1)
+    mass = np.abs(frames - shape_scenes.PALETTE["blue"]).sum(axis=-1)
     mass /= mass.sum(axis=(1, 2), keepdims=True)
     x = mass.sum(axis=1) @ np.arange(width) / width
     y = mass.sum(axis=2) @ np.arange(height) / height
@@ -150,7 +152,7 @@ def test_files_show_what_the_manifest_says(tmp_path):
   kinds = set()
   for index, item in enumerate(items):
     scene, frames = shape_clips.draw_clip(index, 0, SIZES, DURATIONS)
-    assert item["caption"] == shape_clips.caption(scene)
+    assert item["caption"] == shape_scenes.caption(scene)
     file = Path(manifest.parent / item["file"])
     num_frames, height, width, _ = frames.shape
     if num_frames == 1:
@@ -205,7 +207,7 @@ def test_numbers_that_make_no_dataset_are_refused(tmp_path):
   with pytest.raises(UserError, match=r"config\.data\.clips"):
     render_dataset(tmp_path, clips=0)
   with pytest.raises(UserError, match="there are 1 to 64"):
-    shape_clips.held_out_prompts(65)
+    shape_scenes.held_out_prompts(65)
 
 
 def test_a_score_says_how_clearly_an_object_stands_out(tmp_path):

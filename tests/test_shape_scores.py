@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cogvideox_jax.data import shape_clips, video
+from cogvideox_jax.data import shape_clips, shape_scenes, video
 from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.evaluation.shape_scores import Reading, read_scene, score
 
@@ -17,10 +17,10 @@ def rendered(num_frames: int, height: int, width: int, count: int = CLIPS):
   rng = np.random.default_rng(num_frames + height)
   scenes = []
   while len(scenes) < count:
-    scene = shape_clips.draw_scene(rng, moving=True)
+    scene = shape_scenes.draw_scene(rng, moving=True)
     scenes += [scene] if len(scene.objects) == 1 else []
   videos = [shape_clips.render(scene, num_frames, height, width, rng) for scene in scenes]
-  return videos, [shape_clips.caption(scene) for scene in scenes]
+  return videos, [shape_scenes.caption(scene) for scene in scenes]
 
 
 def compressed(frames, path):
@@ -53,15 +53,17 @@ def test_rendered_clips_are_read_right(extent, spoil, tmp_path):
 
 
 def test_held_out_prompts_can_all_be_scored():
-  captions = shape_clips.held_out_prompts()
+  captions = shape_scenes.held_out_prompts()
   rng = np.random.default_rng(0)
-  videos = [shape_clips.render(shape_clips.parse(caption), 17, 64, 64, rng) for caption in captions]
+  videos = [
+    shape_clips.render(shape_scenes.parse(caption), 17, 64, 64, rng) for caption in captions
+  ]
   assert score(videos, captions) == dict.fromkeys(PARTS, 1.0)
 
 
 def test_a_wrong_word_costs_its_own_part_only():
   right = "a red circle moves right on a blue background"
-  frames = shape_clips.render(shape_clips.parse(right), 17, 64, 64, np.random.default_rng(1))
+  frames = shape_clips.render(shape_scenes.parse(right), 17, 64, 64, np.random.default_rng(1))
   wrong = {
     "background": right.replace("blue", "green"),
     "colour": right.replace("red", "yellow"),
@@ -93,12 +95,12 @@ def test_noise_and_plain_frames_show_nothing():
 
 def test_an_object_that_vanishes_or_wanders_is_not_read_as_moving():
   rng = np.random.default_rng(4)
-  moving = shape_clips.parse("a red circle moves right on a blue background")
+  moving = shape_scenes.parse("a red circle moves right on a blue background")
   frames = shape_clips.render(moving, 17, 64, 64, rng)
   assert read_scene(frames[::-1]).motion == "left"
   assert read_scene(frames.transpose(0, 2, 1, 3)).motion == "down"
   vanishing = frames.copy()
-  vanishing[11:] = shape_clips.PALETTE["blue"]
+  vanishing[11:] = shape_scenes.PALETTE["blue"]
   assert read_scene(vanishing) == Reading("blue", "none", "none", "none")
   diagonal = np.stack([np.roll(frame, shift, axis=0) for shift, frame in enumerate(frames)])
   assert read_scene(np.roll(diagonal, 10, axis=0)).motion in ("none", "right")
@@ -112,7 +114,7 @@ def test_a_ring_or_a_pair_is_no_shape():
   pair = (np.abs(y) < 5) & (np.abs(np.abs(x) - 18) < 8)
   for mask in (ring, pair):
     frames = np.where(
-      mask[None, ..., None], shape_clips.PALETTE["red"], shape_clips.PALETTE["white"]
+      mask[None, ..., None], shape_scenes.PALETTE["red"], shape_scenes.PALETTE["white"]
     )
     reading = read_scene(np.repeat(frames, 9, axis=0).astype(np.uint8))
     assert reading == Reading("white", "red", "still", "none")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from cogvideox_jax.data import shape_clips
+from cogvideox_jax.data import shape_clips, shape_scenes
 
 NONE = "none"
 
@@ -76,7 +76,7 @@ def score(
 
 def _words(caption: str) -> Reading:
   """What a perfect clip of this caption reads as."""
-  scene = shape_clips.parse(caption)
+  scene = shape_scenes.parse(caption)
   colour, shape, motion = scene.objects[0]
   if len(scene.objects) > 1 or motion is None:
     raise ValueError(f"{caption!r} must say one object and its motion to be scored.")
@@ -91,7 +91,7 @@ def _border_colour(pixels: Float[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "3
 
 def _named(colour: Float[np.ndarray, "3"]) -> str:
   distances = {
-    name: float(np.linalg.norm(colour - rgb)) for name, rgb in shape_clips.PALETTE.items()
+    name: float(np.linalg.norm(colour - rgb)) for name, rgb in shape_scenes.PALETTE.items()
   }
   nearest = min(distances, key=distances.__getitem__)
   return nearest if distances[nearest] < COLOUR_DISTANCE else NONE
@@ -141,4 +141,4 @@ def _motion(centroids: Float[np.ndarray, "F 2"], seen: Bool[np.ndarray, "F"]) ->
     return NONE
   direction = [0, 0]
   direction[main] = int(np.sign(travel[main]))
-  return next(name for name, step in shape_clips.MOTIONS.items() if step == tuple(direction))
+  return next(name for name, step in shape_scenes.MOTIONS.items() if step == tuple(direction))
