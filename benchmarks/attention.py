@@ -31,13 +31,17 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from mix import ROWS, token_counts
 
 from cogvideox_jax.data import packing
-from cogvideox_jax.models.kernels import block_grid, segment_attention, segment_attention_forward
+from cogvideox_jax.models.kernels import segment_attention
+from cogvideox_jax.models.kernels.block_grid import BlockSizes, Edges, block_edges, fit_blocks
+from cogvideox_jax.models.kernels.segment_attention_forward import key_tile
 
 TOP = 75_776
-BLOCKS_OF_TRAINING = segment_attention.BLOCKS["TPU v5"]  # All have the same.
+TRAINING = segment_attention.BLOCK_SIZES["TPU v5"]  # All kinds have the same sizes.
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-SIZES = (256, 256), (512, 256), (512, 512), (1024, 256), (1024, 512), (1024, 1024)
-BLOCKS = tuple(segment_attention.Blocks(*sizes) for sizes in SIZES)
+SIZES = tuple(
+  BlockSizes(*sizes)
+  for sizes in ((256, 256), (512, 256), (512, 512), (1024, 256), (1024, 512), (1024, 1024))
+)
 HEADS, HEAD_DIM, TOKENS = 2, 64, 8192
 KERNEL = re.compile(r"(splash_mha_[a-z]+|attention_[a-z]+).*-final_bundles\.txt$")
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s*(LB|PF)?")
@@ -48,21 +52,21 @@ class Cut(NamedTuple):
 
   outer: int
   inner: int
-  part: int
+  key_block: int
   ways: int  # The kernel has separate code for each of so many ways to compute scores.
 
   @property
-  def parts(self) -> int:
+  def key_blocks(self) -> int:
     """Key blocks in one block of the outer or inner loop, whichever is larger."""
-    return max(self.outer, self.inner) // self.part
+    return max(self.outer, self.inner) // self.key_block
 
 
-def cuts(blocks: segment_attention.Blocks, tokens: int) -> dict[str, Cut]:
+def cuts(sizes: BlockSizes, tokens: int) -> dict[str, Cut]:
   """The cut of each kernel, by the kernel's name."""
-  keys = segment_attention_forward.block_of_keys(tokens, blocks.size)
+  keys = key_tile(tokens, sizes.block)
   return {
-    "attention_forward": Cut(blocks.size, keys, blocks.part, 2),
-    "attention_backward": Cut(blocks.size, blocks.size, blocks.part, 1),
+    "attention_forward": Cut(sizes.block, keys, sizes.key_block, 2),
+    "attention_backward": Cut(sizes.block, sizes.block, sizes.key_block, 1),
   }
 
 
@@ -85,30 +89,30 @@ def count_pairs(ids: np.ndarray, cut: Cut) -> np.ndarray:
 
   Blocks of keys have the size of the inner blocks.
   """
-  queries = block_grid.edges(ids, cut.outer, cut.outer)
-  keys, parts = (block_grid.edges(ids, size, cut.inner) for size in (cut.inner, cut.part))
+  queries = block_edges(ids, cut.outer, cut.outer)
+  tiles, key_blocks = (block_edges(ids, size, cut.inner) for size in (cut.inner, cut.key_block))
 
-  def overlap(some: block_grid.Edges) -> np.ndarray:
+  def overlap(keys: Edges) -> np.ndarray:
     first, last = (np.asarray(x)[:, None] for x in queries)
-    return (np.asarray(some.first) <= last) & (first <= np.asarray(some.last))
+    return (np.asarray(keys.first) <= last) & (first <= np.asarray(keys.last))
 
-  first, last = (np.asarray(x) for x in keys)
-  alone = overlap(keys) & (queries.first == queries.last)[:, None] & (first == last)
-  others = overlap(parts) & ~np.repeat(alone, cut.inner // cut.part, axis=1)
+  first, last = (np.asarray(x) for x in tiles)
+  alone = overlap(tiles) & (queries.first == queries.last)[:, None] & (first == last)
+  others = overlap(key_blocks) & ~np.repeat(alone, cut.inner // cut.key_block, axis=1)
   return np.array([alone.sum(), others.sum()])
 
 
 def count(rows: list[np.ndarray], tokens: int, cut: Cut) -> dict[str, float]:
   """Counts for the mean row: scores computed, in the row and needed; steps of a kernel by kind."""
   tokens += -tokens % cut.outer
-  alone, parts = np.mean([count_pairs(segment_ids(row, tokens), cut) for row in rows], axis=0)
+  alone, key_blocks = np.mean([count_pairs(segment_ids(row, tokens), cut) for row in rows], axis=0)
   needed = sum(float(np.square(row, dtype=np.float64).sum()) for row in rows)
   return {
     "alone": alone,
-    "parts": parts,
+    "key_blocks": key_blocks,
     "blocks": tokens // cut.outer,
     "steps": tokens // cut.outer * -(-tokens // cut.inner),
-    "run": cut.outer * (cut.inner * alone + cut.part * parts),
+    "run": cut.outer * (cut.inner * alone + cut.key_block * key_blocks),
     "row": tokens**2,
     "needed": needed / len(rows),
   }
@@ -117,7 +121,7 @@ def count(rows: list[np.ndarray], tokens: int, cut: Cut) -> dict[str, float]:
 def grid(clips: int, tokens: int) -> list[dict[str, Any]]:
   rows = mix_rows(clips, tokens, most=200)
   results = []
-  for name, cut in cuts(segment_attention.fitting(tokens, BLOCKS_OF_TRAINING), tokens).items():
+  for name, cut in cuts(fit_blocks(tokens, TRAINING), tokens).items():
     counts = count(rows, tokens, cut)
     results.append(
       {
@@ -134,14 +138,15 @@ def grid(clips: int, tokens: int) -> list[dict[str, Any]]:
   return results
 
 
-def read_cycles(listing: str, parts: int, ways: int) -> dict[str, int]:
+def read_cycles(listing: str, key_blocks: int, ways: int) -> dict[str, int]:
   """Reads the bundles of a pair of blocks from a listing, for the first way to compute scores.
 
   Returns the bundles of a pair that holds one segment (`alone`), of one key block of another pair
-  (`part`), of every pair, computed or not (`each`), and of every block of the outer loop (`ends`).
+  (`key_block`), of every pair, computed or not (`each`), and of every block of the outer loop
+  (`ends`).
 
   Args:
-    parts: key blocks of a pair, for each of which the kernel has code after that for `alone`; 0 if
+    key_blocks: those of a pair, for each of which the kernel has code after that for `alone`; 0 if
       the kernel knows no key blocks.
     ways: how often all that code is repeated.
   """
@@ -160,12 +165,12 @@ def read_cycles(listing: str, parts: int, ways: int) -> dict[str, int]:
   # A region that mostly holds other regions computes no products. Code outside these regions runs
   # only for the first and the last pair of a block.
   bodies = [one for one in regions if 2 * _within(one, regions) < one[1] - one[0]]
-  bodies = sorted(sorted(bodies, key=lambda one: one[0] - one[1])[: ways * (1 + parts)])
-  alone, *of_parts = (end - begin for begin, end in bodies[: 1 + parts])
+  bodies = sorted(sorted(bodies, key=lambda one: one[0] - one[1])[: ways * (1 + key_blocks)])
+  alone, *others = (end - begin for begin, end in bodies[: 1 + key_blocks])
   ends = sum(b - a for a, b in regions if all(b <= c or d <= a for c, d in bodies))
   return {
     "alone": alone,
-    "part": sum(of_parts) // max(1, parts),
+    "key_block": sum(others) // max(1, key_blocks),
     "each": last - loop - sum(end - begin for begin, end in bodies) - ends,
     "ends": ends,
   }
@@ -176,8 +181,8 @@ def _within(one: tuple[int, int], regions: list[tuple[int, int]]) -> int:
   return sum(b - a for a, b in regions if one != (a, b) and one[0] <= a and b <= one[1])
 
 
-def ours(blocks: segment_attention.Blocks) -> Callable[..., jax.Array]:
-  return lambda q, k, v, ids: segment_attention.attend_row(q, k, v, ids, blocks, False)
+def ours(sizes: BlockSizes) -> Callable[..., jax.Array]:
+  return lambda q, k, v, ids: segment_attention.attend_row(q, k, v, ids, sizes, False)
 
 
 def jaxs(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
@@ -212,8 +217,9 @@ def compile_kernels(
   except jax.errors.JaxRuntimeError as error:
     return str(error).splitlines()[0]
   listings = [(found[1], path) for path in folder.iterdir() if (found := KERNEL.search(path.name))]
+  known = {name: (one.key_blocks, one.ways) for name, one in cut.items()}
   return {
-    name: read_cycles(path.read_text(), *((cut[name].parts, cut[name].ways) if cut else (0, 1)))
+    name: read_cycles(path.read_text(), *known.get(name, (0, 1)))
     for name, path in listings
     if "analysis" not in path.name
   }
@@ -221,7 +227,7 @@ def compile_kernels(
 
 def cycles_of_row(cycles: dict[str, int], counts: dict[str, float]) -> float:
   """Cycles of one kernel for one head of the mean row, on a grid as wide as the row."""
-  of_pairs = counts["alone"] * cycles["alone"] + counts["parts"] * cycles["part"]
+  of_pairs = counts["alone"] * cycles["alone"] + counts["key_blocks"] * cycles["key_block"]
   return of_pairs + counts["steps"] * cycles["each"] + counts["blocks"] * cycles["ends"]
 
 
@@ -229,10 +235,10 @@ def compile_all(topology: str, clips: int, folder: Path) -> list[dict[str, Any]]
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
   rows = mix_rows(clips, TOP, most=50)
   results = []
-  for blocks in BLOCKS:
-    cut = cuts(blocks, TOKENS)
-    kernels = compile_kernels(device, ours(blocks), cut, folder)
-    result = {"topology": topology, "blocks": blocks, "kernels": kernels}
+  for sizes in SIZES:
+    cut = cuts(sizes, TOKENS)
+    kernels = compile_kernels(device, ours(sizes), cut, folder)
+    result = {"topology": topology, "blocks": sizes, "kernels": kernels}
     if isinstance(kernels, dict):
       counts = {name: count(rows, TOP, of_kernel) for name, of_kernel in cut.items()}
       result["pace"] = sum(

@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted, against the plain path; and compiled for a TPU."""
+"""The attention kernels for TPUs: interpreted, against dense attention; and compiled for TPUs."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -15,27 +15,21 @@ from test_attention import dense_attention, drawn, row, value_and_grads
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import attention as plain
 from cogvideox_jax.models.backends import attention_for
-from cogvideox_jax.models.kernels import (
-  segment_attention,
-  segment_attention_backward,
-  segment_attention_forward,
-)
+from cogvideox_jax.models.kernels import segment_attention, segment_attention_forward
+from cogvideox_jax.models.kernels.block_grid import BlockSizes, fit_blocks
+from cogvideox_jax.models.kernels.segment_attention_backward import Residuals, backward
 
-interpreted = partial(
-  segment_attention.attention, blocks=segment_attention.Blocks(128, 128), interpret=True
-)
+interpreted = partial(segment_attention.attention, sizes=BlockSizes(128, 128), interpret=True)
 
 
-# Many clips and one, with padding and without; the tokens make no whole blocks.
+# Rows of many clips and of one, with padding and without, of no whole number of blocks.
 ROWS = np.stack([row(*[9] * 20, 211, 1, 88, n=700), row(300, n=700), row(700, n=700)])
 
 
-@pytest.mark.parametrize(
-  "blocks", [segment_attention.Blocks(128, 128), segment_attention.Blocks(256, 128)]
-)
-def test_equals_dense_masked_softmax_in_values_and_gradients(blocks):
+@pytest.mark.parametrize("sizes", [BlockSizes(128, 128), BlockSizes(256, 128)])
+def test_equals_dense_masked_softmax_in_values_and_gradients(sizes):
   q, k, v = drawn(ROWS)
-  ours = value_and_grads(partial(interpreted, blocks=blocks), q, k, v, ROWS)
+  ours = value_and_grads(partial(interpreted, sizes=sizes), q, k, v, ROWS)
   for a, b in zip(ours, value_and_grads(dense_attention, q, k, v, ROWS), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -50,14 +44,14 @@ def test_bfloat16_is_as_near_as_its_rounding():
 
 
 def sized(*largest):
-  """Heads whose queries and keys allow scores up to so much, and no more."""
+  """Queries, keys and values of heads whose scores are at most `largest`, one number a head."""
   q, k, v = drawn(ROWS)
   longest = jnp.sqrt(jnp.square(jnp.stack([q, k])).sum(-1).max((1, 2)))[:, :, None]
   return q / longest[0] * jnp.array(largest)[:, None] * 4, k / longest[1], v
 
 
 def test_scores_of_any_size_neither_overflow_nor_vanish():
-  q, k, v = sized(59.9, 1000)  # Up to 60 they are exponentiated as they are.
+  q, k, v = sized(59.9, 1000)  # Up to 60 no maximum is subtracted.
   ours = value_and_grads(interpreted, q, k, v, ROWS)
   dense = value_and_grads(dense_attention, q, k, v, ROWS)
   assert all(np.isfinite(x).all() for x in ours)
@@ -66,8 +60,8 @@ def test_scores_of_any_size_neither_overflow_nor_vanish():
     np.testing.assert_allclose(a[..., 0, :], b[..., 0, :], atol=1e-4)
 
 
-def test_the_largest_score_is_looked_for_only_where_it_may_be_large(monkeypatch):
-  monkeypatch.setattr(segment_attention_forward, "_SMALL", 500)
+def test_the_maximum_is_subtracted_only_where_scores_may_be_large(monkeypatch):
+  monkeypatch.setattr(segment_attention_forward, "_SAFE_SCORE", 500)
   out = interpreted(*sized(400, 1000), jnp.asarray(ROWS))
   assert not np.isfinite(out[..., 0, :]).all()
   assert np.isfinite(out[..., 1, :]).all()
@@ -83,33 +77,32 @@ def test_a_row_may_have_more_blocks_than_a_byte_counts(longest):
 
 
 def backward_of(segment_ids, **options):
-  """The gradient kernel's on drawn numbers, and those of a dense masked softmax."""
-  q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 16, len(segment_ids)))
+  """The gradients that the kernel finds of drawn numbers, and those of a dense masked softmax."""
+  q, k, v, do = jax.random.normal(jax.random.key(0), (4, 2, 16, len(segment_ids)))
   ids = jnp.where(segment_ids == 0, 99, segment_ids)
   same = ids[:, None] == ids
 
-  def log_sums(q, k):
+  def scores(q, k):
     return jnp.where(same, jnp.einsum("heq,hek->hqk", q, k) / 4, -jnp.inf)
 
   def attend(q, k, v):
-    return jnp.einsum("hqk,hek->heq", jax.nn.softmax(log_sums(q, k)), v)
+    return jnp.einsum("hqk,hek->heq", jax.nn.softmax(scores(q, k)), v)
 
   out, pull_back = jax.vjp(attend, q, k, v)
-  log_sum = jax.nn.logsumexp(log_sums(q, k), axis=-1)
-  grads = segment_attention_backward.backward(q, k, v, ids, out, log_sum, g, 128, 128, 6, **options)
-  return grads, pull_back(g)
+  residuals = Residuals(q, k, v, ids, out, jax.nn.logsumexp(scores(q, k), axis=-1))
+  return backward(residuals, do, BlockSizes(128, 128), 6, **options), pull_back(do)
 
 
-@pytest.mark.parametrize("blocks", [1, 4, 5], ids="waiting_{}".format)
-def test_gradients_too_long_to_wait_are_taken_in_parts(blocks):
+@pytest.mark.parametrize("blocks", [1, 4, 5], ids="blocks_{}".format)
+def test_queries_whose_gradient_exceeds_its_memory_are_taken_in_spans(blocks):
   segment_ids = row(100, 400, 60, n=6 * 128)
-  ours, dense = backward_of(segment_ids, interpret=True, waiting=blocks * 128 * 16 * 4)
+  ours, dense = backward_of(segment_ids, interpret=True, dq_bytes=blocks * 128 * 16 * 4)
   for a, b in zip(ours, dense, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_what_is_sent_to_main_memory_is_waited_for():
-  # Interpreted as a TPU has it: a copy is made when it is waited for, memory is NaN until then.
+def test_copies_to_main_memory_are_waited_for():
+  # The interpreter copies when the kernel waits for the copy; until then the memory is NaN.
   ours, dense = backward_of(row(300, 80, 250, n=6 * 128), interpret=pltpu.InterpretParams())
   for a, b in zip(ours, dense, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
@@ -127,12 +120,12 @@ def test_blocks_that_share_no_segment_are_never_computed():
     np.testing.assert_array_equal(a[~second], b[~second])
 
 
-def test_parts_of_keys_that_share_no_segment_with_the_queries_are_never_computed():
-  # The second block of 256 has half of both segments: its second part is none of the first block's.
-  blocks, segment_ids = segment_attention.Blocks(256, 128), row(384, 128, n=512)[None]
+def test_key_blocks_that_share_no_segment_with_the_queries_are_never_computed():
+  # The second block of 256 holds both segments; the first block needs only its first key block.
+  sizes, segment_ids = BlockSizes(256, 128), row(384, 128, n=512)[None]
   q, k, v = drawn(segment_ids)
   poisoned = (jnp.where(segment_ids[..., None, None] == 2, jnp.nan, x) for x in (q, k, v))
-  attend = partial(interpreted, blocks=blocks)
+  attend = partial(interpreted, sizes=sizes)
   clean = value_and_grads(attend, q, k, v, segment_ids)
   out, dq, dk, _ = value_and_grads(attend, *poisoned, segment_ids)
   np.testing.assert_array_equal(out[:, :256], clean[0][:, :256])
@@ -140,44 +133,44 @@ def test_parts_of_keys_that_share_no_segment_with_the_queries_are_never_computed
   assert np.isnan(dk[:, 256:]).any()
 
 
-def test_nothing_beyond_the_end_of_the_last_block_of_keys_is_used():
-  # Of two blocks of 256 keys the last has 128. Memory that was not written is NaN.
+def test_nothing_beyond_the_end_of_the_last_tile_of_keys_is_used():
+  # The second tile of 256 keys has only 128 in the row; memory that was not written is NaN.
   segment_ids = row(150, 234, n=384)
   q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 16, 384))
   attend = partial(
-    segment_attention_forward.forward, q, k, v, jnp.asarray(segment_ids), 128, 128, 2
+    segment_attention_forward.forward, q, k, v, jnp.asarray(segment_ids), BlockSizes(128, 128), 2
   )
   ours, dense = attend(interpret=pltpu.InterpretParams()), attend(interpret=True)
-  assert segment_attention_forward.block_of_keys(384, 128) == 256
+  assert segment_attention_forward.key_tile(384, 128) == 256
   for a, b in zip(ours, dense, strict=True):
     assert np.isfinite(a).all()
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-  ("attend", "part"),
+  ("attend", "call"),
   [(plain.attention, "cond["), (interpreted, "name=attention_forward")],
   ids=["plain", "kernel"],
 )
-def test_a_policy_may_save_what_the_backward_pass_needs(attend, part):
+def test_a_policy_may_save_what_the_backward_pass_needs(attend, call):
   q, k, v = drawn(ROWS)
   ids = jnp.asarray(ROWS)
 
   def count(policy):
     layer = jax.checkpoint(lambda q: jnp.sin(attend(q, k, v, ids)).sum(), policy=policy)
-    return str(jax.make_jaxpr(jax.grad(layer))(q)).count(part)
+    return str(jax.make_jaxpr(jax.grad(layer))(q)).count(call)
 
   saved = jax.checkpoint_policies.save_only_these_names(plain.CHECKPOINT_NAME)
   assert count(saved) == count(None) - 1
 
 
-def test_a_row_is_filled_up_by_less_than_the_lanes_a_block():
-  most = segment_attention.Blocks(1024, 256)
-  assert segment_attention.fitting(300, most) == (384, 384)
-  assert segment_attention.fitting(1100, most) == (640, 640)
-  assert segment_attention.fitting(75_776, most) == most
-  assert segment_attention.fitting(17_776, most) == most
-  assert segment_attention.fitting(1500, most) == (768, 256)
+def test_each_block_is_padded_by_less_than_the_lanes():
+  largest = BlockSizes(1024, 256)
+  assert fit_blocks(300, largest) == (384, 384)
+  assert fit_blocks(1100, largest) == (640, 640)
+  assert fit_blocks(75_776, largest) == largest
+  assert fit_blocks(17_776, largest) == largest
+  assert fit_blocks(1500, largest) == (768, 256)
 
 
 def test_a_device_gets_its_own_attention_and_the_same_one_each_time():
@@ -192,7 +185,7 @@ def test_a_device_gets_its_own_attention_and_the_same_one_each_time():
     attention_for(unknown)
 
 
-LONGEST = 127 * 1024  # That is not narrowed: what waits of its gradient fills its share of memory.
+LONGEST = 127 * 1024  # The longest row whose grid has full width: its dq fills DQ_BYTES.
 
 
 @pytest.mark.parametrize(
@@ -207,9 +200,9 @@ def test_it_compiles_for_a_tpu(monkeypatch, topology, tokens, dtype):
   monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-  place = SingleDeviceSharding(device)
-  x = jax.ShapeDtypeStruct((1, tokens, 2, 64), dtype, sharding=place)
-  ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=place)
+  sharding = SingleDeviceSharding(device)
+  x = jax.ShapeDtypeStruct((1, tokens, 2, 64), dtype, sharding=sharding)
+  ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=sharding)
   attend = attention_for(device)
 
   def loss(q, k, v, ids):

@@ -13,11 +13,10 @@ from cogvideox_jax import sharding
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.kernels import segment_attention
+from cogvideox_jax.models.kernels.block_grid import BlockSizes
 
 IDS = np.stack([row(50, 1, 13, n=96), row(96, n=96)])
-INTERPRETED = partial(
-  segment_attention.attention, blocks=segment_attention.Blocks(128, 128), interpret=True
-)
+INTERPRETED = partial(segment_attention.attention, sizes=BlockSizes(128, 128), interpret=True)
 
 
 def mesh_of(**sizes):

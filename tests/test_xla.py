@@ -15,7 +15,7 @@ from cogvideox_jax.xla import compiler_options
 
 
 def test_tpus_multiply_whole_weights_and_others_are_told_nothing():
-  for kind in segment_attention.BLOCKS:
+  for kind in segment_attention.BLOCK_SIZES:
     options = compiler_options(SimpleNamespace(platform="tpu", device_kind=kind))
     assert options["xla_tpu_enable_windowed_einsum_for_all_gather"] is False
     assert options["xla_tpu_enable_windowed_einsum_for_reduce_scatter"] is False

@@ -1,40 +1,41 @@
-"""Which attention a device runs."""
+"""Chooses the attention function for a kind of device."""
 
 from functools import cache, partial
 from typing import Any
 
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import attention
-from cogvideox_jax.models.kernels import segment_attention
+from cogvideox_jax.models.kernels.block_grid import fit_blocks
+from cogvideox_jax.models.kernels.segment_attention import BLOCK_SIZES
+from cogvideox_jax.models.kernels.segment_attention import attention as kernel_attention
 from cogvideox_jax.models.layers import Attention
 
 
 def attention_for(device: Any) -> Attention:
-  """The fastest attention for a kind of device: always the same function for the same kind.
+  """The fastest attention for the device; the same function each time for the same kind.
 
-  device: a `jax.Device`, or one of a topology that is compiled for without it.
+  device: a `jax.Device`, or one of a topology for ahead-of-time compilation.
 
   Raises:
-    UserError: it is a TPU of a kind that has no block sizes.
+    UserError: the device is a TPU of a kind without an entry in BLOCK_SIZES.
   """
   return _attention_for(device.platform, device.device_kind)
 
 
 def filled(tokens: int, device: Any) -> int:
-  """The tokens of a row and of the filling that its attention would add: so long, it needs none."""
+  """The row length at which the device's attention pads nothing: `tokens` or a little more."""
   if device.platform != "tpu":
     return tokens
-  blocks = segment_attention.fitting(tokens, segment_attention.BLOCKS[device.device_kind])
-  return tokens + -tokens % blocks.size
+  return tokens + -tokens % fit_blocks(tokens, BLOCK_SIZES[device.device_kind]).block
 
 
 @cache
 def _attention_for(platform: str, kind: str) -> Attention:
   if platform != "tpu":
     return attention.attention
-  if kind not in segment_attention.BLOCKS:
+  if kind not in BLOCK_SIZES:
     raise UserError(
-      f"No block sizes are known for a {kind!r}; known are {', '.join(segment_attention.BLOCKS)}.\n"
-      "Add it to BLOCKS in cogvideox_jax/models/kernels/segment_attention.py."
+      f"No block sizes are known for a {kind!r}; known are {', '.join(BLOCK_SIZES)}.\n"
+      "Add it to BLOCK_SIZES in cogvideox_jax/models/kernels/segment_attention.py."
     )
-  return partial(segment_attention.attention, blocks=segment_attention.BLOCKS[kind])
+  return partial(kernel_attention, sizes=BLOCK_SIZES[kind])

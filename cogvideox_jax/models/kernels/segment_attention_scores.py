@@ -1,7 +1,8 @@
-"""What both passes of the TPU's attention kernel share: scores of keys by queries.
+"""What both attention kernels for TPUs share: the scores of a block of queries and a block of keys.
 
-Everything has tokens in the lanes, so that each product fills the matrix unit though heads are 64
-numbers wide; scores have keys along the first axis, so that what belongs to a query is a row.
+Arrays are [head_dim, tokens], with tokens along the lanes, so that each product fills the matrix
+unit although heads are only 64 wide. Scores are [keys, queries], so that a number per query is a
+row.
 """
 
 import jax
@@ -9,38 +10,49 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-LANES = 128  # Every block is a multiple of the registers' lanes.
-SUBLANES = 8  # A number of each query stands in all of them: to spread it there takes time.
-HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # The score of a key of another segment.
-# Which axes a product sums over.
-PLAIN, FIRST, LAST = ((1,), (0,)), ((0,), (0,)), ((1,), (1,))
+from cogvideox_jax.models.kernels.block_grid import LANES
+
+SUBLANES = 8  # Rows of a vector register.
+MASKED = -0.7 * float(np.finfo(np.float32).max)  # The score of a key of another segment.
+# The axes that a product sums over, by which operands are transposed as in BLAS: N no, T yes.
+NN, TN, NT = ((1,), (0,)), ((0,), (0,)), ((1,), (1,))
 
 
-def spread(ids: Int[Array, "n"]) -> Int[Array, "sublanes n"]:
-  """The segments of tokens, as the kernels take them."""
+def over_sublanes(ids: Int[Array, "n"]) -> Int[Array, "sublanes n"]:
+  """Repeats the ids in every sublane here, because to broadcast them in a kernel takes time."""
   return jnp.broadcast_to(ids, (SUBLANES, len(ids)))
 
 
-def product(a: Array, b: Array, summed: tuple[tuple[int], tuple[int]]) -> Float32[Array, "m n"]:
-  return jax.lax.dot_general(a, b, (summed, ((), ())), preferred_element_type=jnp.float32)
+def product(a: Array, b: Array, axes: tuple[tuple[int], tuple[int]]) -> Float32[Array, "m n"]:
+  """The matrix product in float32; axes: NN, TN or NT."""
+  return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
 
 
 def scaled(q: Float[Array, "head_dim q"]) -> Float[Array, "head_dim q"]:
-  """Here and not before: around an exchange of heads that would take a pass of its own."""
+  """Divides by the square root of head_dim.
+
+  The kernels do it, because outside them, next to an all-to-all over heads, it would be a pass over
+  q of its own.
+  """
   return q * q.shape[0] ** -0.5
 
 
 def scores(
-  q: Float[Array, "head_dim q"],  # Scaled.
+  q: Float[Array, "head_dim q"],
   k: Float[Array, "head_dim k"],
   q_ids: Int[Array, "sublanes q"],
   k_ids: Int[Array, "sublanes k"],
   masked: bool,
 ) -> Float32[Array, "k q"]:
-  """Where they are not masked, all tokens are of one segment."""
-  found = product(k, q, FIRST)
+  """The products of keys and queries, MASKED where their segments differ.
+
+  Args:
+    q: scaled.
+    masked: False if all tokens are known to lie in one segment; then the ids are not read.
+  """
+  s = product(k, q, TN)
   if not masked:
-    return found
-  of_keys = jnp.tile(k_ids, (LANES // SUBLANES, 1)).T
-  same = jnp.tile(of_keys, (1, q.shape[1] // LANES)) == q_ids[:1]
-  return jnp.where(same, found, HIDDEN)
+    return s
+  k_ids = jnp.tile(k_ids, (LANES // SUBLANES, 1)).T
+  same_segment = jnp.tile(k_ids, (1, q.shape[1] // LANES)) == q_ids[:1]
+  return jnp.where(same_segment, s, MASKED)
