@@ -26,7 +26,7 @@ from cogvideox_jax.config.read import read
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion import diffusers, tensors
 from cogvideox_jax.conversion.components import TRANSFORMER
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 
 sys.path.append(str(Path(__file__).parent.parent))  # Configs say `from configs import base`.
 CONFIG = config_flags.DEFINE_config_file("config", "configs/5b.py", "Whose model is converted.")

@@ -22,7 +22,8 @@ from cogvideox_jax.diffusion.latents import LatentConfig
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.diffusion.objective import Objective
 from cogvideox_jax.models.backends import attention_for
-from cogvideox_jax.models.dit import DiT, DiTConfig
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.training import state, step
 from cogvideox_jax.types import Batch, Example

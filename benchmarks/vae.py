@@ -42,6 +42,7 @@ from turns import (
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.vae_config import VAEConfig
 
 PROGRAMS = ("ours_encode", "torch_encode", "ours_decode", "torch_decode")
 
@@ -56,8 +57,8 @@ class Case(NamedTuple):
   dtype: str
 
   @property
-  def config(self) -> vae.VAEConfig:
-    return vae.VAEConfig(channels=self.channels)
+  def config(self) -> VAEConfig:
+    return VAEConfig(channels=self.channels)
 
 
 class Inputs(NamedTuple):
@@ -170,7 +171,7 @@ def main() -> None:
   parser = measure.arguments(__doc__)
   sizes = ["17x128x128"] if on_cpu else ["17x480x720"]
   parser.add_argument("--sizes", nargs="+", type=size_of, default=[*map(size_of, sizes)])
-  parser.add_argument("--channels", nargs="+", type=int, default=vae.VAEConfig.channels)
+  parser.add_argument("--channels", nargs="+", type=int, default=VAEConfig.channels)
   parser.add_argument("--dtype", choices=["float32", "bfloat16"])
   parser.add_argument("--repeats", type=int, default=5)
   args = parser.parse_args()

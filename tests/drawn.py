@@ -14,9 +14,11 @@ from cogvideox_jax.diffusion import objective
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
-from cogvideox_jax.models.dit import DiT, DiTConfig
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
-from cogvideox_jax.models.vae import VAE, VAEConfig
+from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.models.vae_config import VAEConfig
 
 DIT_CONFIG = DiTConfig(
   depth=2,

@@ -14,7 +14,7 @@ from cogvideox_jax.aot import fixes, hlo, topology
 from cogvideox_jax.aot.hlo import Traffic
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.inputs import Size, check_size
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.vae_config import VAEConfig
 
 ROOT = Path(__file__).parent.parent
 KEYS = {

@@ -9,7 +9,7 @@ from typed_config import typed
 from cogvideox_jax.config import checks
 from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.vae_config import VAEConfig
 from configs import base, tiny, tiny_i2v, tiny_stages
 
 

@@ -27,10 +27,12 @@ from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.denoising import clip_layout
 from cogvideox_jax.models.attention import attention
-from cogvideox_jax.models.dit import DiT, DiTConfig, patchify, timestep_sinusoid, unpatchify
+from cogvideox_jax.models.dit import DiT, patchify, timestep_sinusoid, unpatchify
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
-from cogvideox_jax.models.vae import VAE, VAEConfig, decode
+from cogvideox_jax.models.vae import VAE, decode
+from cogvideox_jax.models.vae_config import VAEConfig
 from configs import base
 
 MODELS = Path(__file__).parent / "data" / "goldens" / "models"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from flax import nnx
 
-from cogvideox_jax.models.layer_norm import STATISTICS, LayerNorm
+from cogvideox_jax.models.layer_norm import LayerNorm
+from cogvideox_jax.models.rematerialization import STATISTICS
 
 EPSILON = 1e-5
 

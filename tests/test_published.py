@@ -11,7 +11,8 @@ from cogvideox_jax.config import checks
 from cogvideox_jax.conversion import component_fields, tensors
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.t5 import T5Config, T5Encoder
-from cogvideox_jax.models.vae import VAE, VAEConfig
+from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.models.vae_config import VAEConfig
 
 PUBLISHED = {
   "2b": 1_693_783_872,

@@ -18,6 +18,7 @@ from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.kernels import segment_attention, segment_attention_forward
 from cogvideox_jax.models.kernels.block_grid import BlockSizes, fit_blocks
 from cogvideox_jax.models.kernels.segment_attention_backward import Residuals, backward
+from cogvideox_jax.models.rematerialization import ATTENTION
 
 interpreted = partial(segment_attention.attention, sizes=BlockSizes(128, 128), interpret=True)
 
@@ -160,7 +161,7 @@ def test_a_policy_may_save_what_the_backward_pass_needs(attend, call):
     layer = jax.checkpoint(lambda q: jnp.sin(attend(q, k, v, ids)).sum(), policy=policy)
     return str(jax.make_jaxpr(jax.grad(layer))(q)).count(call)
 
-  saved = jax.checkpoint_policies.save_only_these_names(plain.CHECKPOINT_NAME)
+  saved = jax.checkpoint_policies.save_only_these_names(ATTENTION)
   assert count(saved) == count(None) - 1
 
 

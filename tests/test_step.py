@@ -18,8 +18,9 @@ from cogvideox_jax.diffusion.latents import LatentConfig, draw_latents
 from cogvideox_jax.diffusion.noise import noise_schedule
 from cogvideox_jax.diffusion.objective import Objective
 from cogvideox_jax.models.attention import attention
-from cogvideox_jax.models.dit import REMAT, DiT
+from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.rematerialization import REMAT
 from cogvideox_jax.training import state, step
 from cogvideox_jax.training.state import Updates
 from cogvideox_jax.types import VISION, Example

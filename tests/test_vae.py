@@ -10,7 +10,9 @@ from flax import nnx
 from cogvideox_jax.conversion.tensors import abstract_params
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.models.vae import VAE, Carry, CausalConv, VAEConfig
+from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.models.vae_config import VAEConfig
+from cogvideox_jax.models.vae_layers import Carry, CausalConv
 
 
 @pytest.fixture(scope="module")

@@ -21,18 +21,9 @@ from cogvideox_jax.inference.inputs import Size, check_size, latent_shape
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.rematerialization import REMAT
 from cogvideox_jax.training import components, meshes, step_functions
 from cogvideox_jax.training.step_functions import jit_train
-
-# config.remat -> how often a training step runs the forward pass again: linear layers, attention.
-RECOMPUTED = {
-  "none": (0, 0),
-  "full": (1, 1),
-  "attention": (1, 0),
-  "branches": (2 / 3, 0),
-  "linear": (0, 0),
-  "offload": (1, 0),
-}
 
 
 class Part(NamedTuple):
@@ -69,8 +60,8 @@ def train_program(config: TrainConfig, stage_name: str, topology: Topology) -> P
   clips = work.clips_of_row(model, stage) * stage.rows
   key = jax.eval_shape(lambda: jax.random.key(0))
   forward = work.forward_flops(model, clips)
-  linear, attention = RECOMPUTED[config.remat]
-  products = work.FORWARD_PRODUCTS * (1 + attention) + work.BACKWARD_PRODUCTS
+  again = REMAT[config.remat]
+  products = work.FORWARD_PRODUCTS * (1 + again.attention) + work.BACKWARD_PRODUCTS
   return Program(
     name="train",
     stage=stage_name,
@@ -82,7 +73,7 @@ def train_program(config: TrainConfig, stage_name: str, topology: Topology) -> P
     state=functions.abstract,
     arguments=batch,
     model_flops=3 * forward,
-    linear_flops=(3 + linear) * work.linear_flops(model, sum(clips)),
+    linear_flops=(3 + again.linear) * work.linear_flops(model, sum(clips)),
     attention_flops=work.attention_flops(model, clips, products),
   )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cogvideox_jax.config.schema import StageConfig
 from cogvideox_jax.inference.inputs import Size
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 
 FORWARD_PRODUCTS = 2  # Of tokens x tokens in attention: scores, and the weighted sum.
 BACKWARD_PRODUCTS = 5  # The scores again, the weights' gradient, and those of q, k and v.

@@ -23,8 +23,9 @@ from cogvideox_jax.conversion.folder import TEXT_DROPS
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.models import graphs
-from cogvideox_jax.models.dit import REMAT, DiTConfig
-from cogvideox_jax.models.vae import IMAGE_SCALES, VAEConfig
+from cogvideox_jax.models.dit_config import DiTConfig
+from cogvideox_jax.models.rematerialization import REMAT
+from cogvideox_jax.models.vae_config import IMAGE_SCALES, VAEConfig
 
 DEVICES = Range(
   "at least 1, or -1 for all devices that are left", lambda number: number == -1 or number >= 1

@@ -10,7 +10,7 @@ from etils import epath
 from cogvideox_jax.conversion import tensors
 from cogvideox_jax.conversion.components import COMPONENTS
 from cogvideox_jax.data.digests import files_in, hash_files
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 
 NAME = "README.md"
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")

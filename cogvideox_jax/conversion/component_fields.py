@@ -10,10 +10,10 @@ from typing import Any
 
 from cogvideox_jax.diffusion.noise import PREDICTIONS, SPACINGS, NoiseConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.positions import RULES
 from cogvideox_jax.models.t5 import T5Config
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.vae_config import VAEConfig
 
 Fields = Mapping[str, Any]
 

@@ -16,9 +16,9 @@ from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.t5 import T5Config
-from cogvideox_jax.models.vae import IMAGE_SCALES, VAEConfig
+from cogvideox_jax.models.vae_config import IMAGE_SCALES, VAEConfig
 
 SHIPPED = ("tiny",)  # Models in the package's assets.
 INDEX = "model_index.json"
@@ -42,7 +42,7 @@ class Settings:
   num_inference_steps: int = 50
   solver: str = "ddim"  # One of solvers.SOLVERS.
   fps: float = 8.0
-  image_scale: str = "diffusers"  # Of an image's latents, in image to video; vae.IMAGE_SCALES.
+  image_scale: str = "diffusers"  # Of an image's latents, in image to video; IMAGE_SCALES.
 
 
 class ModelFolder(NamedTuple):

@@ -24,7 +24,7 @@ from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.conversion.names import Row
 from cogvideox_jax.conversion.tensors import Lazy, Params, Place
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.sharding import path_name
 
 PREFIX = "transformer."

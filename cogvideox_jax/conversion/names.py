@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from einops import rearrange
 
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.t5 import T5Config
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.vae_config import VAEConfig
 
 
 class Row(NamedTuple):

@@ -18,8 +18,8 @@ from cogvideox_jax.conversion import tensors, torch_files
 from cogvideox_jax.conversion.components import AUTOENCODER, TRANSFORMER, Component
 from cogvideox_jax.conversion.tensors import Params, Spec, Tensors, check_names
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiTConfig
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.dit_config import DiTConfig
+from cogvideox_jax.models.vae_config import VAEConfig
 
 PREFIX = "model.diffusion_model."  # Of the transformer; the VAE's file has none.
 

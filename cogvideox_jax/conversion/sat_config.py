@@ -10,8 +10,8 @@ from cogvideox_jax.conversion.sat import PREFIX
 from cogvideox_jax.conversion.tensors import Tensors
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiTConfig
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.dit_config import DiTConfig
+from cogvideox_jax.models.vae_config import VAEConfig
 
 TEXT_LENGTH = 226
 SIZES = {1: (49, 60, 90), 2: (81, 300, 300)}  # Frames of a patch -> sample frames, height, width.

@@ -12,7 +12,7 @@ from cogvideox_jax.conversion.lora import LoRA
 from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import residence
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 
 
 class Adapters:

@@ -23,7 +23,8 @@ from cogvideox_jax.diffusion.guidance import classifier_free
 from cogvideox_jax.diffusion.solvers import Solver, Weights, solver_step
 from cogvideox_jax.inference.inputs import Videos
 from cogvideox_jax.models.backends import attention_for, filled
-from cogvideox_jax.models.dit import DiTConfig, patchify, timestep_sinusoid, unpatchify
+from cogvideox_jax.models.dit import patchify, timestep_sinusoid, unpatchify
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.layers import Attention
 from cogvideox_jax.types import Example, TokenLayout
 from cogvideox_jax.xla import compiler_options

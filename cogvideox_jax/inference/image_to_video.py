@@ -13,7 +13,7 @@ from jaxtyping import Array
 from cogvideox_jax.inference import inputs, pixels
 from cogvideox_jax.inference.output import VideoOutput
 from cogvideox_jax.inference.pipeline import Latents, Pipeline
-from cogvideox_jax.models.vae import IMAGE_SCALES
+from cogvideox_jax.models.vae_config import IMAGE_SCALES
 
 
 class ImageToVideo(Pipeline):
@@ -58,7 +58,7 @@ class ImageToVideo(Pipeline):
       image: one for all prompts or a list of one for each: PIL images, or arrays [H W 3] or
         [b H W 3] of bytes or of floats in [0, 1]. PIL images of another size are resized (Lanczos),
         arrays too (nearest pixel).
-      image_scale: of the image's latents, one of vae.IMAGE_SCALES; by default the model's.
+      image_scale: of the image's latents, one of vae_config.IMAGE_SCALES; by default the model's.
 
     Raises:
       UserError: an argument is out of its range; before anything is compiled.

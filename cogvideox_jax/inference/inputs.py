@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiTConfig
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.dit_config import DiTConfig
+from cogvideox_jax.models.vae_config import VAEConfig
 
 MAX_SEED = 2**32 - 1
 

@@ -44,11 +44,13 @@ from cogvideox_jax.inference.denoising import (
 from cogvideox_jax.inference.inputs import Arguments, Condition, Size, Videos
 from cogvideox_jax.inference.output import OUTPUT_TYPES, VideoOutput, as_output
 from cogvideox_jax.inference.progress import COMPILE, Progress
-from cogvideox_jax.models.dit import DiT, DiTConfig
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.models.t5 import T5Config, T5Encoder, encode_text
 from cogvideox_jax.models.tiling import Tiling
-from cogvideox_jax.models.vae import VAE, VAEConfig, decode, encode, sample_posterior
+from cogvideox_jax.models.vae import VAE, decode, encode, sample_posterior
+from cogvideox_jax.models.vae_config import VAEConfig
 
 Latents = Float[Array | np.ndarray, "b f h w c"]
 

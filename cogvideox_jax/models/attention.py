@@ -1,8 +1,8 @@
 """Full attention inside each segment of a packed row, at the cost of the segments alone.
 
-Blockwise with an online softmax (FlashAttention, arXiv:2205.14135): no array is tokens x tokens,
-forward or backward. Segments are contiguous, so the blocks that can meet a given block stand side
-by side; the loops run over these only, however long the row.
+Blockwise with an online softmax (FlashAttention, arXiv:2205.14135): no array is tokens x tokens, in
+either pass. Segments are contiguous, so the blocks that share a segment with a given block are
+neighbours; the loops run over these only, however long the row is.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,19 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
-# Measured forward and backward on two CPU cores, 512 to 2048 tokens, clips of 40 to 2048. Where
-# clips are long, XLA multiplies a tile of 16 blocks of queries with two blocks of keys at up to
-# twice the rate of a block with a block; where they are short, larger parts waste more on the pairs
-# that they mask. So each row takes what suits its clips, at run time.
+from cogvideox_jax.models.rematerialization import ATTENTION
+
+# Measured forward and backward on two CPU cores, with rows of 512 to 2048 tokens and clips of 40 to
+# 2048. For long clips XLA multiplies a tile of 16 blocks of queries by two blocks of keys at up to
+# twice the rate of a block by a block. For short clips larger tiles waste more on masked pairs. So
+# each row takes what suits its clips, while the program runs.
 BLOCK = 64
-TILE = 16, 2  # Blocks of queries, of keys.
-TILE_GAIN = 1.5
-SHORT = 512  # A row of fewer tokens has no tiles.
-CHECKPOINT_NAME = "attention"  # Of what a rematerialization policy may save: out and log_sum.
-MASKED = -1e30  # A score that no real one comes near, finite so that no NaN can arise.
+TILE = 16, 2  # Blocks of queries and blocks of keys in a tile.
+TILE_GAIN = 1.5  # Tiles may compute this many times the pairs of blocks.
+SHORT = 512  # Rows of fewer tokens are not put in tiles.
+MASKED = (
+  -1e30
+)  # The score of a masked pair: far below any other, and finite, so that no NaN arises.
 
 
 def attention(
@@ -34,16 +37,18 @@ def attention(
   v: Float[Array, "b n heads head_dim"],
   segment_ids: Int[Array, "b n"],
 ) -> Float[Array, "b n heads head_dim"]:
-  """Each token attends to all tokens of its own segment; scores and sums are float32.
+  """Each token attends to all tokens of its segment; scores and sums are float32.
+
+  Rows are independent and computed one after the other; `shard_map` splits a batch over devices.
 
   segment_ids: rising along a row, each segment in one piece, then padding (0), which attends to
-  itself. Rows are independent and taken in turn: split a batch over devices with `shard_map`.
+    itself.
   """
   n = q.shape[1]
   tiles, tile = _split(n)
   blocks = tiles * tile
   size = -(-n // blocks)
-  last = np.iinfo(np.int32).max  # Sorts padding after the clips, and our own filling after both.
+  last = np.iinfo(np.int32).max  # Padding must sort after the clips, and added tokens after both.
   ids = jnp.where(segment_ids == 0, last - 1, segment_ids)
   ids = jnp.pad(ids, ((0, 0), (0, blocks * size - n)), constant_values=last)
 
@@ -58,7 +63,7 @@ def attention(
 
 
 def _split(n: int) -> tuple[int, int]:
-  """How many tiles of queries a row of n tokens may be taken in, and how many blocks a tile is."""
+  """The number of tiles of queries for a row of n tokens, and the number of blocks in a tile."""
   if n < SHORT:
     return max(1, n // BLOCK), 1
   queries, keys = TILE
@@ -67,14 +72,14 @@ def _split(n: int) -> tuple[int, int]:
 
 
 class Residuals(NamedTuple):
-  """What the backward pass of a row needs."""
+  """What the backward pass of a row needs of the forward pass."""
 
   q: Float[Array, "*b blocks heads size head_dim"]
   k: Float[Array, "*b blocks heads size head_dim"]
   v: Float[Array, "*b blocks heads size head_dim"]
   ids: Int[Array, "*b blocks size"]
   out: Float[Array, "*b blocks heads size head_dim"]
-  log_sum: Float32[Array, "*b blocks heads size"]  # Logarithm of the sum of exponentiated scores.
+  logsumexp: Float32[Array, "*b blocks heads size"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -83,20 +88,20 @@ def _blockwise(
   k: Float[Array, "b blocks heads size head_dim"],
   v: Float[Array, "b blocks heads size head_dim"],
   ids: Int[Array, "b blocks size"],  # Never falling along a row.
-  tile: int,  # How many blocks of q may be taken together.
+  tile: int,  # Blocks of q in a tile.
 ) -> Float[Array, "b blocks heads size head_dim"]:
   return _forward(q, k, v, ids, tile)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, ids: Array, tile: int) -> tuple[Array, Residuals]:
-  found = jax.lax.map(lambda row: _in_tiles(_forward_row, tile, row[-1], *row), (q, k, v, ids))
-  out, log_sum = checkpoint_name(found, CHECKPOINT_NAME)
-  return out, Residuals(q, k, v, ids, out, log_sum)
+  results = jax.lax.map(lambda row: _in_tiles(_forward_row, tile, row[-1], *row), (q, k, v, ids))
+  out, logsumexp = checkpoint_name(results, ATTENTION)
+  return out, Residuals(q, k, v, ids, out, logsumexp)
 
 
-def _backward(tile: int, residuals: Residuals, g: Array) -> tuple[Array, Array, Array, None]:
+def _backward(tile: int, residuals: Residuals, do: Array) -> tuple[Array, Array, Array, None]:
   dq, dk, dv = jax.lax.map(
-    lambda row: _in_tiles(_backward_row, tile, row[0].ids, *row), (residuals, g)
+    lambda row: _in_tiles(_backward_row, tile, row[0].ids, *row), (residuals, do)
   )
   return dq, dk, dv, None
 
@@ -107,22 +112,22 @@ _blockwise.defvjp(_forward, _backward)
 def _in_tiles(
   run: Callable[..., Any], tile: int, ids: Int[Array, "blocks size"], *arrays: Any
 ) -> Any:
-  """`run(tile_ids, key_ids, *arrays)`: block by block, or in tiles where that is quicker.
+  """`run(q_ids, k_ids, *arrays)`: block by block, or in tiles where that is faster.
 
-  tile_ids, key_ids: the row's ids, as its queries and its keys are to be taken together.
+  q_ids, k_ids: the row's ids, one line for the queries, or keys, that are computed together.
   """
   if tile == 1:
     return run(ids, ids, *arrays)
   size = ids.shape[1]
-  queries, keys = ids.reshape(-1, tile * size), ids.reshape(-1, TILE[1] * size)
-  quicker = _pairs(queries, keys) < TILE_GAIN * _pairs(ids, ids)
-  return jax.lax.cond(quicker, partial(run, queries, keys), partial(run, ids, ids), *arrays)
+  q_ids, k_ids = ids.reshape(-1, tile * size), ids.reshape(-1, TILE[1] * size)
+  faster = _pairs(q_ids, k_ids) < TILE_GAIN * _pairs(ids, ids)
+  return jax.lax.cond(faster, partial(run, q_ids, k_ids), partial(run, ids, ids), *arrays)
 
 
-def _pairs(queries: Int[Array, "m size"], keys: Int[Array, "n other"]) -> Int[Array, ""]:
-  """How many pairs of a query and a key are computed, those that are masked among them."""
-  start, stop = _neighbours(queries, keys)
-  return queries.shape[1] * keys.shape[1] * (stop - start).sum()
+def _pairs(q_ids: Int[Array, "m size"], k_ids: Int[Array, "n other"]) -> Int[Array, ""]:
+  """How many pairs of a query and a key are computed, masked ones included."""
+  start, stop = _neighbours(q_ids, k_ids)
+  return q_ids.shape[1] * k_ids.shape[1] * (stop - start).sum()
 
 
 def _forward_row(
@@ -133,7 +138,7 @@ def _forward_row(
   v: Float[Array, "blocks heads size head_dim"],
   ids: Int[Array, "blocks size"],
 ) -> tuple[Float[Array, "blocks heads size head_dim"], Float32[Array, "blocks heads size"]]:
-  """Returns the row's output and the logarithms of its softmax sums, one tile of q at a time."""
+  """Returns the row's outputs and the logsumexp of its scores, one tile of q at a time."""
   blocks = len(q)
   q, k, v = _join(q, len(q_ids)), _join(k, len(k_ids)), _join(v, len(k_ids))
 
@@ -141,57 +146,57 @@ def _forward_row(
     q, q_ids, start, stop = tile
 
     def add(j, carry):
-      total, weight, top = carry
-      score = jnp.where(q_ids[:, None] == k_ids[j], _product("hqe,hke->hqk", q, k[j]), MASKED)
-      new_top = jnp.maximum(top, score.max(-1))
-      # While a token has met nothing of its segment this is 1 for masked pairs; the shrinking by
-      # exp(MASKED - top) then wipes them out.
-      exp = jnp.exp(score - new_top[..., None])
-      shrink = jnp.exp(top - new_top)
-      total = total * shrink[..., None] + _product("hqk,hke->hqe", exp.astype(v.dtype), v[j])
-      return total, weight * shrink + exp.sum(-1), new_top
+      acc, l, m_before = carry
+      s = jnp.where(q_ids[:, None] == k_ids[j], _product("hqe,hke->hqk", q, k[j]), MASKED)
+      m = jnp.maximum(m_before, s.max(-1))
+      # Until a query has met a key of its segment, p is 1 for masked pairs. What they add is wiped
+      # out later, when it shrinks by exp(MASKED - m).
+      p = jnp.exp(s - m[..., None])
+      shrink = jnp.exp(m_before - m)
+      acc = acc * shrink[..., None] + _product("hqk,hke->hqe", p.astype(v.dtype), v[j])
+      return acc, l * shrink + p.sum(-1), m
 
-    # Made like q, so that shard_map knows that they differ between devices as q does.
-    total = jnp.zeros_like(q, dtype=jnp.float32)
-    weight = jnp.zeros_like(total[..., 0])
-    top = jnp.full_like(weight, MASKED)
-    total, weight, top = jax.lax.fori_loop(start, stop, add, (total, weight, top))
-    return (total / weight[..., None]).astype(q.dtype), top + jnp.log(weight)
+    # Made from q, so that shard_map knows that they differ between devices as q does.
+    acc = jnp.zeros_like(q, dtype=jnp.float32)
+    l = jnp.zeros_like(acc[..., 0])
+    m = jnp.full_like(l, MASKED)
+    acc, l, m = jax.lax.fori_loop(start, stop, add, (acc, l, m))
+    return (acc / l[..., None]).astype(q.dtype), m + jnp.log(l)
 
-  out, log_sum = jax.lax.map(attend, (q, q_ids, *_neighbours(q_ids, k_ids)))
-  return _part(out, blocks), _part(log_sum, blocks)
+  out, logsumexp = jax.lax.map(attend, (q, q_ids, *_neighbours(q_ids, k_ids)))
+  return _separate(out, blocks), _separate(logsumexp, blocks)
 
 
 def _backward_row(
   q_ids: Int[Array, "m tile"],
   k_ids: Int[Array, "n other"],
   residuals: Residuals,
-  g: Float[Array, "blocks heads size head_dim"],
+  do: Float[Array, "blocks heads size head_dim"],
 ) -> tuple[
   Float[Array, "blocks heads size head_dim"],
   Float[Array, "blocks heads size head_dim"],
   Float[Array, "blocks heads size head_dim"],
 ]:
-  """Returns the gradients of the row's q, k and v, one tile of k and v at a time."""
-  blocks = len(g)
-  q, out, log_sum, g = (
-    _join(x, len(q_ids)) for x in (residuals.q, residuals.out, residuals.log_sum, g)
+  """Returns the row's dq, dk and dv, one tile of k and v at a time."""
+  blocks = len(do)
+  q, out, logsumexp, do = (
+    _join(x, len(q_ids)) for x in (residuals.q, residuals.out, residuals.logsumexp, do)
   )
   k, v = _join(residuals.k, len(k_ids)), _join(residuals.v, len(k_ids))
-  drift = _product("nhqe,nhqe->nhq", g, out)
+  delta = _product("nhqe,nhqe->nhq", do, out)
 
   def attend(dq, tile):
     k, v, k_ids, start, stop = tile
 
     def add(i, carry):
       dq, dk, dv = carry
-      score = jnp.where(q_ids[i][:, None] == k_ids, _product("hqe,hke->hqk", q[i], k), MASKED)
-      weight = jnp.exp(score - log_sum[i][..., None])
-      dv += _product("hqk,hqe->hke", weight.astype(g.dtype), g[i])
-      slope = weight * (_product("hqe,hke->hqk", g[i], v) - drift[i][..., None])
-      slope = slope.astype(q.dtype)
-      dk += _product("hqk,hqe->hke", slope, q[i])
-      dq_tile = dq[i] + _product("hqk,hke->hqe", slope, k)
+      s = jnp.where(q_ids[i][:, None] == k_ids, _product("hqe,hke->hqk", q[i], k), MASKED)
+      p = jnp.exp(s - logsumexp[i][..., None])
+      dv += _product("hqk,hqe->hke", p.astype(do.dtype), do[i])
+      ds = p * (_product("hqe,hke->hqk", do[i], v) - delta[i][..., None])
+      ds = ds.astype(q.dtype)
+      dk += _product("hqk,hqe->hke", ds, q[i])
+      dq_tile = dq[i] + _product("hqk,hke->hqe", ds, k)
       return jax.lax.dynamic_update_index_in_dim(dq, dq_tile, i, 0), dk, dv
 
     zeros = jnp.zeros_like(k, dtype=jnp.float32)
@@ -200,13 +205,16 @@ def _backward_row(
 
   tiles = k, v, k_ids, *_neighbours(k_ids, q_ids)
   dq, (dk, dv) = jax.lax.scan(attend, jnp.zeros_like(q, dtype=jnp.float32), tiles)
-  return _part(dq.astype(q.dtype), blocks), _part(dk, blocks), _part(dv, blocks)
+  return _separate(dq.astype(q.dtype), blocks), _separate(dk, blocks), _separate(dv, blocks)
 
 
 def _neighbours(
   ids: Int[Array, "m size"], others: Int[Array, "n other"]
 ) -> tuple[Int[Array, "m"], Int[Array, "m"]]:
-  """Which of the others, [start, stop), hold a segment of each of the first. No ids ever fall."""
+  """The range [start, stop) of lines of `others` that share a segment with each line of `ids`.
+
+  No ids ever fall, along a line or from one to the next.
+  """
   start = jnp.searchsorted(others[:, -1], ids[:, 0], side="left")
   return start, jnp.searchsorted(others[:, 0], ids[:, -1], side="right")
 
@@ -214,12 +222,14 @@ def _neighbours(
 def _join(
   x: Shaped[Array, "blocks heads size *e"], tiles: int
 ) -> Shaped[Array, "tiles heads t *e"]:
+  """Joins blocks into tiles."""
   return rearrange(x, "(tiles group) h size ... -> tiles h (group size) ...", tiles=tiles)
 
 
-def _part(
+def _separate(
   x: Shaped[Array, "tiles heads t *e"], blocks: int
 ) -> Shaped[Array, "blocks heads size *e"]:
+  """Separates tiles into blocks: the inverse of `_join`."""
   group = blocks // len(x)
   return rearrange(x, "tiles h (group size) ... -> (tiles group) h size ...", group=group)
 

@@ -14,11 +14,11 @@ def convolve(
 ) -> Float[Array, "b f2 h w o"]:
   """3-D convolution, zero-padded in space and not in time: `f2 = f - kt + 1`.
 
-  XLA's 3-D convolution on CPU is several times slower than the sum of the 2-D convolutions of its
-  time taps, and on TPUs a third to a half (by the compiler's estimate: benchmarks/README.md);
-  elsewhere it is the fast one. On CPUs four convolutions for every two frames take about .6 of the
-  time of the taps' six, and less memory; on TPUs that has not been compared. The choice falls at
-  lowering, so that a program compiled on a CPU host for a GPU gets the GPU's form.
+  On TPUs it is the sum of one 2-D convolution for each time tap, because XLA's 3-D convolution is
+  slower by a third to a half there (the compiler's estimate: benchmarks/README.md). On CPUs, where
+  XLA's is several times slower, four 2-D convolutions serve each pair of frames: they take about .6
+  of the time of the taps' six, and less memory (on TPUs not compared). Elsewhere XLA's is fastest.
+  The form is chosen when a program is lowered, so that a CPU host compiles a GPU's form for a GPU.
   """
   return jax.lax.platform_dependent(
     x, kernel, cpu=_convolve_by_pairs, tpu=_convolve_by_taps, default=_convolve_3d
@@ -30,8 +30,8 @@ def _convolve_forward(x, kernel):
 
 
 def _convolve_backward(saved, gradient):
-  # Differentiated as it stands, `platform_dependent` leaves a branch in the program that XLA's CPU
-  # runs on one thread, 20 times slower (measured): so each direction makes the choice itself.
+  # Each direction chooses the form itself, because the derivative of `platform_dependent` leaves a
+  # branch in the program, which XLA runs on one CPU thread, 20 times slower (measured).
   def pull_back(form, x, kernel, gradient):
     return jax.vjp(form, x, kernel)[1](gradient)
 
@@ -62,16 +62,18 @@ def _convolve_by_taps(x, kernel):
 
 
 def _convolve_by_pairs(x, kernel):
-  """Winograd's F(2, 3) over time: each pair of frames is made of four convolutions, not of six.
+  """Winograd's F(2, 3) over time: each pair of frames takes four convolutions instead of six.
 
-  The factors are 1 and 1/2, so that it is about as exact as the taps (benchmarks/README.md). But
-  bfloat16 would round sums of frames before they are multiplied, and one frame is no pair.
+  Its factors are 1 and 1/2, so that it is about as exact as the taps (benchmarks/README.md). It is
+  not used in bfloat16, which would round the sums of frames before they are multiplied, nor for a
+  single frame.
   """
   frames = x.shape[1] - kernel.shape[0] + 1
   if frames == 1 or x.dtype == jnp.bfloat16:
     return _convolve_by_taps(x, kernel)
   x = jnp.pad(x, ((0, 0), (0, frames % 2), (0, 0), (0, 0), (0, 0)))
-  a, b, c, d = x[:, :-2:2], x[:, 1:-2:2], x[:, 2::2], x[:, 3::2]  # All that a pair is made of.
+  # The four frames that each pair depends on.
+  a, b, c, d = x[:, :-2:2], x[:, 1:-2:2], x[:, 2::2], x[:, 3::2]
   first, middle, last = kernel
   ends = (first + last) / 2
   begin, plus, minus, end = (

@@ -1,4 +1,4 @@
-"""Models without their parameters, and what they compute in."""
+"""The structure of models without their parameters, and the type that they compute in."""
 
 import functools
 from collections.abc import Callable

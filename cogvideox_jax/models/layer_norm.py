@@ -1,7 +1,8 @@
-"""Layer norm whose backward pass is written out.
+"""Layer norm with a hand-written backward pass.
 
-Derived automatically it goes over its input some ten times, and on TPUs the norms of a block, those
-of single heads above all, take as long as a third of its matrix products (benchmarks/README.md).
+The derived backward pass reads its input some ten times. On TPUs the norms of a block, above all
+those of queries and keys, would take as long as a third of its matrix products
+(benchmarks/README.md).
 """
 
 from functools import partial
@@ -14,14 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-STATISTICS = "statistics"  # The name of mean and size of what is normed, for rematerialization.
+from cogvideox_jax.models.rematerialization import STATISTICS
 
 
 class LayerNorm(nnx.Module):
-  """Over the last axis, as torch's: sums are in fp32, the variance of fp32 is about the mean."""
+  """Normalizes the last axis as torch does: sums in fp32, the variance of fp32 about the mean."""
 
   def __init__(self, width: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    del rngs  # It starts as the plain norm.
+    del rngs  # Nothing is drawn: scale starts at one and bias at zero.
     self.epsilon, self.dtype = epsilon, dtype
     self.scale = nnx.Param(jnp.ones(width))
     self.bias = nnx.Param(jnp.zeros(width))
@@ -32,6 +33,8 @@ class LayerNorm(nnx.Module):
 
 
 class Residuals(NamedTuple):
+  """What the backward pass needs of the forward pass."""
+
   x: Float[Array, "*b d"]
   scale: Float[Array, "d"]
   mean: Float32[Array, "*b 1"]
@@ -42,7 +45,7 @@ class Residuals(NamedTuple):
 def normalize(
   x: Float[Array, "*b d"], scale: Float[Array, "d"], bias: Float[Array, "d"], epsilon: float
 ) -> Float[Array, "*b d"]:
-  return _forward(_as_it_is(x), scale, bias, epsilon)[0]
+  return _forward(_kept_narrow(x), scale, bias, epsilon)[0]
 
 
 def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Residuals]:
@@ -57,15 +60,16 @@ def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array
 def _variance(x: Array, wide: Array, mean: Array) -> Array:
   if x.dtype != jnp.bfloat16:
     return jnp.square(wide - mean).mean(-1, keepdims=True)
-  # By squares, which x is read once for, with the mean. They are exact, and a mean of a hundred
-  # standard deviations takes digits from their sums that x, of 8 bits, has lost before.
+  # From the mean of squares, because it and the mean take one pass over x. Squares of bfloat16 are
+  # exact in float32. A mean of a hundred standard deviations cancels digits of the sums which x,
+  # with its 8 bits, does not have anyway.
   return jnp.maximum(jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean), 0)
 
 
 def _backward(epsilon: float, residuals: Residuals, g: Array) -> tuple[Array, Array, Array]:
   del epsilon
   x, scale, mean, inverse = residuals
-  x = _as_it_is(x)
+  x = _kept_narrow(x)
   g = jnp.float32(g)
   normed = (jnp.float32(x) - mean) * inverse
   scaled = g * jnp.float32(scale)
@@ -78,15 +82,15 @@ def _backward(epsilon: float, residuals: Residuals, g: Array) -> tuple[Array, Ar
 normalize.defvjp(_forward, _backward)
 
 
-def _as_it_is(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-  """Heads in their own precision: XLA would write them in fp32 besides, and read that.
+def _kept_narrow(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  """Puts a barrier after queries and keys: else XLA also writes them in fp32, and reads those.
 
-  Not where a forward pass is followed by a backward one, which it shares the copy with.
+  If a backward pass follows, the forward pass needs no barrier, because both share one copy.
   """
   return jax.lax.optimization_barrier(x) if x.ndim > 3 else x
 
 
 def _sum_rows(x: Float32[Array, "b n *heads d"]) -> Float32[Array, "d"]:
-  """Tokens first, which is fast, and the few heads later: all at once takes twice as long."""
+  """Sums over tokens first and heads second; both at once takes twice as long."""
   columns = jax.lax.optimization_barrier(x.sum((0, 1)))
   return columns.sum(tuple(range(columns.ndim - 1)))

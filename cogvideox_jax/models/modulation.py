@@ -1,41 +1,40 @@
-"""What tokens are given of small tables: the modulation of their clip, by timestep and expert."""
+"""Looks up each token's modulation in the table of its clip and expert."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Rows of the clips of a row that has one: its text's and its vision's.
-ONE_CLIP = 2
+ONE_CLIP = 2  # Rows of the table if a packed row holds one clip: its vision's and its text's.
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 @jax.custom_vjp
 def per_token(table: Float[Array, "b rows d"], index: Int[Array, "b n"]) -> Float[Array, "b n d"]:
-  """Each token's row of a table, of the same values bit by bit; below 0, for padding, any.
+  """Each token's row of the table, bit by bit; where the index is below 0 (padding), any row.
 
-  By comparing where rows are few, which adds nothing to what the values are for. Else, and for the
-  gradient, as a product with ones and zeros, for matrix units: the gradient of a lookup would be
-  added up one token after the other.
+  A plain lookup is avoided, because its gradient is added up one token after the other. Tables of
+  ONE_CLIP or fewer rows are selected from by comparison, which fuses with what uses the result.
+  Larger ones, and all gradients, are products with a one-hot matrix, which run on matrix units.
   """
   if table.shape[1] > ONE_CLIP:
-    return jnp.einsum("bnr,brd->bnd", _chosen(table, index), table, precision=_EXACT)
-  found = table[:, :1]
+    return jnp.einsum("bnr,brd->bnd", _one_hot(table, index), table, precision=_EXACT)
+  out = table[:, :1]
   for row in range(1, table.shape[1]):
-    found = jnp.where(index[..., None] == row, table[:, row : row + 1], found)
-  return jnp.broadcast_to(found, (*index.shape, table.shape[2]))
+    out = jnp.where(index[..., None] == row, table[:, row : row + 1], out)
+  return jnp.broadcast_to(out, (*index.shape, table.shape[2]))
 
 
 def _forward(table: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
   return per_token(table, index), (table, index)
 
 
-def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
-  table, index = saved
-  return jnp.einsum("bnr,bnd->brd", _chosen(table, index), g, precision=_EXACT), None
+def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+  table, index = residuals
+  return jnp.einsum("bnr,bnd->brd", _one_hot(table, index), g, precision=_EXACT), None
 
 
 per_token.defvjp(_forward, _backward)
 
 
-def _chosen(table: Array, index: Array) -> Float[Array, "b n rows"]:
+def _one_hot(table: Array, index: Array) -> Float[Array, "b n rows"]:
   return jax.nn.one_hot(index, table.shape[1], dtype=table.dtype)

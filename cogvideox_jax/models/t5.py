@@ -1,8 +1,8 @@
-"""The encoder of T5 v1.1, which turns prompts into the text states that the DiT is conditioned on.
+"""The encoder of T5 v1.1, whose text states condition the transformer.
 
 Raffel et al., arXiv:1910.10683, with the gated GELU of v1.1 (arXiv:2002.05202); transformers
-`T5EncoderModel`. As CogVideoX uses it: no mask, so padding is attended to, and its states are
-content.
+`T5EncoderModel`. CogVideoX uses no mask: tokens attend to padding, and the states of padding
+condition the transformer, too.
 """
 
 import math
@@ -31,8 +31,8 @@ class T5Config:
   heads: int = 64  # heads * head_dim may differ from width.
   mlp_width: int = 10240
   depth: int = 24
-  buckets: int = 32  # Of relative positions, half for each direction.
-  max_distance: int = 128  # Tokens from which on all distances share a bucket.
+  buckets: int = 32  # Buckets of relative positions, half for each direction.
+  max_distance: int = 128  # From this distance on, in tokens, all share one bucket.
 
 
 def _normal(std: float) -> nnx.Initializer:
@@ -49,7 +49,7 @@ def _norm(config: T5Config, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 class Attention(nnx.Module):
-  """Self-attention whose logits are not scaled: the queries' initial size makes up for it."""
+  """Self-attention without scaled logits: queries start smaller instead."""
 
   def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
     width, inner = config.width, config.heads * config.head_dim
@@ -73,6 +73,8 @@ class Attention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
+  """An MLP whose hidden values are multiplied by a gate, tanh-approximated GELU."""
+
   def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
     width, inner = config.width, config.mlp_width
     self.gate = _linear(width, inner, width**-0.5, dtype, rngs)
@@ -84,6 +86,8 @@ class GatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
+  """Attention, then MLP, each after an RMS norm and beside a residual connection."""
+
   def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.attention_norm = _norm(config, dtype, rngs)
     self.attention = Attention(config, dtype=dtype, rngs=rngs)
@@ -98,9 +102,10 @@ class Block(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-  """Token ids to text states. Weights start as in T5: stds follow from each layer's width.
+  """Turns token ids into text states.
 
-  `dtype` is that of the computation; softmax and norms are float32 inside.
+  dtype: the type of the computation; softmax and norms are float32 inside. Weights start as in T5,
+    with standard deviations that follow from each layer's width.
   """
 
   def __init__(self, config: T5Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -123,9 +128,9 @@ class T5Encoder(nnx.Module):
   def __call__(
     self, ids: Int[Array, "b l"], mask: Int[Array, "b l"] | None = None
   ) -> Float[Array, "b l t"]:
-    """The states of all tokens, padding included.
+    """Returns the states of all tokens, those of padding included.
 
-    mask: 1 for tokens that are attended to. CogVideoX passes none.
+    mask: 1 for tokens that are attended to, else 0; CogVideoX passes none.
     """
     buckets = relative_buckets(ids.shape[1], self.config.buckets, self.config.max_distance)
     bias = jnp.moveaxis(self.relative_bias(jnp.asarray(buckets)), -1, 0)  # One for all layers.
@@ -144,20 +149,21 @@ class T5Encoder(nnx.Module):
 def encode_text(
   params: dict[str, Any], ids: Int[Array, "b l"], *, graphdef: nnx.GraphDef
 ) -> Float[Array, "b l t"]:
-  """T5's states of token ids, from an encoder's graph and its parameters."""
+  """The text states of token ids, from an encoder's structure and its parameters."""
   return nnx.merge(graphdef, params)(ids)
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "l l"]:
-  """The bucket of each (query, key): exact when near, logarithmic up to max_distance.
+  """The bucket of each pair (query, key) of a text of `length` tokens.
 
-  The upper half of the buckets is for keys after the query.
+  Near pairs have a bucket for each distance; farther ones share buckets that grow logarithmically
+  up to max_distance. The upper half of the buckets is for keys after the query.
   """
   relative = np.arange(length)[None, :] - np.arange(length)[:, None]
   half = buckets // 2
   exact = half // 2
   distance = np.abs(relative)
-  # In float32 and in this order: so the reference rounds at the borders between buckets.
+  # In float32 and in this order, because the reference rounds so at the borders between buckets.
   logs = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
   logs = logs / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
   far = exact + logs.astype(np.int32)

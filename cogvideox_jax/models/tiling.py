@@ -1,7 +1,7 @@
-"""Videos too large for the VAE in one piece: overlapping tiles, blended where they overlap.
+"""Cuts videos that are too large for the VAE into overlapping tiles, and blends the overlaps.
 
-diffusers `AutoencoderKLCogVideoX.tiled_encode` and `tiled_decode`, whose sizes are truncated to
-whole pixels and latents in the same places. Each tile goes through all its frames by itself.
+As diffusers `AutoencoderKLCogVideoX.tiled_encode` and `tiled_decode`, with sizes truncated to whole
+pixels and latents in the same places. Each tile goes through the VAE with all its frames, alone.
 """
 
 from collections.abc import Callable
@@ -12,27 +12,27 @@ from jaxtyping import Array, Float
 
 from cogvideox_jax.errors import UserError
 
-ROWS, COLUMNS = 2, 3  # Axes.
+ROWS, COLUMNS = 2, 3  # The axes of height and width.
 
-Run = Callable[[Array], Array]  # Encodes or decodes one tile.
+Run = Callable[[Array], Array]  # A function that encodes or decodes one tile.
 
 
 class Side(NamedTuple):
   """The tiles along one axis."""
 
-  pixels: int  # Of a tile.
-  latents: int
-  overlap: float  # Of a tile, in 0..1.
+  pixels: int  # Size of a tile.
+  latents: int  # The same size in latents.
+  overlap: float  # Share of a tile that overlaps the next one, in 0..1.
 
   @property
   def encode(self) -> tuple[int, int, int, int]:
-    """Pixels of a tile and from tile to tile; latents that are blended and kept of each."""
+    """Pixels of a tile and from tile to tile; latents to blend, and latents to keep of a tile."""
     blend = int(self.latents * self.overlap)
     return self.pixels, int(self.pixels * (1 - self.overlap)), blend, self.latents - blend
 
   @property
   def decode(self) -> tuple[int, int, int, int]:
-    """Latents of a tile and from tile to tile; pixels that are blended and kept of each."""
+    """Latents of a tile and from tile to tile; pixels to blend, and pixels to keep of a tile."""
     blend = int(self.pixels * self.overlap)
     return self.latents, int(self.latents * (1 - self.overlap)), blend, self.pixels - blend
 
@@ -45,10 +45,13 @@ class Tiling(NamedTuple):
 
   @classmethod
   def of(cls, height: int, width: int, compression: int) -> "Tiling":
-    """Tiles of so many pixels, with the overlaps of diffusers: a sixth and a fifth.
+    """Tiles of height x width pixels, with the overlaps of diffusers: a sixth and a fifth.
 
-    Raises UserError for sizes that, truncated to whole latents, do not meet; the reference's result
-    then has another size than the video.
+    compression: pixels to a latent, along each side.
+
+    Raises:
+      UserError: the tiles do not meet once they are truncated to whole latents. The reference then
+        returns a result of another size than the video.
     """
     sides = Side(height, height // compression, 1 / 6), Side(width, width // compression, 1 / 5)
     for side in sides:
@@ -62,15 +65,16 @@ class Tiling(NamedTuple):
     return cls(*sides)
 
   def encode(self, run: Run, frames: Float[Array, "b F H W c"]) -> Float[Array, "b f h w z"]:
-    """`run` on all of the frames if they are no larger than a tile."""
+    """Encodes tile by tile; frames no larger than a tile go through `run` in one piece."""
     return _tiled(run, frames, self.height.encode, self.width.encode)
 
   def decode(self, run: Run, z: Float[Array, "b f h w z"]) -> Float[Array, "b F H W c"]:
-    """`run` on all of the latents if they are no larger than a tile."""
+    """Decodes tile by tile; latents no larger than a tile go through `run` in one piece."""
     return _tiled(run, z, self.height.decode, self.width.decode)
 
 
 def _tiled(run: Run, x: Array, rows: tuple[int, ...], columns: tuple[int, ...]) -> Array:
+  """Runs each tile and joins the results; rows, columns: what Side says of height and width."""
   (height, row_stride, row_blend, kept_rows) = rows
   (width, column_stride, column_blend, kept_columns) = columns
   if x.shape[ROWS] <= height and x.shape[COLUMNS] <= width:
@@ -81,7 +85,8 @@ def _tiled(run: Run, x: Array, rows: tuple[int, ...], columns: tuple[int, ...]) 
     row: list[Array] = []
     for number, left in enumerate(range(0, x.shape[COLUMNS], column_stride)):
       tile = run(x[:, :, top : top + height, left : left + width])
-      # The neighbours are blended already, as in the reference, which blends in place.
+      # The tiles above and to the left are themselves blended, as in the reference, which blends
+      # in place.
       if above:
         tile = _blend(above[number], tile, row_blend, ROWS)
       if row:

@@ -1,15 +1,13 @@
 """The causal 3D VAE (paper 2.1; diffusers `AutoencoderKLCogVideoX`).
 
-Videos are compressed 8x8 in space and 4x in time, the first frame alone. A video goes through in
-chunks; the causal convolutions carry their last frames from each chunk to the next, so later
-chunks never change earlier latents. Inside a chunk only the convolutions are causal: group norm
-sees all frames of its chunk, so the plan of chunks is part of the numbers.
+It compresses videos 8x8 in space and 4x in time, but the first frame in space only. A video goes
+through in chunks. The causal convolutions carry their last frames from each chunk to the next, so
+that later chunks never change earlier latents. Within a chunk only the convolutions are causal:
+group norm averages over all frames of its chunk, so that the result depends on how the video is cut
+into chunks.
 """
 
-import itertools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -18,222 +16,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cogvideox_jax.config_keys import key
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.convolution import convolve
 from cogvideox_jax.models.tiling import Tiling
+from cogvideox_jax.models.vae_config import VAEConfig
+from cogvideox_jax.models.vae_layers import (
+  Carry,
+  CausalConv,
+  DecoderNorm,
+  Downsample,
+  EncoderNorm,
+  Level,
+  Upsample,
+)
 
 ENCODE_CHUNK = 8  # Pixel frames, diffusers `num_sample_frames_batch_size`.
 DECODE_CHUNK = 2  # Latent frames, diffusers `num_latent_frames_batch_size`.
-EPSILON = 1e-6
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
-# What image latents are multiplied with, s being the scaling factor: `scaled` is s, `raw` 1,
-# `diffusers` s, but 1/s for 1.5, whose code paths disagree: SAT trains it with s and samples it
-# with 1, diffusers samples it with 1/s ("the team forgot to multiply in training"); users report
-# that 1 looks best. All that is published of 1.0 has s.
-IMAGE_SCALES = ("scaled", "raw", "diffusers")
-
-Frames = tuple[Float[Array, "b _ _ _ _"], ...]
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-  """Sizes of the VAE; the defaults are those of every published model."""
-
-  in_channels: int = field(default=3, metadata=key("Channels of pixels."))
-  channels: tuple[int, ...] = field(
-    default=(128, 256, 256, 512),
-    metadata=key("Channels of each level, finest first.", form="hold numbers, such as (16, 32)"),
-  )
-  latent_channels: int = field(default=16, metadata=key("Channels of latents."))
-  resnets: int = field(
-    default=3, metadata=key("ResNet blocks in each level of the encoder; the decoder has one more.")
-  )
-  groups: int = field(
-    default=32, metadata=key("Groups of the group norms; divides every number of channels.")
-  )
-  temporal_compression: int = field(
-    default=4,
-    metadata=key("Frames to a latent frame, a power of 2; the finest levels compress time."),
-  )
-  scaling_factor: float = 0.7  # Latents times this have about unit variance; 1.15258426 for 2B.
-  invert_scale_latents: bool = False  # 1.5: image latents are divided by it, as diffusers reads it.
-  sample_height: int = 480  # Pixels; tiles are half of it, and of the width.
-  sample_width: int = 720
-
-  def image_scale(self, choice: str) -> float:
-    """What a choice of IMAGE_SCALES multiplies the latents of an image with."""
-    if choice == "raw":
-      return 1.0
-    inverts = choice == "diffusers" and self.invert_scale_latents
-    return 1 / self.scaling_factor if inverts else self.scaling_factor
-
-  @property
-  def spatial_compression(self) -> int:
-    return 2 ** (len(self.channels) - 1)
-
-  @property
-  def tiling(self) -> Tiling:
-    """Tiles of half the sample size, as diffusers' `enable_tiling` cuts them."""
-    return Tiling.of(self.sample_height // 2, self.sample_width // 2, self.spatial_compression)
-
-  @property
-  def temporal_levels(self) -> int:
-    return int(math.log2(self.temporal_compression))
-
-
-class Carry:
-  """What the causal convolutions remember of the frames before a chunk.
-
-  Built from the frames that the chunk before left in `kept`, or from None at the first chunk. The
-  convolutions ask in the order in which they run, which is the same in every chunk.
-  """
-
-  def __init__(self, frames: Frames | None):
-    self._frames = None if frames is None else iter(frames)
-    self._kept = []
-
-  def extend(self, x: Float[Array, "b f h w c"], count: int) -> Float[Array, "b f2 h w c"]:
-    """Puts the `count` frames before x in front of it: at the first chunk, its first, repeated."""
-    before = jnp.repeat(x[:, :1], count, axis=1) if self._frames is None else next(self._frames)
-    kept = jnp.concatenate([before, x], axis=1)[:, -count:]
-    # Taken before anything is made of x: a compiler that puts it off keeps all of x meanwhile.
-    x, kept = jax.lax.optimization_barrier((x, kept))
-    self._kept.append(kept)
-    return jnp.concatenate([before, x], axis=1)
-
-  @property
-  def kept(self) -> Frames:
-    return tuple(self._kept)
-
-
-class CausalConv(nnx.Module):
-  """3x3x3 convolution that sees no later frame (diffusers `CogVideoXCausalConv3d`)."""
-
-  def __init__(self, channels: int, out_channels: int, *, rngs: nnx.Rngs):
-    shape = (3, 3, 3, channels, out_channels)
-    self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
-    self.bias = nnx.Param(jnp.zeros(out_channels))
-
-  def __call__(self, x: Float[Array, "b f h w c"], carry: Carry) -> Float[Array, "b f h w o"]:
-    x = carry.extend(x, self.kernel.shape[0] - 1)
-    return convolve(x, self.kernel[...]) + self.bias[...]
-
-
-def group_norm(channels: int, groups: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-  return nnx.GroupNorm(channels, groups, epsilon=EPSILON, use_fast_variance=False, rngs=rngs)
-
-
-class EncoderNorm(nnx.GroupNorm):
-  """Group norm over all frames of a chunk; takes and ignores what the decoder's norm needs."""
-
-  def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
-    super().__init__(channels, config.groups, epsilon=EPSILON, use_fast_variance=False, rngs=rngs)
-
-  def __call__(self, x: Float[Array, "b f h w c"], z: None = None) -> Float[Array, "b f h w c"]:
-    return super().__call__(x)
-
-
-class DecoderNorm(nnx.Module):
-  """Group norm scaled and shifted by the chunk's latents (diffusers `CogVideoXSpatialNorm3D`)."""
-
-  def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
-    self.norm = group_norm(channels, config.groups, rngs)
-    ones = nnx.initializers.ones
-    self.scale = nnx.Linear(config.latent_channels, channels, bias_init=ones, rngs=rngs)
-    self.shift = nnx.Linear(config.latent_channels, channels, rngs=rngs)
-
-  def __call__(
-    self, x: Float[Array, "b f h w c"], z: Float[Array, "b f2 h2 w2 z"]
-  ) -> Float[Array, "b f h w c"]:
-    # The reference resizes z first; a 1x1x1 convolution of repeated values is the same, dearer. So
-    # it comes before rows are repeated, which XLA does as it multiplies and adds. Along a row TPUs
-    # would write all of scale and shift to memory: there the few channels of z are repeated.
-    z = _repeat(_resize_frames(z, x.shape[1]), x.shape[3], 3)
-    scale, shift = (_repeat(layer(z), x.shape[2], 2) for layer in (self.scale, self.shift))
-    return self.norm(x) * scale + shift
-
-
-def _resize_frames(z: Float[Array, "b f2 h w z"], frames: int) -> Float[Array, "b f h w z"]:
-  """Nearest-neighbour resize in time; the first of an odd number of frames stays alone."""
-  if frames > 1 and frames % 2:
-    return jnp.concatenate([z[:, :1], _repeat(z[:, 1:], frames - 1, 1)], axis=1)
-  return _repeat(z, frames, 1)
-
-
-def _repeat(x: Array, size: int, axis: int) -> Array:
-  """Nearest-neighbour resize of one axis."""
-  return jnp.repeat(x, size // x.shape[axis], axis)
-
-
-class ResnetBlock(nnx.Module):
-  def __init__(self, channels: int, out_channels: int, norm, config: VAEConfig, *, rngs: nnx.Rngs):
-    self.norm1 = norm(channels, config, rngs=rngs)
-    self.conv1 = CausalConv(channels, out_channels, rngs=rngs)
-    self.norm2 = norm(out_channels, config, rngs=rngs)
-    self.conv2 = CausalConv(out_channels, out_channels, rngs=rngs)
-    same = channels == out_channels
-    self.shortcut = None if same else nnx.Linear(channels, out_channels, rngs=rngs)
-
-  def __call__(
-    self, x: Float[Array, "b f h w c"], z: Float[Array, "b f2 h2 w2 z"] | None, carry: Carry
-  ) -> Float[Array, "b f h w o"]:
-    h = self.conv1(nnx.silu(self.norm1(x, z)), carry)
-    h = self.conv2(nnx.silu(self.norm2(h, z)), carry)
-    return h + (x if self.shortcut is None else self.shortcut(x))
-
-
-class Downsample(nnx.Module):
-  """Halves space and, where it compresses time, averages pairs of frames but an odd first one."""
-
-  def __init__(self, channels: int, compress_time: bool, *, rngs: nnx.Rngs):
-    self.compress_time = compress_time
-    # The reference pads on the right and bottom only.
-    padding = ((0, 1), (0, 1))
-    self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=padding, rngs=rngs)
-
-  def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f2 h2 w2 c"]:
-    if self.compress_time:
-      alone = x.shape[1] % 2
-      pairs = (x[:, alone::2] + x[:, alone + 1 :: 2]) / 2
-      x = jnp.concatenate([x[:, :alone], pairs], axis=1)
-    return self.conv(x)
-
-
-class Upsample(nnx.Module):
-  """Doubles space and, where it expands time, every frame but an odd first one."""
-
-  def __init__(self, channels: int, expand_time: bool, *, rngs: nnx.Rngs):
-    self.expand_time = expand_time
-    self.conv = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
-
-  def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f2 h2 w2 c"]:
-    if self.expand_time:
-      alone = x.shape[1] % 2
-      x = jnp.concatenate([x[:, :alone], jnp.repeat(x[:, alone:], 2, axis=1)], axis=1)
-    return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
-
-
-class Level(nnx.Module):
-  """The residual blocks of one resolution, then the change to the next, if there is one."""
-
-  def __init__(self, channels: int, out_channels: int, count: int, norm, resample, config, *, rngs):
-    widths = [channels] + [out_channels] * count
-    self.resnets = nnx.List(
-      [ResnetBlock(*pair, norm, config, rngs=rngs) for pair in itertools.pairwise(widths)]
-    )
-    self.resample = resample
-
-  def __call__(
-    self, x: Float[Array, "b f h w c"], z: Float[Array, "b f2 h2 w2 z"] | None, carry: Carry
-  ) -> Float[Array, "b f3 h3 w3 o"]:
-    for resnet in self.resnets:
-      x = resnet(x, z, carry)
-    return x if self.resample is None else self.resample(x)
 
 
 class Encoder(nnx.Module):
-  """Frames of a chunk to the moments of their latents."""
+  """Turns a chunk of frames into the means and log-variances of its latents."""
 
   def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
     channels = config.channels
@@ -255,7 +57,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """Latents of a chunk to frames."""
+  """Turns a chunk of latents into frames."""
 
   def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
     channels = config.channels[::-1]
@@ -278,7 +80,7 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-  """Encoder and decoder. Use `encode` and `decode`, which follow the plan of chunks."""
+  """The encoder and the decoder. Call `encode` and `decode` below, which cut videos into chunks."""
 
   def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
     self.encoder = Encoder(config, rngs=rngs)
@@ -286,19 +88,19 @@ class VAE(nnx.Module):
 
 
 class Plan(NamedTuple):
-  """How a video is cut into chunks, which is part of the numbers: group norm sees one at a time."""
+  """Where a video is cut into chunks: part of the numbers, because group norm sees one chunk."""
 
-  encode: Callable[[int], list[int]]  # Frames of the video -> where each chunk ends.
-  decode: Callable[[int], list[int]]  # Latents of the video -> where each chunk ends.
+  encode: Callable[[int], list[int]]  # Number of pixel frames -> where each chunk ends.
+  decode: Callable[[int], list[int]]  # Number of latent frames -> where each chunk ends.
 
 
 def chunks_of(size: int, count: int) -> list[int]:
-  """Chunks of `size` frames; the remainder joins the first one."""
+  """Cuts `count` frames into chunks of `size`; the remainder joins the first chunk."""
   return _ends(count, max(1, count // size), size)
 
 
 def at_most(chunks: int, count: int) -> list[int]:
-  """So many chunks, of two frames at least; the remainder joins the first one."""
+  """Cuts `count` frames into `chunks`, or fewer of two frames; the remainder joins the first."""
   chunks = max(1, min(chunks, count // 2))
   return _ends(count, chunks, count // chunks)
 
@@ -315,18 +117,23 @@ PLANS = {
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def encode_chunk(graphdef, params, x, frames):
+  """Returns the moments of a chunk's latents, and the frames that it leaves for the next chunk.
+
+  frames: what the chunk before left; None at the first one. Their memory is given away.
+  """
   carry = Carry(frames)
   return nnx.merge(graphdef, params).encoder(x, carry), carry.kept
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode_chunk(graphdef, params, z, frames):
+  """Returns a chunk's frames, and those that it leaves for the next chunk; see `encode_chunk`."""
   carry = Carry(frames)
   return nnx.merge(graphdef, params).decoder(z, carry), carry.kept
 
 
 def _by_chunks(run, vae: VAE, ends: list[int], x: Array) -> Array:
-  """Loops over the chunks on the host: one program for the first one's shape, one for the rest."""
+  """Loops over the chunks on the host; all but the first have one shape and share a program."""
   graphdef, params = nnx.split(vae)
   results, kept, start = [], None, 0
   for end in ends:
@@ -343,11 +150,12 @@ def encode(
   tiling: Tiling | None = None,
   plan: str = "diffusers",
 ) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
-  """Frames in [-1, 1] to the mean and log-variance of their latents, which are not scaled.
+  """Returns the means and log-variances of the latents, which are not scaled.
 
   Args:
-    tiling: for frames larger than a tile, so that memory is that of one tile.
-    plan: of chunks, one of PLANS.
+    frames: in [-1, 1].
+    tiling: cuts frames larger than a tile into tiles, so that memory is that of one tile.
+    plan: how to cut the video into chunks, a key of PLANS.
   """
   run = partial(_by_chunks, encode_chunk, vae, PLANS[plan].encode(frames.shape[1]))
   moments = run(frames) if tiling is None else tiling.encode(run, frames)
@@ -358,8 +166,9 @@ def encode(
 def sample_posterior(
   mean: Float[Array, "b f h w c"],
   logvar: Float[Array, "b f h w c"],
-  noise: Float[Array, "b f h w c"],  # Standard normal.
+  noise: Float[Array, "b f h w c"],
 ) -> Float[Array, "b f h w c"]:
+  """A sample of the latents; noise: standard normal."""
   return mean + jnp.exp(logvar / 2) * noise
 
 
@@ -370,15 +179,17 @@ def decode(
   tiling: Tiling | None = None,
   plan: str = "diffusers",
 ) -> Float[Array, "b F H W 3"]:
-  """Latents, divided by the scaling factor, to frames of about [-1, 1].
+  """Returns frames, in about [-1, 1].
 
-  An odd number of latents gives `4 f - 3` frames, an even one `4 f`, as in the reference.
+  An odd number of latent frames f gives `4 f - 3` frames, an even one `4 f`, as in the reference.
 
   Args:
-    tiling, plan: as of `encode`.
+    z: latents, divided by the scaling factor.
+    tiling, plan: as for `encode`.
 
   Raises:
-    UserError: SAT's plan and an even number of latents, whose first frame it would take alone.
+    UserError: the plan is SAT's and the number of latent frames is even; SAT would then decode the
+      first frame alone.
   """
   if plan == "sat" and z.shape[1] % 2 == 0:
     raise UserError(f"SAT's plan of chunks decodes odd numbers of latent frames, not {z.shape[1]}.")

@@ -4,7 +4,7 @@ from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.diffusion.latents import LatentConfig
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.vae_config import VAEConfig
 
 
 def latent_config(config: TrainConfig) -> LatentConfig:

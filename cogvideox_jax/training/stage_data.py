@@ -17,7 +17,7 @@ from cogvideox_jax.data.records import INDEX, Dataset, stage_folder
 from cogvideox_jax.data.rows import DroppedCaption, Rows
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.frozen_networks import FrozenNetworks
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.precompute import encode_clips
 
 ENCODED = "data/encoded"  # Where in a workdir the embedded clips are.

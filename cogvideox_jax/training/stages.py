@@ -16,7 +16,7 @@ import optax
 
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.training import optimizer
 from cogvideox_jax.training.state import TrainState, shardings_of
 

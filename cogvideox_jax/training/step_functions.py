@@ -15,7 +15,8 @@ from cogvideox_jax.diffusion.noise import noise_schedule
 from cogvideox_jax.diffusion.objective import Objective
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.backends import attention_for
-from cogvideox_jax.models.dit import DiT, DiTConfig
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.training import components, initial_weights, stages, state
 from cogvideox_jax.training.state import Params, TrainState, Updates

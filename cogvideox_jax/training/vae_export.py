@@ -11,7 +11,8 @@ from etils import epath
 from cogvideox_jax import hosts
 from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.models.vae import VAE, VAEConfig
+from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training.state import Params
 from cogvideox_jax.training.vae_step import latent_sums
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Key
 from cogvideox_jax import sharding
 from cogvideox_jax.config.schema import VAETrainConfig
 from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.models.vae import VAE, VAEConfig
+from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training import optimizer, state
 from cogvideox_jax.training.state import Params, TrainState, Updates
 from cogvideox_jax.training.step_functions import Functions

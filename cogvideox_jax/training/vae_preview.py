@@ -13,7 +13,8 @@ from cogvideox_jax.data.clip_batches import ClipBatches
 from cogvideox_jax.data.contact_sheet import contact_sheet
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.models.vae import VAE, VAEConfig
+from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training.state import Params, TrainState
 from cogvideox_jax.training.vae_step import to_float
 

@@ -11,9 +11,9 @@ from cogvideox_jax.conversion.folder import Settings, index_fields, open_model
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.t5 import T5Config
-from cogvideox_jax.models.vae import VAEConfig
+from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training import stages
 from cogvideox_jax.training.checkpoint import open_weights
 from cogvideox_jax.training.resume import read_config

@@ -12,10 +12,11 @@ from flax import nnx
 
 from cogvideox_jax.conversion import lora, tensors
 from cogvideox_jax.inference.denoising import clip_layout
-from cogvideox_jax.models import positions, vae
+from cogvideox_jax.models import vae
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT, patchify, timestep_sinusoid, unpatchify
 from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.position_encoding import rotation
 from cogvideox_jax.models.t5 import T5Encoder
 from cogvideox_jax.models.tiling import Side, Tiling
 from cogvideox_jax.types import TEXT
@@ -135,10 +136,7 @@ def _rotary_inputs(config, stored: Stored) -> Iterator[Compared]:
   """The tables that the reference was given: ours are made inside the network."""
   _, frames, _, height, width = stored["in.hidden_states"].shape
   layout = jax.tree.map(jnp.asarray, clip_layout((frames, height, width), 0, config.patch))
-  grid = positions.grid_of_token(layout.grids, layout.segment_ids)
-  base = config.base_grid[1:]
-  where = positions.rotary_positions(config.positions, layout.coordinates, grid, base)
-  tables = positions.rotary_table(where, layout.experts, config.head_dim)
+  tables = rotation(config, layout)
   for name, table in zip(("cos", "sin"), tables, strict=True):
     yield Compared(f"in.rope_{name}", np.repeat(table[0], 2, axis=-1), EXACT)
 

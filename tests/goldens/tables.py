@@ -9,6 +9,8 @@ import numpy as np
 
 from cogvideox_jax.models import positions
 from cogvideox_jax.models.dit import timestep_sinusoid
+from cogvideox_jax.models.rotary import rotary_table
+from cogvideox_jax.models.sincos import sincos_table
 from cogvideox_jax.types import VISION
 
 from .compared import EXACT, SINUSOID, Compared
@@ -40,7 +42,7 @@ def rotary_tables(case: Case) -> Iterator[Compared]:
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def tables(rule, base, coordinates, grids):
     where = positions.rotary_positions(rule, coordinates, grids, base)
-    return positions.rotary_table(where, jnp.full(where.shape[:2], VISION), head_dim)
+    return rotary_table(where, jnp.full(where.shape[:2], VISION), head_dim)
 
   for entry in entries:
     key, grid = entry["key"], entry["grid"]
@@ -75,7 +77,7 @@ def sincos_tables(case: Case) -> Iterator[Compared]:
   widths = {int(key.removeprefix("tab.sincos").split(".")[0]) for key in case.stored}
   for width in sorted(widths):
     experts = jnp.full(edges.shape[:2], VISION)
-    table = np.asarray(positions.sincos_table(jnp.asarray(edges), experts, width, 1.875, 1.0))
+    table = np.asarray(sincos_table(jnp.asarray(edges), experts, width, 1.875, 1.0))
     of_time, of_width, of_height = np.split(
       table, [width // 4, width // 4 + width // 8 * 3], axis=-1
     )

@@ -13,7 +13,6 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from cogvideox_jax.models.attention import CHECKPOINT_NAME
 from cogvideox_jax.models.kernels.block_grid import (
   NO_SEGMENT,
   BlockSizes,
@@ -22,6 +21,7 @@ from cogvideox_jax.models.kernels.block_grid import (
 )
 from cogvideox_jax.models.kernels.segment_attention_backward import Residuals, backward
 from cogvideox_jax.models.kernels.segment_attention_forward import forward, key_tile
+from cogvideox_jax.models.rematerialization import ATTENTION
 
 # The largest sizes by `device_kind`, from the compiled cycles in benchmarks/README.md.
 BLOCK_SIZES = {
@@ -45,7 +45,7 @@ def attention(
   """Each token attends to all tokens of its segment, as in `models/attention.py`.
 
   Rows are computed one after the other. The results that the backward pass needs are named
-  CHECKPOINT_NAME, so that a rematerialization policy can save them.
+  ATTENTION for `rematerialization`.
 
   Args:
     segment_ids: rising along a row, each segment in one piece, then padding (0).
@@ -93,7 +93,7 @@ def _forward(
 ) -> tuple[Array, Residuals]:
   run = partial(forward, q, k, v, ids, sizes, interpret=interpret)
   results = on_narrowest_grid(run, ids, sizes.block, key_tile(len(ids), sizes.block))
-  out, logsumexp = checkpoint_name(results, CHECKPOINT_NAME)
+  out, logsumexp = checkpoint_name(results, ATTENTION)
   return out, Residuals(q, k, v, ids, out, logsumexp)
 
 
