@@ -1,10 +1,10 @@
-"""Compiles a program for TPUs that are not there, and says whether it fits and what it costs.
+"""Compiles a program for TPUs that are not attached, and says whether it fits and what it costs.
 
 python -m cogvideox_jax.compile --config=configs/5b.py --topology=v5p:4x4x4
 
-Nothing is read but the config: no weights, no data, no device. The step is the very one that the
-command of that name runs. Exit code 0: it fits. 1: it does not; the same is printed, with what
-would help. --json adds one object as the last line.
+It reads the config only: no weights, no data, no device. It compiles the function that the command
+of the program's name runs. Exit code 0: the program fits. Exit code 1: it does not; the same is
+printed, with three suggestions. --json adds one object as the last line.
 """
 
 import json
@@ -22,7 +22,7 @@ TOPOLOGY = flags.DEFINE_string(
   "topology", None, "KIND:SHAPE[:SLICES], such as v5p:4x4x4 or v5p:2x2x4:2.", required=True
 )
 PROGRAM = flags.DEFINE_enum("program", "train", programs.PROGRAMS, "What to compile.")
-STAGE = flags.DEFINE_string("stage", "1", "Of the config, by its number from 1 or its name.")
+STAGE = flags.DEFINE_string("stage", "1", "Stage of the config, by its number from 1 or its name.")
 SIZE = {
   name: flags.DEFINE_integer(name, None, f"{text}; by default the model's.", lower_bound=1)
   for name, text in (

@@ -1,19 +1,20 @@
-"""What XLA is told of a program beside its defaults, by kind of device: found by compiling for it.
+"""Compiler options for each kind of device.
 
-benchmarks/README.md has what each option changes, by the compiler's own estimate.
+They were found by compiling; benchmarks/README.md shows what each option changes, by the compiler's
+own estimate.
 """
 
 from typing import Any
 
-# By default a product with weights that are split over devices becomes a loop that sends pieces of
-# them round, and adds up products of pieces in bfloat16: less exact, and up to twice as long.
+# By default XLA turns a product with sharded weights into a loop that sends the shards round and
+# adds up their products in bfloat16, which is less exact and takes up to twice as long.
 _WHOLE_PRODUCTS = {
   "xla_tpu_enable_windowed_einsum_for_all_gather": False,
   "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
 }
-# KiB of vector memory that one fused operation may take, by `device_kind`: by default 16 MiB, in
-# which the tiles of large products are small. The more, the longer the compiler takes: for 2B's
-# sampling step on a v5e 15 s of a core with 16 MiB, 40 s with 48, and 79 s with 96 for no gain.
+# KiB of vector memory that one fused operation may take, by `device_kind`. The default of 16 MiB
+# leaves only small tiles for large products. More memory makes the compiler slower: 2B's sampling
+# step for a v5e takes it 15 s of a core with 16 MiB, 40 s with 48, and 79 s with 96, for no gain.
 _VECTOR_MEMORY = {
   "TPU v5 lite": 49_152,
   "TPU v5": 49_152,
@@ -23,9 +24,9 @@ _VECTOR_MEMORY = {
 
 
 def compiler_options(device: Any) -> dict[str, bool | int]:
-  """For `jax.jit` of the steps of training and sampling.
+  """The compiler options of the steps of training and sampling, for `jax.jit`.
 
-  device: a `jax.Device`, or one of a topology that is compiled for without it.
+  device: a `jax.Device`, or one of a topology for ahead-of-time compilation.
   """
   if device.platform != "tpu":
     return {}

@@ -1,11 +1,12 @@
-"""What fits where: compiles the shipped configs for pods that are not there, and writes the table.
+"""Compiles the shipped configs for pods that are not attached, and writes the table of what fits.
 
-python launch/make_sizes.py               what has no log yet, then launch/sizes.md
-python launch/make_sizes.py --again       everything anew
-python launch/make_sizes.py --only=v5e    those whose log's name holds this
+python launch/make_sizes.py               compiles what has no log yet, then writes launch/sizes.md
+python launch/make_sizes.py --again       compiles everything
+python launch/make_sizes.py --only=v5e    compiles the programs whose log's name contains this
 
-Each program is compiled by `python -m cogvideox_jax.compile`, whose object is kept, with the
-command, in benchmarks/compile/NAME.json. One takes minutes of a core and some GB; none a TPU.
+`python -m cogvideox_jax.compile` compiles each program. Its JSON object is kept in
+benchmarks/compile/NAME.json, with the command. A program takes minutes of a core and some GB of
+memory, but no TPU.
 """
 
 import argparse
@@ -29,14 +30,14 @@ class Case(NamedTuple):
   topology: str
   stage: int = 1
   program: str = "train"
-  flags: tuple[str, ...] = ()  # What the pod needs, or is tried with, besides the config.
-  tag: str = ""  # Tells those apart that differ in their flags alone.
+  flags: tuple[str, ...] = ()  # Further flags, which the pod needs or is tried with.
+  tag: str = ""  # Ends the log's name, where cases differ only in their flags.
 
   @property
   def name(self) -> str:
     what = f"stage{self.stage}" if self.program == "train" else self.program
-    parts = (self.config, what, self.topology.replace(":", "-"), self.tag)
-    return "-".join(part for part in parts if part)
+    words = (self.config, what, self.topology.replace(":", "-"), self.tag)
+    return "-".join(word for word in words if word)
 
   @property
   def command(self) -> list[str]:
@@ -52,7 +53,7 @@ def context(devices: int) -> tuple[str, ...]:
   return (f"--config.mesh.context={devices}",)
 
 
-# Rows of one clip of 49x480x720, the published model's.
+# Makes each row hold one clip of 49x480x720, the published model's size.
 ONE_CLIP = (
   "--config.stages.stage2.sizes=((480, 720),)",
   "--config.stages.stage2.row_tokens=17776",
@@ -105,8 +106,8 @@ def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--again", action="store_true", help="compile what has a log, too")
-  parser.add_argument("--only", default="", help="a part of the names of the logs to make")
+  parser.add_argument("--again", action="store_true", help="compile also what has a log")
+  parser.add_argument("--only", default="", help="text that the names of the logs to make contain")
   options = parser.parse_args()
   LOGS.mkdir(exist_ok=True)
   for case in CASES:
@@ -118,12 +119,12 @@ def main() -> int:
 
 
 def run(case: Case) -> dict[str, Any]:
-  """What `compile` prints of a case, with how it was made."""
+  """The JSON object that `compile` prints for a case, with its command and versions."""
   print(" ".join(case.command), flush=True)
   done = subprocess.run(
     [sys.executable, *case.command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
   )
-  if done.returncode not in (0, 1) or not done.stdout:  # Python's own failures are 1, too.
+  if done.returncode not in (0, 1) or not done.stdout:  # Python exits with 1, too, if it fails.
     raise SystemExit(f"{case.name}: exit code {done.returncode}")
   versions = {name: version(name) for name in ("jax", "libtpu")}
   return {
@@ -134,7 +135,7 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def table() -> str:
-  """launch/sizes.md, of the cases that have a log."""
+  """The text of launch/sizes.md, with a line for each case that has a log."""
   rows = [
     row(case, json.loads(log.read_text()))
     for case in CASES

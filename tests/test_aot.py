@@ -155,7 +155,7 @@ def test_the_least_change_comes_first_where_it_is_enough():
 
   def first(total):
     size = Size(49, 256, 384)
-    return fixes.suggest(config, pod, "train", "stage1", size, state=2**30, total=total)[0]
+    return fixes.suggest(config, pod, fixes.Demand("train", "stage1", size, 2**30, total))[0]
 
   assert first(limit + kept - 1).startswith("Set config.remat=attention: what the MLPs of the 42")
   assert "6.2 GiB" in first(limit + 1)
@@ -168,7 +168,7 @@ def test_frames_too_large_to_decode_whole_are_to_be_decoded_in_tiles():
 
   def first(program, height, width):
     size = Size(49, height, width)
-    return fixes.suggest(config, chip, program, "stage1", size, state=2**30, total=2**35)[0]
+    return fixes.suggest(config, chip, fixes.Demand(program, "stage1", size, 2**30, 2**35))[0]
 
   assert first("decode", 480, 720).startswith("Sample with --tiling: then 240x360 of the 480x720")
   assert "--height=240 --width=360" in first("decode", 240, 368)

@@ -1,1 +1,1 @@
-"""What a program costs on TPUs that are not there: the real compiler, without the devices."""
+"""Compiles programs for TPUs that are not attached, and says what they cost there."""

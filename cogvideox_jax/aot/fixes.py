@@ -1,49 +1,49 @@
-"""What would make a program fit, in three sentences with the numbers of its config."""
+"""Suggests what would make a program fit, in three sentences with the numbers of its config."""
 
 import math
+from typing import NamedTuple
 
 from cogvideox_jax.aot.topology import CHIPS, GIB, Topology
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.inference.inputs import Size
 from cogvideox_jax.training import components
 
-# Shapes of pods in rising size, of two axes (v5e, v6e) and of three.
+# Pods in rising size, by how many axes their shapes have: two on v5e and v6e, else three.
 _SHAPES = {
   2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
   3: ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
 }
 
 
-def suggest(
-  config: TrainConfig,
-  topology: Topology,
-  program: str,
-  stage: str,
-  size: Size,
-  state: int,
-  total: int,
-) -> list[str]:
-  """Three, those that change least first.
+class Demand(NamedTuple):
+  """What a program needs."""
 
-  size: of the largest clip.
-  state, total: bytes that the program wants on a device.
-  """
-  if program == "train":
-    found = _of_training(config, topology, stage, state, total)
+  program: str  # One of programs.PROGRAMS.
+  stage: str
+  size: Size  # The largest clip.
+  state: int  # Bytes on a device that stay there from step to step.
+  total: int  # Bytes on a device.
+
+
+def suggest(config: TrainConfig, topology: Topology, demand: Demand) -> list[str]:
+  """Three suggestions; those that change least come first."""
+  if demand.program == "train":
+    found = _change_training(config, topology, demand)
   else:
-    found = _of_tiles(config, program, size)
-  found += _of_chips(topology, total)
-  if program != "train":
+    found = _take_tiles(config, demand)
+  found += _take_chips(topology, demand.total)
+  if demand.program != "train":
     found.append(
       "Take a smaller clip: half of --height and half of --width leave a quarter of what a step "
-      f"holds beside its parameters, which is {(total - state) / GIB:.1f} GiB now."
+      f"holds beside its parameters, which is {(demand.total - demand.state) / GIB:.1f} GiB now."
     )
   return found[:3]
 
 
-def _of_tiles(config: TrainConfig, program: str, size: Size) -> list[str]:
+def _take_tiles(config: TrainConfig, demand: Demand) -> list[str]:
+  size = demand.size
   height, width = (side.pixels for side in components.vae_config(config).tiling)
-  if program != "decode" or (size.height <= height and size.width <= width):
+  if demand.program != "decode" or (size.height <= height and size.width <= width):
     return []
   advice = (
     f"Sample with --tiling: then {height}x{width} of the {size.height}x{size.width} pixels are "
@@ -52,15 +52,14 @@ def _of_tiles(config: TrainConfig, program: str, size: Size) -> list[str]:
   return [advice]
 
 
-def _of_training(
-  config: TrainConfig, topology: Topology, stage: str, state: int, total: int
-) -> list[str]:
+def _change_training(config: TrainConfig, topology: Topology, demand: Demand) -> list[str]:
+  stage, state = demand.stage, demand.state
   chip, sizes, devices = topology.chip, config.stages[stage], len(topology.devices)
   tokens = sizes.row_tokens // sizes.context
-  # One array of each layer, in bfloat16.
+  # Bytes of one array for each layer, in bfloat16.
   kept = 2 * config.model.depth * tokens * config.model.width
   found = []
-  if config.remat == "branches" and total - kept < chip.hbm_bytes:
+  if config.remat == "branches" and demand.total - kept < chip.hbm_bytes:
     found.append(
       f"Set config.remat=attention: what the MLPs of the {config.model.depth} layers add, "
       f"{kept / GIB:.1f} GiB for each row that a device computes with, is computed again."
@@ -94,7 +93,7 @@ def _of_training(
   return found
 
 
-def _of_chips(topology: Topology, total: int) -> list[str]:
+def _take_chips(topology: Topology, total: int) -> list[str]:
   larger = {
     kind: chip
     for kind, chip in CHIPS.items()

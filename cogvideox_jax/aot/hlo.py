@@ -1,7 +1,7 @@
-"""What the optimized HLO text of a TPU program says it does: collectives and cycles.
+"""Reads collectives and cycles from the optimized HLO text of a TPU program.
 
-An instruction in a loop stands once in the text and runs on every trip: each computation is
-counted by itself, then added up from the entry, times the trips of the loops that it is in.
+An instruction in a loop is in the text once, but runs on every trip. So each computation is counted
+by itself; then computations are added up from the entry on, times the trips of their loops.
 """
 
 import math
@@ -30,7 +30,7 @@ _CALLED = re.compile(
 _BRANCH = re.compile(r"\b(?:true|false)_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
-# An integer: its name, operation, operands, and of which member of a tuple it is.
+# An integer: its name, operation, operands, and which member of a tuple it is.
 _INTEGER = re.compile(
   r"%([\w.\-]+) = [su](?:32|64)\[\]\S* (add|copy|constant|get-tuple-element)\((.*?)\)"
   r"(?:, index=(\d+))?"
@@ -39,10 +39,10 @@ _ROOT = re.compile(r"ROOT %[\w.\-]+ = \(.*\) tuple\((.*?)\)")
 
 
 class Traffic(NamedTuple):
-  """Of one kind of collective, on one device."""
+  """All collectives of one kind on one device."""
 
   count: int
-  bytes: int  # The larger of what goes in and what comes out of each, summed.
+  bytes: int  # A sum, in which each counts with its inputs or its outputs, whichever is larger.
 
   def times(self, trips: int) -> "Traffic":
     return Traffic(self.count * trips, self.bytes * trips)
@@ -52,21 +52,21 @@ class Traffic(NamedTuple):
 
 
 class Costs(NamedTuple):
-  """Of one run of a computation, on one device."""
+  """What one run of a computation costs on one device."""
 
-  cycles: int = 0  # The compiler's estimate of fusions and copies; kernels are not in it.
+  cycles: int = 0  # The compiler's estimate for fusions and copies, without kernels.
   collectives: Mapping[str, Traffic] = {}
-  kernels: int = 0  # Pallas calls.
-  open_loops: int = 0  # Loops whose trips are not known before they run: counted as one.
+  kernels: int = 0  # Calls of Pallas kernels.
+  open_loops: int = 0  # Loops of unknown trip counts, counted as one trip.
 
   def times(self, trips: int) -> "Costs":
-    traffic = {kind: value.times(trips) for kind, value in self.collectives.items()}
+    traffic = {kind: each.times(trips) for kind, each in self.collectives.items()}
     return Costs(self.cycles * trips, traffic, self.kernels * trips, self.open_loops * trips)
 
   def plus(self, other: "Costs") -> "Costs":
     traffic = dict(self.collectives)
-    for kind, value in other.collectives.items():
-      traffic[kind] = traffic.get(kind, Traffic(0, 0)).plus(value)
+    for kind, added in other.collectives.items():
+      traffic[kind] = traffic.get(kind, Traffic(0, 0)).plus(added)
     return Costs(
       self.cycles + other.cycles,
       traffic,
@@ -77,18 +77,21 @@ class Costs(NamedTuple):
 
 @dataclass
 class _Computation:
-  own: Costs = field(default_factory=Costs)
-  # What it calls: one of the named computations, so many times.
+  """What the text says of one computation."""
+
+  own: Costs = field(default_factory=Costs)  # Without what it calls.
+  # Its calls: each calls one of the named computations, so many times.
   calls: list[tuple[Sequence[str], int]] = field(default_factory=list)
-  loops: list[tuple[str, str, int]] = field(default_factory=list)  # Body, condition, trips or 0.
+  # Its loops: body, condition, and trips, which are 0 if the text does not state them.
+  loops: list[tuple[str, str, int]] = field(default_factory=list)
   limits: list[int] = field(default_factory=list)  # Integer constants.
-  members: list[int] = field(default_factory=list)  # Of its argument, integers that it reads.
-  # Members of its argument that it gives back larger -> by how much.
+  members: list[int] = field(default_factory=list)  # Integers that it reads of its tuple argument.
+  # Members of its argument that it returns larger -> by how much.
   steps: dict[int, int] = field(default_factory=dict)
 
 
 def costs(text: str) -> Costs:
-  """Of one run of a module, on one device, from `compiled.as_text()`."""
+  """What one run of a module costs on one device; text: as from `compiled.as_text()`."""
   computations, entry = _parse(text)
 
   @cache
@@ -109,13 +112,16 @@ def costs(text: str) -> Costs:
   return total(entry)
 
 
-def _weight(value: Costs) -> tuple[int, int]:
-  return value.cycles, sum(traffic.bytes for traffic in value.collectives.values())
+def _weight(branch: Costs) -> tuple[int, int]:
+  """What the dearest of some branches is chosen by."""
+  return branch.cycles, sum(traffic.bytes for traffic in branch.collectives.values())
 
 
 def _trips(computations: Mapping[str, _Computation], body: str, condition: str) -> int:
-  """Of a loop that counts from 0, by the step of its body, to the one number that its condition
-  compares with; 0 if it is not of this kind."""
+  """The trips of a loop that counts from 0 to the one number that its condition compares with.
+
+  Returns 0 if the loop is of another kind.
+  """
   compares = computations[condition]
   limits = list(compares.limits)
   for names, _ in compares.calls:
@@ -142,7 +148,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _lines(text: str) -> Iterator[str]:
-  """As splitlines, but without a copy of tens of megabytes."""
+  """`text.splitlines()` without a copy of tens of megabytes."""
   start = 0
   while (end := text.find("\n", start)) >= 0:
     yield text[start:end]
@@ -170,7 +176,8 @@ def _read(name: str, lines: Sequence[str]) -> _Computation:
 
 
 def _read_integers(lines: Sequence[str], result: _Computation) -> None:
-  sums: dict[str, tuple[int | None, int]] = {}  # Name -> member of the argument, what is added.
+  """Reads limits, members and steps, from which `_trips` finds the trips of loops."""
+  sums: dict[str, tuple[int | None, int]] = {}  # Name -> member of the argument, number added.
   for line in lines:
     if found := _INTEGER.search(line):
       name, operation, operands, member = found.groups()
@@ -181,10 +188,10 @@ def _read_integers(lines: Sequence[str], result: _Computation) -> None:
         sums[name] = int(member), 0
         result.members.append(int(member))
       else:
-        parts = [sums.get(part) for part in re.findall(r"%([\w.\-]+)", operands)]
-        members = [part[0] for part in parts if part and part[0] is not None]
-        if None not in parts and len(members) < 2:
-          sums[name] = next(iter(members), None), sum(part[1] for part in parts if part)
+        terms = [sums.get(term) for term in re.findall(r"%([\w.\-]+)", operands)]
+        members = [term[0] for term in terms if term and term[0] is not None]
+        if None not in terms and len(members) < 2:
+          sums[name] = next(iter(members), None), sum(term[1] for term in terms if term)
     elif found := _ROOT.search(line):
       for member, name in enumerate(re.findall(r"%([\w.\-]+)", found[1])):
         source, added = sums.get(name, (None, 0))
@@ -201,7 +208,7 @@ def _read_calls(line: str, result: _Computation) -> None:
     result.loops.append((body, condition, int(known[1]) if known else 0))
     return
   if re.search(r" async-(update|done)\(", head):
-    return  # Its start has been counted.
+    return  # The async-start has been counted.
   for key in ("calls", "to_apply", "branch_computations"):
     if key in called:
       result.calls.append((called[key], 1))
@@ -210,12 +217,12 @@ def _read_calls(line: str, result: _Computation) -> None:
 
 
 def _moved(line: str, found: re.Match[str], lines: Sequence[str]) -> int:
-  """Bytes of a collective: of its results, or of its operands where those are larger."""
+  """Bytes of a collective's results, or of its operands where those are larger."""
   result = line[line.index("=") + 1 : found.start()]
   if found[2] and result.lstrip().startswith("("):
-    # A start gives (operands, results, ...), and but for reductions its result is of both.
-    parts = _parts(result.strip())
-    result = parts[1] if found[1] != "all-reduce" and len(parts) > 1 else result
+    # The type of a start is (operands, results, ...), but that of a reduction's is the results.
+    members = _tuple_members(result.strip())
+    result = members[1] if found[1] != "all-reduce" and len(members) > 1 else result
   size = _bytes(result)
   if found[1] == "reduce-scatter":
     names = re.findall(r"%([\w.\-]+)", line[found.end() :].split(")", 1)[0])
@@ -224,31 +231,32 @@ def _moved(line: str, found: re.Match[str], lines: Sequence[str]) -> int:
 
 
 def _defined(name: str, lines: Sequence[str]) -> str:
-  """The type of an instruction of the same computation."""
+  """The type of the instruction that the lines define by this name."""
   for line in lines:
     left, _, right = line.partition(" = ")
     if left.strip().removeprefix("ROOT ").removeprefix("%") == name:
-      return _parts(right)[0] if right.startswith("(") else right.split(" ", 1)[0]
+      return _tuple_members(right)[0] if right.startswith("(") else right.split(" ", 1)[0]
   return ""
 
 
-def _parts(text: str) -> list[str]:
-  """The members of a tuple's type."""
-  parts, depth, start = [], 0, 1
-  for place, letter in enumerate(text):
+def _tuple_members(text: str) -> list[str]:
+  """The types of the members in a tuple's type."""
+  members, depth, start = [], 0, 1
+  for index, letter in enumerate(text):
     if letter in "({[":
       depth += 1
     elif letter in ")}]":
       depth -= 1
     if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
-      parts.append(text[start:place])
-      start = place + 1
+      members.append(text[start:index])
+      start = index + 1
     if depth == 0:
       break
-  return parts
+  return members
 
 
 def _bytes(type_text: str) -> int:
+  """Bytes of all arrays in a type."""
   return sum(
     int(_width(kind) * math.prod(int(size) for size in sizes.split(",") if size))
     for kind, sizes in _ARRAY.findall(type_text)
@@ -256,6 +264,6 @@ def _bytes(type_text: str) -> int:
 
 
 def _width(kind: str) -> float:
-  """Bytes of a number: its kind ends with its bits, but for truth values."""
+  """Bytes of a number, from the bits that its kind ends with; truth values have none there."""
   bits = re.search(r"\d+", kind)
   return int(bits[0]) / 8 if bits else kind == "pred"

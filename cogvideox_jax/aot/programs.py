@@ -1,4 +1,4 @@
-"""The programs that commands run, made for a topology from a config: no weights, no data."""
+"""Lowers the programs that commands run, for a topology, from a config without weights or data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,32 +26,36 @@ from cogvideox_jax.training import components, meshes, step_functions
 from cogvideox_jax.training.step_functions import jit_train
 
 
-class Part(NamedTuple):
-  """One compiled program."""
+class Executable(NamedTuple):
+  """One call of the compiler."""
 
-  lower: Callable[[], Any]  # What `jax.jit(...).lower` returns.
-  times: int = 1  # That it runs in one step.
+  lower: Callable[[], Any]  # Returns what `jax.jit(...).lower` does.
+  times: int = 1  # How often it runs in one step.
 
 
 class Program(NamedTuple):
-  """All that is compiled for one step of a command, and what is known before it is."""
+  """All that is compiled for one step of a command, and what is known before it is compiled."""
 
   name: str
   stage: str
-  size: Size  # Of the largest clip.
+  size: Size  # The largest clip.
   mesh: Mapping[str, int]  # Devices along each axis.
-  rows: int  # Of one step, on all devices: packed rows, halves of guidance, or clips.
-  parts: Sequence[Part]
-  parameters: int  # Of the model that runs.
-  state: Any  # Shapes and places of what stays on the devices: parameters, or a whole train state.
-  arguments: Any  # And of what each step is given besides.
-  model_flops: float  # Of one step, on all devices.
-  linear_flops: float  # Of the products besides attention that run, recomputed ones included.
-  attention_flops: float  # Of attention's products that run, which no kernel's cycles tell.
+  rows: int  # Packed rows, halves of guidance, or clips of one step, on all devices.
+  executables: Sequence[Executable]
+  parameters: int  # How many numbers the model has.
+  # Shapes with shardings: what stays on the devices (parameters, or a whole train state), and what
+  # each step is given besides.
+  state: Any
+  arguments: Any
+  # FLOPs of one step on all devices: the model's own; those of all products that run except
+  # attention's; and those of attention, whose kernels the compiler gives no cycles for.
+  model_flops: float
+  linear_flops: float
+  attention_flops: float
 
 
 def train_program(config: TrainConfig, stage_name: str, topology: Topology) -> Program:
-  """The training step of a stage; the very same as training/transformer_run.py's."""
+  """The training step of a stage: the function that training/transformer_run.py runs."""
   stage = config.stages[stage_name]
   mesh, rules = meshes.make_mesh(config, stage_name, topology.devices)
   functions = step_functions.make_functions(config, stage_name, mesh, rules)
@@ -68,7 +72,7 @@ def train_program(config: TrainConfig, stage_name: str, topology: Topology) -> P
     size=work.longest_clip(model, stage),
     mesh=mesh.shape,
     rows=stage.rows,
-    parts=[Part(lambda: jit_train(functions).lower(functions.abstract, batch, key))],
+    executables=[Executable(lambda: jit_train(functions).lower(functions.abstract, batch, key))],
     parameters=count(functions.abstract.params),
     state=functions.abstract,
     arguments=batch,
@@ -79,7 +83,7 @@ def train_program(config: TrainConfig, stage_name: str, topology: Topology) -> P
 
 
 def stage_named(config: TrainConfig, stage: str) -> str:
-  """The stage of a number, from 1, or of a name.
+  """The name of a stage, which is given by its number, from 1, or by its name.
 
   Raises:
     UserError: the config has no such stage.
@@ -96,11 +100,12 @@ def stage_named(config: TrainConfig, stage: str) -> str:
 
 
 def count(params: Any) -> int:
+  """How many numbers a tree of arrays, or shapes, has."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Of arrays, or shapes, with their places."""
+  """Bytes on one device of a tree of arrays, or shapes, with their shardings."""
   return sum(
     int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -108,9 +113,9 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def sample_program(config: TrainConfig, topology: Topology, size: Size) -> Program:
-  """One step of sampling one video, with guidance, as inference/pipeline.py runs it.
+  """One step of sampling one video, with guidance: the function that inference/pipeline.py runs.
 
-  Parameters are in bfloat16, as most published ones are, and whole on each device.
+  Each device holds all parameters, in bfloat16, as most published ones are.
   """
   model, vae = config.model, components.vae_config(config)
   check_size(size, vae, model.patch)
@@ -119,7 +124,7 @@ def sample_program(config: TrainConfig, topology: Topology, size: Size) -> Progr
   shapes = jax.eval_shape(
     lambda: nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(0)), nnx.Param))
   )
-  params = _placed(shapes, spread.everywhere, jnp.bfloat16)
+  params = _with_sharding(shapes, spread.everywhere, jnp.bfloat16)
 
   def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=spread.everywhere)
@@ -147,7 +152,7 @@ def sample_program(config: TrainConfig, topology: Topology, size: Size) -> Progr
     size=size,
     mesh=spread.everywhere.mesh.shape,
     rows=rows,
-    parts=[Part(lower)],
+    executables=[Executable(lower)],
     parameters=count(params),
     state=params,
     arguments=arguments,
@@ -158,10 +163,10 @@ def sample_program(config: TrainConfig, topology: Topology, size: Size) -> Progr
 
 
 def vae_program(config: TrainConfig, topology: Topology, name: str, size: Size) -> Program:
-  """`encode`, of a clip on each device, or `decode` of as many, by the VAE's programs of a chunk.
+  """`encode` or `decode` of one clip on each device, by the VAE's functions of a chunk.
 
-  A step is the whole clip: the first chunk, then the later ones, which share a program. The whole
-  VAE is on each device.
+  A step is a whole clip: the first chunk, then the later ones, which share an executable. Each
+  device holds the whole VAE.
   """
   sizes = components.vae_config(config)
   check_size(size, sizes)
@@ -169,7 +174,7 @@ def vae_program(config: TrainConfig, topology: Topology, name: str, size: Size) 
   mesh = sharding.mesh_of_rows(len(topology.devices), topology.devices)
   rules = frozen_networks.RULES
   shapes = jax.eval_shape(lambda: nnx.split(vae.VAE(sizes, rngs=nnx.Rngs(0)))[1])
-  params = _placed(shapes, sharding.replicated(mesh), jnp.float32)
+  params = _with_sharding(shapes, sharding.replicated(mesh), jnp.float32)
   rows = sharding.row_sharding(mesh, rules, len(topology.devices))
   latents = (size.num_frames - 1) // sizes.temporal_compression + 1
   side = sizes.spatial_compression
@@ -185,7 +190,7 @@ def vae_program(config: TrainConfig, topology: Topology, name: str, size: Size) 
 
   first, later = ends[0], ends[1] - ends[0] if len(ends) > 1 else 0
   _, kept = jax.eval_shape(partial(run, graph), params, chunk(first), None)
-  kept = _placed(kept, rows, jnp.float32)
+  kept = _with_sharding(kept, rows, jnp.float32)
   chunks = [((chunk(first), None), 1)]
   if later:
     chunks.append(((chunk(later), kept), len(ends) - 1))
@@ -199,7 +204,9 @@ def vae_program(config: TrainConfig, topology: Topology, name: str, size: Size) 
     size=size,
     mesh=mesh.shape,
     rows=len(topology.devices),
-    parts=[Part(partial(run.lower, graph, params, *given), times) for given, times in chunks],
+    executables=[
+      Executable(partial(run.lower, graph, params, *given), times) for given, times in chunks
+    ],
     parameters=count(params),
     state=params,
     arguments=chunks[-1][0],
@@ -209,8 +216,9 @@ def vae_program(config: TrainConfig, topology: Topology, name: str, size: Size) 
   )
 
 
-def _placed(shapes: Any, place: Any, dtype: Any) -> Any:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes)
+def _with_sharding(shapes: Any, each: Any, dtype: Any) -> Any:
+  """The shapes with a dtype and with `each` as the sharding of all of them."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=each), shapes)
 
 
 PROGRAMS = ("train", "sample", "encode", "decode")
@@ -219,7 +227,10 @@ PROGRAMS = ("train", "sample", "encode", "decode")
 def make(
   config: TrainConfig, topology: Topology, name: str, stage: str, given: dict[str, int]
 ) -> Program:
-  """The program of one of PROGRAMS; given: of a Size, by default the model's."""
+  """The program of a name in PROGRAMS.
+
+  given: fields of a Size, for programs that take clips of one size; the others are the model's.
+  """
   if name == "train":
     return train_program(config, stage_named(config, stage), topology)
   model, scale = config.model, components.vae_config(config).spatial_compression

@@ -1,4 +1,4 @@
-"""Compiles a program for a topology and says what it costs: one object, whether it fits or not."""
+"""Compiles a program for a topology; reports its costs as one object, even if it does not fit."""
 
 import re
 import tempfile
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from cogvideox_jax.aot import fixes, hlo, programs
+from cogvideox_jax.aot.fixes import Demand
 from cogvideox_jax.aot.hlo import Costs
 from cogvideox_jax.aot.programs import Program
 from cogvideox_jax.aot.topology import GIB, Topology, open_topology
@@ -31,9 +32,9 @@ class Compiled(NamedTuple):
   """What the compiler says of a program."""
 
   memory: Memory
-  costs: Costs | None  # Of one step; None where it gave no text.
-  refusal: str  # Why it does not fit; empty if it does.
-  seconds: float  # Of compiling.
+  costs: Costs | None  # The costs of one step; None if the compiler gave no text.
+  refusal: str  # Why the compiler refused the program; empty if it did not.
+  seconds: float  # How long it compiled.
 
 
 def report(
@@ -42,13 +43,13 @@ def report(
   """The object that `compile --json` prints.
 
   Args:
-    topology_name: as of `open_topology`.
+    topology_name: see `open_topology`.
     program: one of programs.PROGRAMS.
     stage: number from 1, or name.
-    size: num_frames, height and width, of programs that take clips of one size.
+    size: num_frames, height and width, for programs that take clips of one size.
 
   Raises:
-    UserError: there is no such topology or stage, or the config cannot be placed on it.
+    UserError: there is no such topology or stage, or the config does not fit its mesh.
   """
   topology = open_topology(topology_name)
   made = programs.make(config, topology, program, stage, size)
@@ -62,13 +63,13 @@ def report(
 
 
 def compile_program(program: Program) -> Compiled:
-  """Runs the compiler on every part. Out of memory is an answer, not an error."""
+  """Compiles every executable. Running out of memory is an answer here, not an error."""
   start = time.perf_counter()
   memories, total = [], Costs()
   refusal = ""
-  for part in program.parts:
+  for executable in program.executables:
     try:
-      memory, costs = compile_lowered(part.lower())
+      memory, costs = compile_lowered(executable.lower())
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -76,24 +77,24 @@ def compile_program(program: Program) -> Compiled:
       memories.append(_refused(program, refusal))
       continue
     memories.append(memory)
-    total = total.plus(costs.times(part.times))
+    total = total.plus(costs.times(executable.times))
   seconds = time.perf_counter() - start
   largest = max(memories, key=lambda memory: memory.total)
   return Compiled(largest, None if refusal else total, refusal, seconds)
 
 
 def compile_lowered(lowered: Any) -> tuple[Memory, Costs]:
-  """Of one program for TPUs, as `jax.jit(...).lower` gives it."""
+  """Compiles what `jax.jit(...).lower` returns for TPUs; the costs are those of one run."""
   with tempfile.TemporaryDirectory(prefix="hlo_") as folder:
-    # The compiler writes its text itself: `as_text()` of what it returns fails for some
-    # asynchronous operations, which most programs of several devices have.
+    # The compiler writes its text to a folder, because `as_text()` of what it returns fails for
+    # some asynchronous operations, which most programs of several devices have.
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     compiled = lowered.compile(compiler_options=options)
     return _memory(compiled.memory_analysis()), hlo.costs(_text(Path(folder)))
 
 
 def _text(folder: Path) -> str:
-  """The optimized program, as the compiler left it in a folder."""
+  """Reads the optimized program that the compiler left in a folder."""
   (file,) = folder.glob("*.after_codegen.txt")
   return file.read_text()
 
@@ -105,7 +106,7 @@ def _memory(analysis: Any) -> Memory:
 
 
 def _refused(program: Program, message: str) -> Memory:
-  """From arithmetic, and from the largest size that the compiler names."""
+  """Estimates the memory of a refused program from the largest size in the compiler's message."""
   arguments = programs.bytes_per_device((program.state, program.arguments))
   sizes = [float(number) * _UNITS[unit] for number, unit in _SIZES.findall(message)]
   wanted = int(max(sizes, default=0))
@@ -117,6 +118,7 @@ def _refused(program: Program, message: str) -> Memory:
 def as_object(
   config: Any, topology: Topology, program: Program, compiled: Compiled
 ) -> dict[str, Any]:
+  """The object that `report` returns."""
   chip, devices = topology.chip, len(topology.devices)
   memory, costs = compiled.memory, compiled.costs
   fits = not compiled.refusal and memory.total <= chip.hbm_bytes
@@ -124,7 +126,7 @@ def as_object(
   rest = costs.cycles / chip.clock if costs else program.linear_flops / (devices * chip.peak)
   compute = program.model_flops / (devices * chip.peak)
   state = programs.bytes_per_device(program.state)
-  wanted = (config, topology, program.name, program.stage, program.size, state, memory.total)
+  demand = Demand(program.name, program.stage, program.size, state, memory.total)
   num_frames, height, width = program.size
   return {
     "program": program.name,
@@ -155,7 +157,7 @@ def as_object(
     "mfu_ceiling": compute / (attention + rest),
     "collectives": _collectives(costs),
     "compile_seconds": compiled.seconds,
-    "fixes": [] if fits else fixes.suggest(*wanted),
+    "fixes": [] if fits else fixes.suggest(config, topology, demand),
   }
 
 
@@ -172,7 +174,7 @@ def _collectives(costs: Costs | None) -> dict[str, dict[str, int]]:
 
 
 def as_table(result: Mapping[str, Any]) -> str:
-  """What a person reads."""
+  """The object as lines for people to read."""
   memory, hbm = result["bytes_per_chip"], result["hbm_bytes"]
   answer = "fits" if result["fits"] else "does not fit"
   device = "device" if result["devices_per_chip"] == 1 else "device (half a chip)"

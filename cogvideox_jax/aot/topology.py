@@ -17,29 +17,28 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-  """What one device, as JAX counts them, can do: on tpu7x and v4 a chip is two devices.
+  """What one device can do; JAX counts a chip of v4 or tpu7x as two devices.
 
-  hbm_bytes is what the compiler says it may use. Peaks and bandwidths are the published ones of a
-  chip, divided by its devices.
+  Peaks and bandwidths are the published ones of a chip, divided by its devices.
   """
 
-  devices: int  # Of a chip.
+  devices: int  # Devices a chip.
   peak: float  # bf16 FLOP/s.
-  bandwidth: float  # Of HBM, bytes/s.
-  hbm_bytes: int
+  bandwidth: float  # Bytes/s of HBM.
+  hbm_bytes: int  # Bytes that the compiler says a program may use.
   products: int  # Multiply-adds of the matrix units in a cycle.
   attention_rate: float  # Share of the peak that attention reaches, counting products that run.
   example: str  # A shape that exists.
 
   @property
   def clock(self) -> float:
-    """Cycles a second: what makes the matrix units' products the published peak."""
+    """Cycles a second, at which the matrix units reach the published peak."""
     return self.peak / (2 * self.products)
 
 
-# Clocks follow: v4 1.05 GHz, v5e 1.5, v5p and v6e 1.75, as published; tpu7x 2.2, which is derived
-# alone, from its peak and four matrix units of 256x256 a device (a large product of the compiler's
-# runs at 87% of that).
+# The clocks that follow are the published ones for v4 (1.05 GHz), v5e (1.5), v5p and v6e (1.75). No
+# clock is published for tpu7x: 2.2 GHz follows from its peak and four matrix units of 256x256 a
+# device (by the compiler's estimate a large product runs at 87% of that).
 CHIPS = {
   "v4": Chip(2, 137.5e12, 614e9, int(15.25 * GIB), 4 * 128**2, 0.40, "2x2x1"),
   "v5e": Chip(1, 197e12, 819e9, int(15.75 * GIB), 4 * 128**2, 0.40, "2x4"),
@@ -47,10 +46,10 @@ CHIPS = {
   "v6e": Chip(1, 918e12, 1640e9, int(31.24 * GIB), 4 * 256**2, 0.30, "2x4"),
   "tpu7x": Chip(2, 1153.5e12, 3690e9, int(94.74 * GIB), 4 * 256**2, 0.25, "2x2x4"),
 }
-# What libtpu asks a machine that has TPUs; here it must not ask.
+# Answers to what libtpu would ask the machine about its TPUs.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5p-8",  # Of whatever kind: the topology's name decides.
+  "TPU_ACCELERATOR_TYPE": "v5p-8",  # Any kind will do: the topology's name decides.
   "TPU_WORKER_HOSTNAMES": "localhost",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_MIN_LOG_LEVEL": "3",
@@ -59,11 +58,13 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Topology:
+  """The devices of a pod, or of several slices, that programs are compiled for."""
+
   name: str
   kind: str  # A key of CHIPS.
   shape: tuple[int, ...]
   slices: int
-  devices: Sequence[Any]  # Of a kind that programs are compiled for and do not run on.
+  devices: Sequence[Any]  # As `jax.Device`s, on which nothing can run.
 
   @property
   def chip(self) -> Chip:
@@ -71,7 +72,9 @@ class Topology:
 
 
 def open_topology(name: str) -> Topology:
-  """The topology KIND:SHAPE or KIND:SHAPE:SLICES. Call it before JAX looks at its devices.
+  """The topology of a name, KIND:SHAPE or KIND:SHAPE:SLICES.
+
+  Call this before JAX looks at its devices.
 
   Raises:
     UserError: there is no such kind or shape, or libtpu is not installed.
@@ -102,9 +105,9 @@ def open_topology(name: str) -> Topology:
 
 
 def _keep_off_accelerators() -> None:
-  """Compiling needs no device: one that is here is left to others."""
+  """Keeps JAX off this machine's accelerators, which compiling does not need."""
   for key, value in _ENVIRONMENT.items():
     os.environ.setdefault(key, value)
   jax.config.update("jax_platforms", "cpu")
-  # What is compiled cannot run here, so there is nothing to keep.
+  # Nothing that is compiled can run here, so a cache would be of no use.
   jax.config.update("jax_enable_compilation_cache", False)

@@ -1,8 +1,8 @@
-"""How much arithmetic a program of the transformer is: from its sizes alone.
+"""Counts the FLOPs of the transformer's programs from its sizes.
 
-A multiply-add is 2 FLOPs. What counts as the model's work are the linear layers of the blocks and
-attention inside each clip; recomputation, padding of blocks and the small layers before and after
-the blocks (under 1%) do not.
+A multiply-add is 2 FLOPs. The model's FLOPs are those of the blocks' linear layers and of attention
+inside each clip. They do not include recomputation, padding of blocks, and the small layers before
+and after the blocks (under 1%).
 """
 
 import math
@@ -13,12 +13,17 @@ from cogvideox_jax.config.schema import StageConfig
 from cogvideox_jax.inference.inputs import Size
 from cogvideox_jax.models.dit_config import DiTConfig
 
-FORWARD_PRODUCTS = 2  # Of tokens x tokens in attention: scores, and the weighted sum.
-BACKWARD_PRODUCTS = 5  # The scores again, the weights' gradient, and those of q, k and v.
+# Products of tokens x tokens in attention. Forward: scores, and the weighted sum of values.
+# Backward: the scores again, dp, dq, dk and dv.
+FORWARD_PRODUCTS = 2
+BACKWARD_PRODUCTS = 5
 
 
 def clip_tokens(model: DiTConfig, num_frames: int, height: int, width: int) -> int:
-  """Text and vision tokens of a clip of so many pixels; a patch in time is filled up."""
+  """Text and vision tokens of a clip; its latent frames are padded to whole patches.
+
+  num_frames, height, width: in pixels.
+  """
   frames = -(-((num_frames - 1) // 4 + 1) // model.patch[0])
   return model.text_length + frames * math.prod(
     side // 8 // patch for side, patch in zip((height, width), model.patch[1:], strict=True)
@@ -26,15 +31,15 @@ def clip_tokens(model: DiTConfig, num_frames: int, height: int, width: int) -> i
 
 
 def longest_clip(model: DiTConfig, stage: StageConfig) -> Size:
-  """Of the stage's clips with the most tokens."""
+  """The size of the stage's clips with the most tokens."""
   sizes = [Size(max(stage.durations), height, width) for height, width in stage.sizes]
   return max(sizes, key=lambda size: clip_tokens(model, *size))
 
 
 def clips_of_row(model: DiTConfig, stage: StageConfig) -> list[int]:
-  """Tokens of each clip of a row: as many of the longest as fit, and one shorter for the rest.
+  """Tokens of each clip of the most expensive row: the longest clips, and one for what is left.
 
-  The dearest row there is, since attention goes with the square.
+  Attention grows with the square of a clip's length.
   """
   longest = clip_tokens(model, *longest_clip(model, stage))
   whole, rest = divmod(stage.row_tokens, longest)
@@ -42,22 +47,26 @@ def clips_of_row(model: DiTConfig, stage: StageConfig) -> list[int]:
 
 
 def linear_flops(model: DiTConfig, tokens: int) -> float:
-  """Of a forward pass."""
+  """FLOPs of the linear layers of all blocks in a forward pass."""
   return model.depth * 24 * tokens * model.width**2
 
 
 def attention_flops(model: DiTConfig, clips: Sequence[int], products: float) -> float:
-  """Of so many products of tokens x tokens inside each clip."""
+  """FLOPs of attention in all blocks; products: of tokens x tokens inside each clip."""
   return model.depth * products * 2 * sum(tokens**2 for tokens in clips) * model.width
 
 
 def forward_flops(model: DiTConfig, clips: Sequence[int]) -> float:
+  """The model's FLOPs in a forward pass; clips: the tokens of each."""
   linear = linear_flops(model, sum(clips))
   return linear + attention_flops(model, clips, FORWARD_PRODUCTS)
 
 
 def traced_flops(jaxpr: Any) -> float:
-  """Of a traced function's products and convolutions; without loops, of branches the dearest."""
+  """FLOPs of a traced function's products and convolutions.
+
+  Of several branches the most expensive counts. The function may hold no loops.
+  """
   total = 0.0
   for equation in jaxpr.eqns:
     inner = [
