@@ -254,7 +254,7 @@ def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> 
 
   Where a row's tokens are split too, the devices that share it swap tokens for heads before, and
   back after (Ulysses, arXiv:2309.14509). Heads that do not divide are filled up with zeros: 2B's 30
-  become 32, which costs less than to gather all keys and values (benchmarks/README.md).
+  become 32, which costs less than to gather all keys and values (benchmarks/attention.md).
 
   Raises, when it is called:
     UserError: the tokens, or the heads that `tensor` splits, do not divide over the mesh.

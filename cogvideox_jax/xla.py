@@ -1,7 +1,7 @@
 """Compiler options for each kind of device.
 
-They were found by compiling; benchmarks/README.md shows what each option changes, by the compiler's
-own estimate.
+They were found by compiling; benchmarks/compile.md shows what each option changes, by the
+compiler's own estimate.
 """
 
 from typing import Any

@@ -15,7 +15,7 @@ def convolve(
   """3-D convolution, zero-padded in space and not in time: `f2 = f - kt + 1`.
 
   On TPUs it is the sum of one 2-D convolution for each time tap, because XLA's 3-D convolution is
-  slower by a third to a half there (the compiler's estimate: benchmarks/README.md). On CPUs, where
+  slower by a third to a half there (the compiler's estimate: benchmarks/vae.md). On CPUs, where
   XLA's is several times slower, four 2-D convolutions serve each pair of frames: they take about .6
   of the time of the taps' six, and less memory (on TPUs not compared). Elsewhere XLA's is fastest.
   The form is chosen when a program is lowered, so that a CPU host compiles a GPU's form for a GPU.
@@ -64,7 +64,7 @@ def _convolve_by_taps(x, kernel):
 def _convolve_by_pairs(x, kernel):
   """Winograd's F(2, 3) over time: each pair of frames takes four convolutions instead of six.
 
-  Its factors are 1 and 1/2, so that it is about as exact as the taps (benchmarks/README.md). It is
+  Its factors are 1 and 1/2, so that it is about as exact as the taps (benchmarks/vae.md). It is
   not used in bfloat16, which would round the sums of frames before they are multiplied, nor for a
   single frame.
   """

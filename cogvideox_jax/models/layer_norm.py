@@ -2,7 +2,7 @@
 
 The derived backward pass reads its input some ten times. On TPUs the norms of a block, above all
 those of queries and keys, would take as long as a third of its matrix products
-(benchmarks/README.md).
+(benchmarks/compile.md).
 """
 
 from functools import partial

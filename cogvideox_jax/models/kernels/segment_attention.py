@@ -23,7 +23,7 @@ from cogvideox_jax.models.kernels.segment_attention_backward import Residuals, b
 from cogvideox_jax.models.kernels.segment_attention_forward import forward, key_tile
 from cogvideox_jax.models.rematerialization import ATTENTION
 
-# The largest sizes by `device_kind`, from the compiled cycles in benchmarks/README.md.
+# The largest sizes by `device_kind`, from the compiled cycles in benchmarks/attention.md.
 BLOCK_SIZES = {
   "TPU v4": BlockSizes(1024, 512),
   "TPU v5 lite": BlockSizes(1024, 512),
