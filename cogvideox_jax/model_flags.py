@@ -1,19 +1,24 @@
-"""Flags of every command that takes a model: which of its weights, and a LoRA to add.
+"""Flags of every command that takes a model: which weights to use, and a LoRA to add.
 
-A command that imports them declares them as its own (`flags.declare_key_flag`), for its --help.
+A command that uses them calls `declare`, so that its --help lists them.
 """
 
 from absl import flags
 
 WEIGHTS = flags.DEFINE_enum(
-  "weights", "ema", ["ema", "raw"], "Of a training workdir: the moving average, or as trained."
+  "weights",
+  "ema",
+  ["ema", "raw"],
+  "Which weights of a training workdir to use: their moving average, or the last ones.",
 )
-LORA = flags.DEFINE_string("lora", None, "LoRA file, or a folder that has one, to add.")
-LORA_WEIGHT = flags.DEFINE_float("lora_weight", 1.0, "Of --lora: alpha / rank if it has no alpha.")
+LORA = flags.DEFINE_string("lora", None, "LoRA file to add, or a folder that holds one.")
+LORA_WEIGHT = flags.DEFINE_float(
+  "lora_weight", 1.0, "Weight of --lora; for a file without alpha give alpha / rank."
+)
 
 
 def declare() -> None:
-  """Lists them in the --help of the command that calls this."""
+  """Lists these flags in the --help of the command that calls this."""
   for name in ("weights", "lora", "lora_weight"):
     flags.declare_key_flag(name)
 

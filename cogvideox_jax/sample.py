@@ -1,10 +1,10 @@
 """Text to video: `python -m cogvideox_jax.sample --model=tiny --prompt="..." --output=out.mp4`.
 
-With --image=FILE the video begins with an image, by a model that was trained for that; with
---video=FILE a video is changed as the prompt says.
+With --image=FILE the video begins with an image; this needs a model that was trained for it. With
+--video=FILE the prompt says how to change a video.
 
-What is not said on the command line is as the model's folder, or its training, has it. The mp4
-keeps in its comment, as JSON, all that it was made with.
+Defaults come from the model's folder, or from its training. The comment of the mp4 holds, as JSON,
+all arguments that the video was made with.
 """
 
 from typing import Any
@@ -31,28 +31,36 @@ MODEL = flags.DEFINE_string(
 PROMPT = flags.DEFINE_string("prompt", None, "What the video shows.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "The mp4 file to write.", required=True)
 IMAGE = flags.DEFINE_string("image", None, "Image file that the video begins with.")
-VIDEO = flags.DEFINE_string("video", None, "Video file to change.")
-STRENGTH = flags.DEFINE_float("strength", 0.8, "Of the change to --video: 1 forgets it.", 0.0, 1.0)
+VIDEO = flags.DEFINE_string("video", None, "Video file to change as the prompt says.")
+STRENGTH = flags.DEFINE_float(
+  "strength", 0.8, "How much to change --video; at 1 nothing of it remains.", 0.0, 1.0
+)
 TILING = flags.DEFINE_bool("tiling", False, "Decode in tiles: less memory, more time.")
 OFFLOAD = flags.DEFINE_bool(
-  "offload", False, "Keep what waits for its turn in the host's memory: the same video."
+  "offload",
+  False,
+  "Keep components that are not in use in the host's memory: less device memory, the same video.",
 )
-NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What it should not show.")
-HEIGHT = flags.DEFINE_integer("height", None, "Pixels; by default the model's.")
-WIDTH = flags.DEFINE_integer("width", None, "Pixels; by default the model's.")
-NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "4k + 1; by default the model's.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What the video should not show.")
+HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels; by default the model's.")
+WIDTH = flags.DEFINE_integer("width", None, "Width in pixels; by default the model's.")
+NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "Frames, 4k + 1; by default the model's.")
 FPS = flags.DEFINE_float(
-  "fps", None, "Frames a second of the file; by default the model's.", lower_bound=0.1
+  "fps", None, "Frames per second of the file; by default the model's.", lower_bound=0.1
 )
 STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; by default the model's.")
 GUIDANCE_SCALE = flags.DEFINE_float(
-  "guidance_scale", None, "How hard to follow the prompt; 1: no guidance. By default the model's."
+  "guidance_scale",
+  None,
+  "How strongly to follow the prompt; 1 is no guidance. By default the model's.",
 )
-DYNAMIC_CFG = flags.DEFINE_bool("dynamic_cfg", False, "Change the guidance with the timestep.")
+DYNAMIC_CFG = flags.DEFINE_bool(
+  "dynamic_cfg", False, "Change the guidance scale with the timestep."
+)
 SOLVER = flags.DEFINE_enum(
-  "solver", None, list(SOLVERS), "How to step from noise to video; by default the model's."
+  "solver", None, list(SOLVERS), "Solver of the denoising steps; by default the model's."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the noise: the same seed gives the same video.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise: the same seed gives the same video.")
 model_flags.declare()
 
 
@@ -88,7 +96,7 @@ def main() -> None:
 
 
 def kind() -> type[Pipeline]:
-  """The pipeline for the files that are given."""
+  """The class of pipeline that the given files need."""
   if IMAGE.value and VIDEO.value:
     raise UserError("Give --image or --video, not both.")
   if IMAGE.value:
@@ -97,9 +105,10 @@ def kind() -> type[Pipeline]:
 
 
 def read_given(arguments: dict[str, Any], fps: float) -> dict[str, Any]:
-  """The pixels of --image or --video, cropped to the size asked for, under their arguments' names.
+  """Reads --image or --video, cropped to the size asked for, as arguments of the call.
 
-  A video says by itself how long it is: `num_frames` of it are read, and taken from `arguments`.
+  Removes `num_frames` from `arguments` if there is a video: so many frames of it are read, and the
+  call takes their number from the video.
   """
   path = IMAGE.value or VIDEO.value
   if not path:
@@ -114,7 +123,7 @@ def read_given(arguments: dict[str, Any], fps: float) -> dict[str, Any]:
 
 
 def check_output(path: epath.Path) -> None:
-  """Raises UserError unless a file can be written there; makes its folder."""
+  """Makes the folder of the output; raises UserError unless the file can be written there."""
   if path.suffix != ".mp4":
     raise UserError(f"--output={path}: videos are written as mp4; give a name ending in .mp4.")
   draft = path.with_name(f".{path.name}.draft")
@@ -129,7 +138,7 @@ def check_output(path: epath.Path) -> None:
 
 
 def call_arguments(pipe: Pipeline) -> dict[str, Any]:
-  """What to call the pipeline with: the flags, and the model's values for those not given."""
+  """The arguments of the call: the flags, and the model's defaults for flags not given."""
   size = pipe.default_size
   given = {
     "height": (HEIGHT.value, size.height),

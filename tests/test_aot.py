@@ -13,7 +13,7 @@ from typed_config import typed
 from cogvideox_jax.aot import fixes, hlo, topology
 from cogvideox_jax.aot.hlo import Traffic
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference.inputs import Size, check_size
+from cogvideox_jax.inference.size import Size, check_size
 from cogvideox_jax.models.vae_config import VAEConfig
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from cogvideox_jax.conversion.folder import Settings, open_model, write_index
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference.denoising import clip_layout
+from cogvideox_jax.inference.packed_rows import clip_layout
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT, patchify, timestep_sinusoid, unpatchify
 from cogvideox_jax.models.dit_config import DiTConfig

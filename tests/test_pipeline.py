@@ -1,6 +1,8 @@
 """Text to video on models of a few thousand drawn weights."""
 
 import inspect
+import pydoc
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,14 @@ from cogvideox_jax import sharding
 from cogvideox_jax.conversion import diffusers, folder
 from cogvideox_jax.conversion.folder import Settings
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference import denoising
-from cogvideox_jax.inference.denoising import INITIAL, draw_noise, jit_step
+from cogvideox_jax.inference import noise_draws
+from cogvideox_jax.inference.denoising import jit_step
 from cogvideox_jax.inference.image_to_video import ImageToVideo
+from cogvideox_jax.inference.noise_draws import INITIAL, draw_noise
+from cogvideox_jax.inference.packed_rows import pack_videos
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
+from cogvideox_jax.inference.step_sharding import shard_step
 from cogvideox_jax.inference.video_to_video import VideoToVideo
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
@@ -85,7 +90,7 @@ def test_a_stochastic_solver_draws_new_noise_at_each_step_of_each_video(pipe, mo
     draws.append(draw)
     return draw_noise(seeds, indices, draw, shape)
 
-  monkeypatch.setattr(denoising, "draw_noise", spy)
+  monkeypatch.setattr(noise_draws, "draw_noise", spy)
   together = pipe(PROMPTS[:2], seed=4, solver="dpm", **QUICK).frames
   assert draws == [INITIAL, 1, 2]  # The last step adds none.
   alone = pipe(PROMPTS[1], seed=4, solver="dpm", **QUICK).frames
@@ -135,9 +140,9 @@ def test_other_weights_steps_or_guidance_compile_nothing_anew(pipe, traces):
 def test_weights_on_a_mesh_make_the_same_video_by_one_program(pipe):
   mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "context": 1, "tensor": 1})
   config, params = draw(DiT, DIT_CONFIG)
-  places = sharding.shardings(params, mesh, sharding.rules_named("fsdp"))
+  shardings = sharding.shardings(params, mesh, sharding.rules_named("fsdp"))
   DENOISE_STEP.clear_cache()
-  latents = make_pipeline((config, jax.device_put(params, places)))("a circle", **QUICK).frames
+  latents = make_pipeline((config, jax.device_put(params, shardings)))("a circle", **QUICK).frames
   assert DENOISE_STEP._cache_size() == 1
   np.testing.assert_allclose(latents, pipe("a circle", **QUICK).frames, atol=1e-4)
 
@@ -147,7 +152,7 @@ def test_given_noise_and_text_states_replace_drawn_and_encoded_ones(pipe):
   noise = np.asarray(draw_noise(np.uint32([9]), np.uint32([0]), INITIAL, (3, 4, 6, 4)))
   _, params = draw(T5Encoder, T5_CONFIG)
   model = nnx.merge(graph_of(T5Encoder, T5_CONFIG), params)
-  embeds = model(jnp.asarray(pipe._tokenizer.encode(["a circle"], 6)))
+  embeds = model(jnp.asarray(pipe._prompt_encoder.tokenizer.encode(["a circle"], 6)))
   given = pipe(latents=noise, prompt_embeds=embeds, **QUICK).frames
   np.testing.assert_allclose(given, drawn, atol=1e-5)
 
@@ -188,7 +193,7 @@ def test_a_saved_folder_gives_the_same_video(pipe, tmp_path):
   diffusers.save_transformer(tmp_path / "transformer", *draw(DiT, DIT_CONFIG))
   diffusers.save_vae(tmp_path / "vae", *draw(VAE, VAE_CONFIG))
   diffusers.save_text_encoder(tmp_path / "text_encoder", *draw(T5Encoder, T5_CONFIG))
-  diffusers.save_tokenizer(tmp_path / "tokenizer", pipe._tokenizer)
+  diffusers.save_tokenizer(tmp_path / "tokenizer", pipe._prompt_encoder.tokenizer)
   diffusers.save_scheduler(tmp_path / "scheduler", NOISE)
   folder.write_index(tmp_path, Settings(text_drop="zeros"))
   loaded = Pipeline.from_pretrained(tmp_path, progress=Progress(show=False))
@@ -252,6 +257,30 @@ def test_arguments_are_those_of_diffusers_in_their_order_with_their_defaults(kin
   assert {parameter.kind for parameter in rest} == {inspect.Parameter.KEYWORD_ONLY}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_shows_every_argument_with_its_default_and_its_description(kind):
+  signature, described = pydoc.plain(pydoc.render_doc(kind.__call__)).split("Args:")
+  _, *parameters = inspect.signature(kind.__call__).parameters.values()
+  for parameter in parameters:
+    assert str(parameter) in signature
+    assert re.search(rf"^ +{parameter.name}: [A-Z'{{]", described, re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unknown_argument_is_a_type_error(kind):
+  with pytest.raises(TypeError, match="unexpected keyword argument 'heigth'"):
+    kind.__call__(None, None, heigth=16)
+
+
+def test_arguments_may_be_positional_up_to_the_last_of_diffusers(pipe):
+  named = pipe("a circle", "a square", guidance_scale=2.0, **QUICK).frames
+  positional = pipe("a circle", "a square", 16, 24, 9, 3, None, 2.0, False, 1, 0.0, None, None,
+                    None, None, "latent", True, None, None, ("latents",), 6).frames  # fmt: skip
+  np.testing.assert_array_equal(positional, named)
+  with pytest.raises(TypeError, match="positional arguments"):
+    pipe(*[None] * 22)
+
+
 def test_a_rotary_model_takes_other_numbers_of_text_tokens(pipe):
   short, long = (pipe("a circle", max_sequence_length=n, **QUICK).frames for n in (6, 9))
   np.testing.assert_array_equal(short, pipe("a circle", **QUICK).frames)
@@ -286,9 +315,9 @@ def test_devices_share_rows_and_then_tokens_and_make_the_same_video(pipe, prompt
 
 
 def test_tokens_are_split_among_devices_that_share_a_row():
-  one, several = (denoising.spread(2, jax.devices()[:count]) for count in (1, 4))
-  x, text = np.zeros((1, 3, 4, 6, 4), np.float32), np.zeros((2, 1, 6, 8), np.float32)
-  rows = jax.jit(denoising.as_rows, static_argnums=(2, 3))(x, text, (1, 2, 2), several)
+  one, several = (shard_step(2, jax.devices()[:count]) for count in (1, 4))
+  latents, text = np.zeros((1, 3, 4, 6, 4), np.float32), np.zeros((2, 1, 6, 8), np.float32)
+  rows = jax.jit(pack_videos, static_argnums=(2, 3))(latents, text, (1, 2, 2), several)
   assert rows.vision.sharding.shard_shape(rows.vision.shape) == (1, 16, 16)
   assert rows.layout.experts.sharding.shard_shape(rows.layout.experts.shape) == (1, 16)
-  assert one.tokens(24) == 24 and several.tokens(24) == 32
+  assert one.row_tokens(24) == 24 and several.row_tokens(24) == 32

@@ -14,7 +14,7 @@ from cogvideox_jax.conversion.folder import Settings
 from cogvideox_jax.data.mp4 import read_metadata
 from cogvideox_jax.data.video import probe
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference import residence
+from cogvideox_jax.inference.offload import is_on_host
 from cogvideox_jax.inference.pipeline import Pipeline
 
 
@@ -78,11 +78,11 @@ def test_the_same_command_writes_the_same_bytes(run, tmp_path):
   assert first == again != other
 
 
-def test_parts_that_take_turns_make_the_same_file(run, tmp_path, monkeypatch):
-  rested, call = [], Pipeline.__call__
+def test_components_that_wait_in_host_memory_make_the_same_file(run, tmp_path, monkeypatch):
+  on_host, call = [], Pipeline.__call__
 
   def spy(pipe, *args, **kwargs):
-    rested.append(residence.rests_on_host(pipe._params))
+    on_host.append(is_on_host(pipe._params))
     return call(pipe, *args, **kwargs)
 
   monkeypatch.setattr(Pipeline, "__call__", spy)
@@ -91,7 +91,7 @@ def test_parts_that_take_turns_make_the_same_file(run, tmp_path, monkeypatch):
     for offload in (False, True)
   )
   assert plain == offloaded
-  assert rested == [False, True]
+  assert on_host == [False, True]
 
 
 def test_it_says_where_the_video_is_and_what_compiling_took(run, capsys):

@@ -37,8 +37,8 @@ def test_the_training_step_is_compiled_with_them(tmp_path, monkeypatch):
 
 
 def test_the_sampling_step_is_compiled_with_them(monkeypatch):
-  def step(x, previous_x0, *, graphdef=None, config=None, spread=None):
-    return x + 1, previous_x0 + 1
+  def step(latents, previous_x0, *, graphdef=None, config=None, step_sharding=None):
+    return latents + 1, previous_x0 + 1
 
   monkeypatch.setattr(denoising, "compiler_options", lambda device: {"xla_no_such_option": True})
   monkeypatch.setattr(denoising, "denoise_step", step)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from cogvideox_jax.aot.topology import CHIPS, GIB, Topology
 from cogvideox_jax.config.schema import TrainConfig
-from cogvideox_jax.inference.inputs import Size
+from cogvideox_jax.inference.size import Size
 from cogvideox_jax.training import components
 
 # Pods in rising size, by how many axes their shapes have: two on v5e and v6e, else three.

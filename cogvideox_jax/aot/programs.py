@@ -16,8 +16,9 @@ from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.diffusion.noise import noise_schedule
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference import denoising
-from cogvideox_jax.inference.inputs import Size, check_size, latent_shape
+from cogvideox_jax.inference.denoising import StepProgram, solver_steps
+from cogvideox_jax.inference.size import Size, check_size, latent_shape
+from cogvideox_jax.inference.step_sharding import shard_step
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
@@ -120,39 +121,33 @@ def sample_program(config: TrainConfig, topology: Topology, size: Size) -> Progr
   model, vae = config.model, components.vae_config(config)
   check_size(size, vae, model.patch)
   rows = 2  # The halves of guidance.
-  spread = denoising.spread(rows, topology.devices)
+  step_sharding = shard_step(rows, topology.devices)
   shapes = jax.eval_shape(
     lambda: nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(0)), nnx.Param))
   )
-  params = _with_sharding(shapes, spread.everywhere, jnp.bfloat16)
+  params = _with_sharding(shapes, step_sharding.replicated, jnp.bfloat16)
 
   def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=spread.everywhere)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=step_sharding.replicated)
 
   shape, _ = latent_shape(size, model, vae)
   x, text = array(1, *shape), array(rows, 1, model.text_length, model.text_width)
   image = array(1, *shape) if model.takes_image else None
   schedule = noise_schedule(config.noise)
-  steps = denoising.solver_steps(SOLVERS["ddim"](schedule, 50, 0), np.full(50, 6.0))
+  steps = solver_steps(SOLVERS["ddim"](schedule, 50, 0), np.full(50, 6.0))
   arguments = (x, x, x, text, image)
 
-  def lower() -> Any:
-    fixed = {
-      "graphdef": graph_of(DiT, model, dtype=jnp.bfloat16),
-      "config": model,
-      "spread": spread,
-    }
-    step = denoising.jit_step(topology.devices[0])
-    return step.lower(params, *arguments, steps[0], **fixed)
+  graphdef = graph_of(DiT, model, dtype=jnp.bfloat16)
+  program = StepProgram(graphdef, model, step_sharding, topology.devices[0])
 
   clips = [work.clip_tokens(model, *size)] * rows
   return Program(
     name="sample",
     stage="",
     size=size,
-    mesh=spread.everywhere.mesh.shape,
+    mesh=step_sharding.replicated.mesh.shape,
     rows=rows,
-    executables=[Executable(lower)],
+    executables=[Executable(partial(program.lower, params, *arguments, steps[0]))],
     parameters=count(params),
     state=params,
     arguments=arguments,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cogvideox_jax.config.schema import StageConfig
-from cogvideox_jax.inference.inputs import Size
+from cogvideox_jax.inference.size import Size
 from cogvideox_jax.models.dit_config import DiTConfig
 
 # Products of tokens x tokens in attention. Forward: scores, and the weighted sum of values.

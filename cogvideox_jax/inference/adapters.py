@@ -1,4 +1,4 @@
-"""LoRA on a pipeline, with the names of diffusers' `CogVideoXLoraLoaderMixin`."""
+"""LoRA adapters of a pipeline, with the names of diffusers' `CogVideoXLoraLoaderMixin`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,26 +11,30 @@ from cogvideox_jax.conversion import lora, tensors
 from cogvideox_jax.conversion.lora import LoRA
 from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference import residence
+from cogvideox_jax.inference.offload import on_devices
 from cogvideox_jax.models.dit_config import DiTConfig
 
 
 class Adapters:
-  """Keeps the base weights and the adapters apart; the network runs on their sum.
+  """Keeps the base weights and the adapters apart; the transformer runs on their sum.
 
-  A class that stands on it sets `config` and `_params`, whose programs take the sum like any other
-  weights: nothing is compiled anew.
+  A subclass sets `config` and `_params`. Its programs take the sum as they take any weights, so
+  that an adapter needs no new compilation.
   """
 
   config: DiTConfig
   _params: Params
 
   def __init__(self) -> None:
-    self._base: Params | None = None  # None while no adapter is loaded.
-    self._adapters: dict[str, tuple[LoRA, float]] = {}
+    self._base: Params | None = None  # The weights without adapters; None if none was loaded.
+    self._adapters: dict[str, tuple[LoRA, float]] = {}  # By name, each with its weight.
 
   def load_lora_weights(self, path: epath.PathLike, adapter_name: str = "default") -> None:
-    """Adds a LoRA file, or that of a folder, with weight 1; `conversion.lora.load` says more.
+    """Adds an adapter with weight 1.
+
+    Args:
+      path: a LoRA file, or a folder that holds one; see `conversion.lora.load`.
+      adapter_name: for `set_adapters`.
 
     Raises:
       UserError: it is no LoRA of this transformer, or there is an adapter of that name.
@@ -41,7 +45,11 @@ class Adapters:
     self._apply({**self._adapters, adapter_name: (loaded, 1.0)})
 
   def set_adapters(self, names: Sequence[str], weights: Sequence[float] | float = 1.0) -> None:
-    """Runs with these adapters at these weights, one for all or one each; others have weight 0."""
+    """Sets the weights of these adapters, one for all or one for each, and of all others to 0.
+
+    Raises:
+      UserError: there is no adapter of a name, or the weights are too few or too many.
+    """
     each = [weights] * len(names) if isinstance(weights, int | float) else list(weights)
     if unknown := [name for name in names if name not in self._adapters]:
       raise UserError(f"There is no adapter {unknown[0]!r}; loaded are {sorted(self._adapters)}.")
@@ -51,13 +59,13 @@ class Adapters:
     self._apply({name: (x, chosen.get(name, 0.0)) for name, (x, _) in self._adapters.items()})
 
   def fuse_lora(self, lora_scale: float = 1.0) -> None:
-    """Makes the adapters, times lora_scale, part of the base weights."""
+    """Adds the adapters, times lora_scale, to the base weights, and forgets them."""
     self._apply({name: (x, weight * lora_scale) for name, (x, weight) in self._adapters.items()})
     self._base, self._adapters = None, {}
 
   @contextmanager
   def _scaled(self, scale: float) -> Iterator[None]:
-    """Multiplies the weights of all adapters for the while."""
+    """Multiplies the weights of all adapters until the context ends."""
     adapters = self._adapters
     if scale == 1 or not adapters:
       yield
@@ -69,22 +77,22 @@ class Adapters:
       self._apply(adapters)
 
   def unload_lora_weights(self) -> None:
-    """Goes back to the base weights."""
+    """Removes all adapters, which restores the base weights bit by bit."""
     self._apply({})
     self._base = None
 
   def _apply(self, adapters: dict[str, tuple[LoRA, float]]) -> None:
     base = self._params if self._base is None else self._base
-    # JAX cuts no layers of arrays that are split in the host's memory.
-    with residence.on_devices(base) as readable:
+    # On the devices, because JAX cannot slice layers of arrays that are sharded in host memory.
+    with on_devices(base) as readable:
       total = readable
       for updates, weight in adapters.values():
         total = lora.fuse(total, self.config, updates, weight)
       total = tensors.materialize(total)
-      self._params = jax.tree.map(_beside, total, readable, base)
+      self._params = jax.tree.map(_put_back, total, readable, base)
     self._base, self._adapters = base, adapters
 
 
-def _beside(new: Any, read: jax.Array, old: jax.Array) -> jax.Array:
-  """A parameter where the old one rests; the old one if it is what was read of it."""
-  return old if new is read else jax.device_put(new, old.sharding)
+def _put_back(new: Any, readable: jax.Array, old: jax.Array) -> jax.Array:
+  """Puts a changed parameter in the old one's memory; returns the old one if nothing changed."""
+  return old if new is readable else jax.device_put(new, old.sharding)

@@ -1,76 +1,42 @@
-"""Image and prompt to video, with a transformer that sees the image's latents beside the noise.
+"""Image and prompt to video, with a transformer that reads the image's latents beside the noise.
 
 pipe = ImageToVideo.from_pretrained("CogVideoX-5b-I2V")
 video = pipe(Image.open("boat.jpg"), "a boat leaves the harbour").frames[0]
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import jax.numpy as jnp
-from jaxtyping import Array
 
-from cogvideox_jax.inference import inputs, pixels
+from cogvideox_jax.inference import pixels
+from cogvideox_jax.inference.arguments import ImageToVideoArguments
+from cogvideox_jax.inference.call_signature import takes
+from cogvideox_jax.inference.checks import check_choice
 from cogvideox_jax.inference.output import VideoOutput
-from cogvideox_jax.inference.pipeline import Latents, Pipeline
+from cogvideox_jax.inference.pipeline import Pipeline
+from cogvideox_jax.inference.request import make_request
 from cogvideox_jax.models.vae_config import IMAGE_SCALES
 
 
 class ImageToVideo(Pipeline):
-  """Names and defaults are those of diffusers' `CogVideoXImageToVideoPipeline`."""
+  """Image to video (diffusers `CogVideoXImageToVideoPipeline`)."""
 
   takes_image = True
 
+  @takes(ImageToVideoArguments)
   def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-    self,
-    image: Any,
-    prompt: str | Sequence[str] | None = None,
-    negative_prompt: str | Sequence[str] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int = 49,
-    num_inference_steps: int = 50,
-    timesteps: Sequence[int] | None = None,
-    guidance_scale: float | int = 6,
-    use_dynamic_cfg: bool | str = False,
-    num_videos_per_prompt: int = 1,
-    eta: float = 0.0,
-    generator: object = None,
-    latents: Latents | None = None,
-    prompt_embeds: inputs.Embeds | None = None,
-    negative_prompt_embeds: inputs.Embeds | None = None,
-    output_type: str = "pil",
-    return_dict: bool = True,
-    attention_kwargs: Mapping[str, Any] | None = None,
-    callback_on_step_end: Callable[..., dict[str, Array]] | None = None,
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    max_sequence_length: int | None = None,
-    *,
-    seed: int | Sequence[int] = 0,
-    solver: str | None = None,
-    batch_size: int | None = None,
-    draws: inputs.Draws | None = None,
-    image_scale: str | None = None,
+    self, arguments: ImageToVideoArguments
   ) -> VideoOutput:
-    """Makes videos that begin with an image; `Pipeline.__call__` says what is not said here.
-
-    Args:
-      image: one for all prompts or a list of one for each: PIL images, or arrays [H W 3] or
-        [b H W 3] of bytes or of floats in [0, 1]. PIL images of another size are resized (Lanczos),
-        arrays too (nearest pixel).
-      image_scale: of the image's latents, one of vae_config.IMAGE_SCALES; by default the model's.
+    """Makes num_videos_per_prompt videos of each prompt that begin with an image.
 
     Raises:
       UserError: an argument is out of its range; before anything is compiled.
     """
-    size = self._size(num_frames, height, width)
-    choice = image_scale or self.settings.image_scale
-    inputs.check_choice("image_scale", choice, IMAGE_SCALES)
-    arguments = inputs.from_call(locals())
-    job = self._job(size, arguments, self._solver(arguments))
-    images = pixels.images(image, len(job.halves[-1]), size)
+    choice = arguments.image_scale or self.settings.image_scale
+    check_choice("image_scale", choice, IMAGE_SCALES)
+    request = make_request(self._model, arguments, arguments.num_frames)
+    images = pixels.images(arguments.image, request.num_prompts, request.size)
     scale = self.vae_config.image_scale(choice)
-    rest = ((0, 0), (0, job.shape[0] - 1), (0, 0), (0, 0), (0, 0))
-    # An image is a video of one frame; all other latents are zeros.
-    seen = [jnp.pad(scale * first, rest) for first in self._latents_of(job, images[:, None])]
-    return self._output(job, self._denoise(job, self._initial_noise(job), seen))
+    # The VAE encodes an image as a video of one frame; the other latent frames are zeros.
+    zeros = ((0, 0), (0, request.latent_shape[0] - 1), (0, 0), (0, 0), (0, 0))
+    encoded = self._frame_coder.encode(request, images[:, None])
+    image_latents = [jnp.pad(scale * first, zeros) for first in encoded]
+    return self._sample(request, request.initial_latents(), image_latents)

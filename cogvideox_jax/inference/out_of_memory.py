@@ -1,4 +1,4 @@
-"""What to do when the memory is too small for a phase of sampling."""
+"""Error messages that say what to do when a phase of sampling runs out of memory."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ import jax
 
 from cogvideox_jax.errors import UserError
 
-OFFLOAD = "--offload (offload=True): parts that wait for their turn lie in the host's memory"
+OFFLOAD = "--offload (offload=True): components that are not in use stay in the host's memory"
 TILING = "--tiling (enable_tiling()): the VAE takes one tile of the frames at a time"
 SMALLER = "--height, --width, --num_frames: a smaller or shorter video"
-FEWER = "(batch_size=1): of several, one at a time"
+FEWER = "(batch_size=1): of several videos, one at a time"
 SHARED = "more devices, which share each step"
 LARGER = "devices, and a host, with more memory"
 
@@ -21,7 +21,8 @@ LOAD, TEXT, GIVEN, DENOISE, DECODE = (
   "denoising",
   "decoding the video",
 )
-REMEDIES = {  # Those that change least first. Only a denoising step is shared by devices.
+# What helps in each phase, least intrusive first. Devices share only the denoising steps.
+REMEDIES = {
   LOAD: (OFFLOAD, LARGER),
   TEXT: (OFFLOAD, FEWER, LARGER),
   GIVEN: (OFFLOAD, TILING, FEWER, SMALLER, LARGER),
@@ -32,14 +33,14 @@ REMEDIES = {  # Those that change least first. Only a denoising step is shared b
 
 @contextmanager
 def explained(phase: str, in_use: Collection[str]) -> Iterator[None]:
-  """Has the user told what helps, should what runs inside run out of memory.
+  """Turns XLA's RESOURCE_EXHAUSTED, from compiling or running, into advice.
 
   Args:
-    phase: of REMEDIES.
-    in_use: remedies that are taken already.
+    phase: a key of REMEDIES.
+    in_use: remedies that are not advised because they are in use.
 
   Raises:
-    UserError: for XLA's RESOURCE_EXHAUSTED, as the program is compiled or run; it is the cause.
+    UserError: the code inside ran out of memory; XLA's error is its cause.
   """
   try:
     yield

@@ -1,4 +1,4 @@
-"""Images and videos that a caller gives, in any of the usual forms, as arrays in [-1, 1].
+"""Converts a caller's images and videos, in any of the usual forms, to arrays in [-1, 1].
 
 An image is a PIL image or an array [H W 3]; a video is a list of PIL images or an array [F H W 3].
 Arrays hold bytes, or floats in [0, 1].
@@ -13,14 +13,14 @@ from jaxtyping import Float, Shaped
 from PIL import Image
 
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference.inputs import Size
+from cogvideox_jax.inference.size import Size
 
 
 def images(given: Any, count: int, size: Size) -> Float[np.ndarray, "b H W 3"]:
-  """One image for all of `count` prompts, or a list or array of one for each.
+  """Converts one image for all of `count` prompts, or a list or array of one for each.
 
   Raises:
-    UserError: they are not images, or not as many.
+    UserError: they are not images, or there are too few or too many.
   """
   if isinstance(given, Image.Image) or np.ndim(given) == 3:
     given = [given]
@@ -28,16 +28,16 @@ def images(given: Any, count: int, size: Size) -> Float[np.ndarray, "b H W 3"]:
 
 
 def videos(given: Any, count: int, size: Size) -> Float[np.ndarray, "b F H W 3"]:
-  """One video for all of `count` prompts, or a list or array of one for each.
+  """Converts one video for all of `count` prompts, or a list or array of one for each.
 
   Raises:
-    UserError: they are not videos of so many frames, or not as many.
+    UserError: they are not videos, differ in length, or there are too few or too many.
   """
   return _each("video", [given] if _is_video(given) else list(given), count, size)
 
 
 def count_frames(given: Any) -> int:
-  """Of the first video."""
+  """The number of frames of the first video."""
   return len(given) if _is_video(given) else len(given[0])
 
 
@@ -50,14 +50,14 @@ def _is_video(given: Any) -> bool:
 def _each(name: str, given: list, count: int, size: Size) -> Float[np.ndarray, "b F H W 3"]:
   if len(given) not in (1, count):
     raise UserError(f"{len(given)} {name}s for {count} prompts: pass one, or one for each prompt.")
-  clips = [_scaled(_frames(name, clip, size)) for clip in given]
+  clips = [_signed(_frames(name, clip, size)) for clip in given]
   if len({len(clip) for clip in clips}) > 1:
     raise UserError(f"The {name}s have different numbers of frames; they must have the same.")
   return np.stack(clips * (count if len(clips) == 1 else 1))
 
 
 def _frames(name: str, clip: Any, size: Size) -> Float[np.ndarray, "F H W 3"]:
-  """Of the size asked for: PIL images by Lanczos, arrays to the nearest pixel, as diffusers."""
+  """Resizes PIL images with Lanczos and arrays to the nearest pixel, as diffusers does."""
   if isinstance(clip, Image.Image):
     clip = [clip]
   if isinstance(clip, Sequence) and isinstance(clip[0], Image.Image):
@@ -83,8 +83,8 @@ def _nearest(frames: Shaped[np.ndarray, "F h w 3"], size: Size) -> Shaped[np.nda
   return frames[:, rows][:, :, columns]
 
 
-def _scaled(frames: Float[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "F H W 3"]:
-  """[0, 1] to [-1, 1]; what is below 0 is taken to be there already, as diffusers takes it."""
+def _signed(frames: Float[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "F H W 3"]:
+  """Maps [0, 1] to [-1, 1]; a clip with values below 0 is left as it is, as in diffusers."""
   if frames.min() < 0:
     warnings.warn("Pixels below 0: they are taken to be in [-1, 1] already.", stacklevel=4)
     return frames

@@ -1,4 +1,4 @@
-"""What a long call shows of itself: named phases with rate and ETA, compile time apart."""
+"""Progress bars of a long call: named phases with rate and ETA; compile time is counted apart."""
 
 import time
 from collections import defaultdict
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import jax
 from tqdm import tqdm
 
-COMPILE = "compile"  # The phase that the compile time of all others is counted under.
+COMPILE = "compile"  # The phase to which the compile time of all phases is added.
 _COMPILE_EVENTS = (
   "/jax/core/compile/jaxpr_to_mlir_module_duration",
   "/jax/core/compile/backend_compile_duration",
@@ -16,9 +16,9 @@ _COMPILE_EVENTS = (
 
 
 class Progress:
-  """Bars on stderr, one for each phase, shown by process 0 alone.
+  """Bars on stderr, one for each phase; only process 0 shows them.
 
-  `seconds` adds up what each phase took. Compilation inside a phase counts as `compile`.
+  `seconds` sums the time of each phase, without compilation, which is counted as `compile`.
   """
 
   def __init__(self, show: bool = True):
@@ -27,7 +27,7 @@ class Progress:
 
   @contextmanager
   def phase(self, name: str, total: int = 1) -> Iterator[tqdm]:
-    """Times and shows one phase of `total` equal parts; the caller updates the bar it yields."""
+    """Times and shows a phase of `total` equal units; the caller updates the bar it yields."""
     compiling = 0.0
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -43,7 +43,7 @@ class Progress:
           bar.set_postfix_str(f"of which compiling {compiling:.1f}s")
     finally:
       jax.monitoring.unregister_event_duration_listener(listen)
-      if name != COMPILE:  # That phase is compilation from end to end, tracing included.
+      if name != COMPILE:  # That phase is all compilation, tracing included.
         self.seconds[COMPILE] += compiling
         start += compiling
       self.seconds[name] += time.perf_counter() - start

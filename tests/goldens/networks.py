@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from flax import nnx
 
 from cogvideox_jax.conversion import lora, tensors
-from cogvideox_jax.inference.denoising import clip_layout
+from cogvideox_jax.inference.packed_rows import clip_layout
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT, patchify, timestep_sinusoid, unpatchify

@@ -7,8 +7,8 @@ import numpy as np
 from einops import rearrange
 
 from cogvideox_jax.conversion import component_fields
-from cogvideox_jax.inference.denoising import INITIAL, POSTERIOR
 from cogvideox_jax.inference.image_to_video import ImageToVideo
+from cogvideox_jax.inference.noise_draws import INITIAL, POSTERIOR
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
 from cogvideox_jax.inference.video_to_video import VideoToVideo

@@ -1,4 +1,4 @@
-"""Parts that take turns in the devices' memory, and what is said when even one does not fit."""
+"""Components that wait in the host's memory, and the error message when one alone does not fit."""
 
 import gc
 from functools import partial
@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 
 from cogvideox_jax import sharding
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference import out_of_memory, pipeline, residence
+from cogvideox_jax.inference import frame_coding, out_of_memory, pipeline, prompt_encoding
 from cogvideox_jax.inference.image_to_video import ImageToVideo
+from cogvideox_jax.inference.offload import DEVICE, HOST
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.video_to_video import VideoToVideo
 from cogvideox_jax.models.dit import DiT
@@ -24,8 +25,12 @@ GIVEN = {
   ImageToVideo: {"image": PIXELS[0], "num_frames": 1},
   VideoToVideo: {"video": PIXELS},
 }
-PARTS = ("_params", "_text_params", "_vae_params")
-COMPUTES = ("encode_text", "encode", "denoise", "decode")  # Names in pipeline.py.
+COMPUTES = {  # The function that computes in each phase, and the module that calls it.
+  "encode_text": prompt_encoding,
+  "encode": frame_coding,
+  "denoise": pipeline,
+  "decode": frame_coding,
+}
 
 
 def make(kind=Pipeline, **options) -> Pipeline:
@@ -37,48 +42,57 @@ def frames_of(pipe: Pipeline, **changes) -> np.ndarray:
   return pipe(**GIVEN[type(pipe)], prompt="a circle", **quick, **changes).frames
 
 
-def resting(pipe: Pipeline) -> set[str]:
+def components(pipe: Pipeline) -> dict[str, dict]:
+  """The parameters of each component."""
+  return {
+    "transformer": pipe._params,
+    "text encoder": pipe._prompt_encoder.params,
+    "vae": pipe._frame_coder.params,
+  }
+
+
+def memory_kinds(pipe: Pipeline) -> set[str]:
   """The kinds of memory in which its parameters are."""
-  trees = [getattr(pipe, part) for part in (*PARTS, "_base")]
-  return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(trees)}
+  leaves = jax.tree.leaves((components(pipe), pipe._base))
+  return {leaf.sharding.memory_kind for leaf in leaves}
 
 
 def live(shape: tuple[int, ...]) -> int:
   """How many arrays of a shape are in the devices' memory, whoever refers to them."""
   arrays = [x for x in jax.live_arrays() if x.shape == shape]
-  return sum(x.sharding.memory_kind == residence.DEVICE for x in arrays)
+  return sum(x.sharding.memory_kind == DEVICE for x in arrays)
 
 
 def marks(pipe: Pipeline) -> dict[str, tuple[int, ...]]:
-  """The shape of an array of each part, which no other part has."""
-  shapes = {part: {x.shape for x in jax.tree.leaves(getattr(pipe, part))} for part in PARTS}
+  """The shape of an array of each component, which no other component has."""
+  shapes = {name: {x.shape for x in jax.tree.leaves(p)} for name, p in components(pipe).items()}
   return {
-    part: max(own - set().union(*(shapes[other] for other in PARTS if other != part)))
-    for part, own in shapes.items()
+    name: max(own - set().union(*(shapes[other] for other in shapes if other != name)))
+    for name, own in shapes.items()
   }
 
 
 def on_devices(pipe: Pipeline) -> dict[str, int]:
-  """How many arrays like one of each part are in the devices' memory."""
+  """How many arrays like one of each component are in the devices' memory."""
   gc.collect()
-  return {part: live(shape) for part, shape in marks(pipe).items()}
+  return {name: live(shape) for name, shape in marks(pipe).items()}
 
 
 @pytest.fixture
 def watch(monkeypatch):
-  """watch(pipe) is a list that gets whose parameters are on the devices as each part computes."""
+  """watch(pipe) returns a list, which records the components on the devices in each phase."""
 
   def watch(pipe: Pipeline) -> list[tuple[str, set[str]]]:
     shapes, seen = marks(pipe), []
     before = on_devices(pipe)
 
     def watched(name, function, *args, **kwargs):
-      there = {part for part, shape in shapes.items() if live(shape) > before[part]}
+      there = {component for component, x in shapes.items() if live(x) > before[component]}
       seen.append((name, there))
       return function(*args, **kwargs)
 
-    for name in COMPUTES:
-      monkeypatch.setattr(pipeline, name, partial(watched, name, getattr(pipeline, name)))
+    for name, module in COMPUTES.items():
+      monkeypatch.setattr(module, name, partial(watched, name, getattr(module, name)))
     return seen
 
   return watch
@@ -94,18 +108,18 @@ def write_lora(folder, seed=0):
 
 
 @pytest.mark.parametrize("kind", GIVEN)
-def test_only_the_part_that_computes_is_on_the_devices_and_frames_keep_their_bits(kind, watch):
+def test_only_the_component_in_use_is_on_the_devices_and_frames_keep_their_bits(kind, watch):
   expected = frames_of(make(kind))
   pipe = make(kind, offload=True)
   seen, before = watch(pipe), on_devices(pipe)
   np.testing.assert_array_equal(frames_of(pipe), expected)
   assert seen == [
-    *([] if kind is Pipeline else [("encode", {"_vae_params"})]),
-    ("encode_text", {"_text_params"}),
-    ("denoise", {"_params"}),
-    ("decode", {"_vae_params"}),
+    *([] if kind is Pipeline else [("encode", {"vae"})]),
+    ("encode_text", {"text encoder"}),
+    ("denoise", {"transformer"}),
+    ("decode", {"vae"}),
   ]
-  assert resting(pipe) == {residence.HOST}
+  assert memory_kinds(pipe) == {HOST}
   assert on_devices(pipe) == before
 
 
@@ -126,38 +140,37 @@ def test_a_second_call_compiles_nothing():
 
 
 def test_loading_never_puts_parameters_on_the_devices(monkeypatch):
-  places, put = [], jax.device_put
+  shardings, put = [], jax.device_put
 
-  def spy(x, place=None, **options):
-    places.append(place)
-    return put(x, place, **options)
+  def spy(x, target=None, **options):
+    shardings.append(target)
+    return put(x, target, **options)
 
   monkeypatch.setattr(jax, "device_put", spy)
   pipe = workdir.load("tiny", offload=True)
-  parameters = sum(len(jax.tree.leaves(getattr(pipe, part))) for part in PARTS)
-  assert len(places) == parameters
-  assert {place.memory_kind for place in places} == {residence.HOST}
+  assert len(shardings) == len(jax.tree.leaves(components(pipe)))
+  assert {target.memory_kind for target in shardings} == {HOST}
 
 
 def on_a_mesh():
   """A transformer's config, and parameters that eight devices share."""
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "context": 1, "tensor": 1})
   config, params = draw(DiT, DIT_CONFIG)
-  places = sharding.shardings(params, mesh, sharding.rules_named("fsdp"))
-  return config, jax.device_put(params, places)
+  shardings = sharding.shardings(params, mesh, sharding.rules_named("fsdp"))
+  return config, jax.device_put(params, shardings)
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_devices_hold_the_same_parts_as_they_would_without(offload):
+def test_arrays_are_sharded_alike_in_both_memories(offload):
   """A mesh splits the transformer; the VAE is on all devices, the text encoder on the first."""
   config, params = on_a_mesh()
   pipe = make(transformer=(config, params), offload=offload)
-  memory = residence.HOST if offload else residence.DEVICE
-  assert resting(pipe) == {memory}
+  memory = HOST if offload else DEVICE
+  assert memory_kinds(pipe) == {memory}
   wanted = [leaf.sharding.with_memory_kind(memory) for leaf in jax.tree.leaves(params)]
   assert [leaf.sharding for leaf in jax.tree.leaves(pipe._params)] == wanted
-  counts = [len(jax.tree.leaves(getattr(pipe, part))[0].devices()) for part in PARTS]
-  assert counts == [8, 1, 8]
+  counts = {name: len(jax.tree.leaves(p)[0].devices()) for name, p in components(pipe).items()}
+  assert counts == {"transformer": 8, "text encoder": 1, "vae": 8}
 
 
 def test_several_devices_make_the_same_frames_with_and_without():
@@ -165,7 +178,7 @@ def test_several_devices_make_the_same_frames_with_and_without():
   np.testing.assert_array_equal(frames_of(offloaded), frames_of(plain))
 
 
-def test_adapters_rest_with_the_parameters_and_change_them_by_the_same_bits(tmp_path):
+def test_adapters_stay_in_the_parameters_memory_and_change_them_by_the_same_bits(tmp_path):
   path, half = write_lora(tmp_path), {"attention_kwargs": {"scale": 0.5}}
   plain, offloaded = make(), make(offload=True)
   base = frames_of(plain)
@@ -173,7 +186,7 @@ def test_adapters_rest_with_the_parameters_and_change_them_by_the_same_bits(tmp_
     pipe.load_lora_weights(path)
   for call in ({}, half, {}):
     np.testing.assert_array_equal(frames_of(offloaded, **call), frames_of(plain, **call))
-    assert resting(offloaded) == {residence.HOST}
+    assert memory_kinds(offloaded) == {HOST}
   assert np.abs(frames_of(offloaded) - base).max() > 1e-2
   offloaded.unload_lora_weights()
   np.testing.assert_array_equal(frames_of(offloaded), base)
@@ -183,18 +196,18 @@ def test_adapters_change_by_the_same_bits_what_devices_share(tmp_path):
   plain, offloaded = (make(transformer=on_a_mesh(), offload=offload) for offload in (False, True))
   for pipe in (plain, offloaded):
     pipe.load_lora_weights(write_lora(tmp_path))
-  assert resting(offloaded) == {residence.HOST}
+  assert memory_kinds(offloaded) == {HOST}
   for one, other in zip(*map(jax.tree.leaves, (plain._params, offloaded._params)), strict=True):
     np.testing.assert_array_equal(one, other)
-    assert one.sharding == other.sharding.with_memory_kind(residence.DEVICE)
+    assert one.sharding == other.sharding.with_memory_kind(DEVICE)
 
 
-def test_offloading_later_moves_all_that_is_loaded_and_keeps_once_what_is_shared(tmp_path):
+def test_offloading_later_moves_all_parameters_and_shared_ones_once(tmp_path):
   pipe = make()
   pipe.load_lora_weights(write_lora(tmp_path))
   expected = frames_of(pipe)
   pipe.enable_model_cpu_offload()
-  assert resting(pipe) == {residence.HOST}
+  assert memory_kinds(pipe) == {HOST}
   shared = jax.tree.map(lambda total, base: total is base, pipe._params, pipe._base)
   changed = [path for path, same in jax.tree.leaves_with_path(shared) if not same]
   assert [sharding.path_name(path) for path in changed] == ["blocks/attention/query/kernel"]
@@ -220,7 +233,7 @@ CASES = {
 @pytest.mark.parametrize(("function", "case"), CASES.items())
 def test_too_little_memory_is_explained_by_phase(monkeypatch, function, case):
   kind, phase, tiles = case
-  monkeypatch.setattr(pipeline, function, fail(FULL))
+  monkeypatch.setattr(COMPUTES[function], function, fail(FULL))
   pipe = make(kind)
   with pytest.raises(UserError, match=f"Out of memory while {phase}") as caught:
     frames_of(pipe)
@@ -236,11 +249,11 @@ def test_too_little_memory_to_load_is_explained(monkeypatch):
     make()
 
 
-def test_what_is_in_use_is_not_advised_and_an_error_holds_no_part_on_the_devices(monkeypatch):
+def test_what_is_in_use_is_not_advised_and_an_error_keeps_nothing_on_the_devices(monkeypatch):
   pipe = make(offload=True)
   pipe.enable_tiling()
   before = on_devices(pipe)
-  monkeypatch.setattr(pipeline, "decode", fail(FULL))
+  monkeypatch.setattr(frame_coding, "decode", fail(FULL))
   with pytest.raises(UserError, match="--height, --width") as caught:
     frames_of(pipe)
   assert "--offload" not in str(caught.value) and "--tiling" not in str(caught.value)
@@ -248,7 +261,7 @@ def test_what_is_in_use_is_not_advised_and_an_error_holds_no_part_on_the_devices
 
 
 def test_other_errors_stay_what_they_are(monkeypatch):
-  monkeypatch.setattr(pipeline, "decode", fail("INTERNAL: a fault of ours"))
+  monkeypatch.setattr(frame_coding, "decode", fail("INTERNAL: a fault of ours"))
   with pytest.raises(jax.errors.JaxRuntimeError, match="a fault of ours"):
     frames_of(make())
   explained = out_of_memory.explained(out_of_memory.TEXT, ())

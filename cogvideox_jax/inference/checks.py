@@ -1,0 +1,20 @@
+"""Checks of single arguments."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Array
+
+from cogvideox_jax.errors import UserError
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+  """Raises UserError for a value that is not one of the choices."""
+  if value not in choices:
+    raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}.")
+
+
+def check_shape(name: str, array: Array | np.ndarray, shape: tuple[int, ...]) -> None:
+  """Raises UserError unless an array of the caller's has the shape that the call needs."""
+  if array.shape != shape:
+    raise UserError(f"{name} has shape {tuple(array.shape)}; this call needs {shape}.")
