@@ -31,8 +31,8 @@ CONFIG = command.config_flag(TrainConfig)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.", required=True)
 PROMPTS = flags.DEFINE_integer("prompts", 64, "Held-out captions to score with.", lower_bound=1)
 
-BATCH_SIZE = 16  # Videos made at once: bounds the memory.
-SHEET_ROWS = 6
+BATCH_SIZE = 16  # Videos that are sampled at once, which bounds the memory.
+SHEET_ROWS = 6  # Videos on the contact sheet.
 
 
 def main() -> int:
@@ -68,14 +68,14 @@ def main() -> int:
 
 
 def untrained(cfg: TrainConfig) -> Pipeline:
-  """The model where training begins, with the positions of its end: every weight as drawn."""
+  """Returns the model with the weights that training begins with, and the positions of its end."""
   model = stages.stage_model(cfg, stages.plan(cfg)[-1].name)
   params = nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(cfg.seed)), nnx.Param))
   return workdir.with_transformer(cfg, (model, params), workdir.load_frozen(cfg))
 
 
 def sample(pipe: Pipeline, prompts: Sequence[str]) -> list[UInt8[np.ndarray, "F H W 3"]]:
-  """A video of each prompt, as the model is best sampled; seeds are the places in the list."""
+  """Samples a video of each prompt with the model's own settings; a prompt's index is its seed."""
   output = pipe(
     list(prompts),
     num_inference_steps=pipe.settings.num_inference_steps,

@@ -1,9 +1,10 @@
-"""Runs the VAE and the text encoder over clips, once, for training to read.
+"""Encodes clips and captions with the VAE and the text encoder, once, before training.
 
 python -m cogvideox_jax.encode --config=configs/tiny.py --input=FOLDER --output=DIR --model=tiny
 
-On several hosts, run it once on each; all must see the same files. TPU pods and clusters that JAX
-knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --process_id=0 to N-1.
+On several hosts, run it once on each; all must see the same files. On TPU pods, and on clusters
+that JAX knows, this is all. Elsewhere add --coordinator=HOST:PORT --process_count=N, and
+--process_id from 0 to N-1.
 """
 
 from absl import flags

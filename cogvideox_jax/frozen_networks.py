@@ -1,4 +1,4 @@
-"""The frozen networks of a model folder, over all devices of this host."""
+"""Runs the frozen networks of a model folder, VAE and text encoder, on all devices of this host."""
 
 import hashlib
 from collections.abc import Sequence
@@ -21,20 +21,22 @@ from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.models.t5 import T5Encoder, encode_text
 from cogvideox_jax.models.vae import VAE
 
-BATCH_CLIPS = 16  # At most this many clips of one bucket go through the VAE together,
-BATCH_PIXELS = 2**22  # and about this many pixels on a device; but always a clip on each device.
+# The VAE takes at most BATCH_CLIPS clips of one bucket at once, and about BATCH_PIXELS pixels on
+# each device, but always at least one clip on each device.
+BATCH_CLIPS = 16
+BATCH_PIXELS = 2**22
 RULES = sharding.rules_named("fsdp")
 
 
 class FrozenNetworks:
-  """VAE and text encoder. Each device holds both, and takes its part of every batch."""
+  """The VAE and the text encoder. Each device holds both, and computes its rows of every batch."""
 
   def __init__(self, folder: ModelFolder, config: TrainConfig):
     vae_config, vae_params = folder.vae()
     text_config, text_params = folder.text_encoder()
     self._mesh = sharding.local_mesh()
     everywhere = sharding.replicated(self._mesh)
-    # The VAE computes in float32, as in sampling: latents are what training must reproduce.
+    # The VAE computes in float32, as in sampling, because training learns to reproduce its latents.
     floats = jax.tree.map(partial(np.asarray, dtype=np.float32), vae_params)
     self._vae = nnx.merge(graph_of(VAE, vae_config), jax.device_put(floats, everywhere))
     self._text_params = jax.device_put(text_params, everywhere)
@@ -44,13 +46,16 @@ class FrozenNetworks:
     self.digest = _digest({"vae": vae_params, "text": text_params})
 
   def batch_size(self, bucket: Bucket) -> int:
-    """How many clips of a bucket `moments` wants at once."""
+    """Returns how many clips of a bucket `moments` takes at once."""
     pixels = bucket.num_frames * bucket.height * bucket.width
     devices = self._mesh.size
     return max(min(BATCH_PIXELS // pixels * devices, BATCH_CLIPS) // devices, 1) * devices
 
   def text(self, captions: Sequence[str]) -> Float[np.ndarray, "b l t"]:
-    """T5's states of any number of captions, by batches of one size: there is one program."""
+    """Returns T5's states of any number of captions.
+
+    They are encoded in batches of one size, so that only one program is compiled.
+    """
     batch = self.batch_size(Bucket(1, 1, 1))
     ids = self._tokenizer.encode(list(captions), self._text_length)
     states = [
@@ -66,11 +71,14 @@ class FrozenNetworks:
   def moments(
     self, frames: UInt8[np.ndarray, "b F H W 3"]
   ) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
-    """Mean and log-variance of `batch_size` clips of one bucket. Does not wait for the devices."""
+    """Returns mean and log-variance of `batch_size` clips of one bucket.
+
+    It does not wait for the devices.
+    """
     return vae.encode(self._vae, jnp.float32(self._shared(frames)) / 127.5 - 1)
 
   def images(self, frames: Float32[np.ndarray, "b draws H W 3"]) -> Float[Array, "b draws 2 h w c"]:
-    """Mean and log-variance of noised first frames, each of which is a video to the VAE."""
+    """Returns mean and log-variance of noised first frames; the VAE encodes each as a video."""
     moments = [
       vae.encode(self._vae, self._shared(frames[:, draw, None])) for draw in range(frames.shape[1])
     ]
@@ -81,12 +89,12 @@ class FrozenNetworks:
 
 
 def fill(batch: np.ndarray, size: int) -> np.ndarray:
-  """Repeats the last entry until there are `size`, so that every batch has one shape."""
+  """Repeats a batch's last row until it has `size` rows, so that all batches have one shape."""
   return np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
 
 
 def _digest(params: Params) -> str:
-  """sha256 of all arrays, in path order."""
+  """Returns the sha256 of all arrays, in the order of their paths."""
   total = hashlib.sha256()
   for path, leaf in jax.tree.leaves_with_path(params):
     total.update(jax.tree_util.keystr(path).encode())

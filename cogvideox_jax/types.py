@@ -1,4 +1,4 @@
-"""The records that cross from stage to stage, and the letters of their axes.
+"""The records that one stage hands to the next, and the letters of their axes.
 
 | letter | axis                              | letter  | axis                         |
 |--------|-----------------------------------|---------|------------------------------|
@@ -8,7 +8,7 @@
 | `k`    | clips a row can hold, `s - 1`     | `l`     | text tokens of a clip        |
 | `p`    | numbers in a vision patch         | `t`     | width of the text states     |
 | `d`    | width of the transformer          | `e`     | width of the time embedding  |
-| `q`    | those of one of its frames        |         |                              |
+| `q`    | numbers of one frame of a patch   |         |                              |
 
 `F = 4 f - 3`: the first frame is compressed alone, the others four at a time.
 """
@@ -25,28 +25,28 @@ class Caption(NamedTuple):
   """A text that describes a clip, before and after the text encoder."""
 
   caption: str
-  text: Float[np.ndarray, "l t"]  # T5's states, padding included: content to this model.
+  text: Float[np.ndarray, "l t"]  # T5's states, with those of padding, which the model uses too.
 
 
 class Example(NamedTuple):
-  """A clip after the frozen networks: what a training row is packed from."""
+  """A clip after the frozen networks. Training rows are packed from these."""
 
-  mean: Float[np.ndarray, "f h w c"]  # Of the VAE's posterior; not scaled.
+  mean: Float[np.ndarray, "f h w c"]  # Mean and log-variance of the VAE's posterior; not scaled.
   logvar: Float[np.ndarray, "f h w c"]
-  text: Float[np.ndarray, "l t"]  # Of the caption in use, as `Caption.text`.
+  text: Float[np.ndarray, "l t"]  # See `Caption.text`; the states of the caption in use.
   caption: str
-  source: str  # Names the clip within its dataset: unique, stable over runs.
-  num_frames: int  # In pixels, as are height and width.
+  source: str  # The clip's name: unique in its dataset, and the same in every run.
+  num_frames: int  # In pixels, like height and width.
   height: int
   width: int
   fps: float
-  score: float | None = None  # The user's own measure of the clip; None: not measured.
-  others: tuple[Caption, ...] = ()  # Its captions that are not in use.
-  # To train image to video: mean and log-variance of noised copies of the first frame.
+  score: float | None = None  # The user's own measure of the clip; None if there is none.
+  others: tuple[Caption, ...] = ()  # The clip's captions that are not in use.
+  # For image-to-video models: mean and log-variance of noised copies of the first frame.
   image: Float[np.ndarray, "draws 2 h w c"] | None = None
 
   def with_caption(self, number: int) -> "Example":
-    """The example with one of its captions in use, alone: 0 is its own, 1 the first other."""
+    """Returns the example with only one caption: 0 is the one in use, 1 the first other."""
     if not number:
       return self._replace(others=())
     return self._replace(**self.others[number - 1]._asdict(), others=())
@@ -66,10 +66,10 @@ class TokenLayout(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """Packed rows. A clip's text tokens, then its vision tokens; clips in turn; padding last.
+  """Packed rows: the text tokens of a clip, its vision tokens, the next clip, ..., padding.
 
-  A host array from the loader, a device array in the training step: the annotations name the
-  shapes only.
+  The loader gives host arrays, the training step takes device arrays; the annotations say only the
+  shapes.
   """
 
   mean: Float[np.ndarray, "b n p"]  # Patches of the posterior's mean; 0 at text and padding.
@@ -79,9 +79,9 @@ class Batch(NamedTuple):
   experts: Int[np.ndarray, "b n"]
   coordinates: Int[np.ndarray, "b n 3"]
   grids: Int[np.ndarray, "b s 3"]
-  # Where a patch spans several latent frames: how many in front repeat a segment's first one.
+  # If a patch spans several latent frames: how many repeat each segment's first one in front.
   extra: Int[np.ndarray, "b s"] | None = None
-  # Where the model sees an image: its mean and log-variance, at tokens of the first patch in time.
+  # If the model sees an image: its mean and log-variance, at tokens of the first patch in time.
   image: Float[np.ndarray, "b n 2 q"] | None = None
 
   @property

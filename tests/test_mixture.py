@@ -21,7 +21,7 @@ WEIGHTS = [
 @pytest.mark.parametrize("start", [0, 10**12])
 def test_every_window_holds_the_datasets_in_proportion(weights, start):
   history = mixture.begin(weights)
-  names = [mixture.place(history, row)[0] for row in range(start, start + 300)]
+  names = [mixture.locate(history, row)[0] for row in range(start, start + 300)]
   bound = max(math.ceil(math.log2(len(weights))), 1)
   total = sum(weights.values())
   for name, weight in weights.items():
@@ -42,7 +42,7 @@ def test_each_dataset_gives_its_rows_in_turn(weights):
   history = mixture.begin(weights)
   counts = Counter()
   for row in range(500):
-    name, number = mixture.place(history, row)
+    name, number = mixture.locate(history, row)
     assert number == counts[name]
     counts[name] += 1
   assert mixture.given(history, 500) == {name: counts[name] for name in weights}
@@ -52,8 +52,8 @@ def test_each_dataset_gives_its_rows_in_turn(weights):
 def test_the_order_in_which_datasets_are_named_does_not_matter():
   forwards, backwards = ({name: ord(name) for name in names} for names in ("abcde", "edcba"))
   rows = range(100)
-  assert [mixture.place(mixture.begin(forwards), row) for row in rows] == [
-    mixture.place(mixture.begin(backwards), row) for row in rows
+  assert [mixture.locate(mixture.begin(forwards), row) for row in rows] == [
+    mixture.locate(mixture.begin(backwards), row) for row in rows
   ]
 
 
@@ -64,14 +64,14 @@ def test_a_change_of_weights_keeps_every_datasets_place():
     history = mixture.go_on(history, weights, row)
   counts = Counter()
   for row in range(80):
-    name, number = mixture.place(history, row)
+    name, number = mixture.locate(history, row)
     assert number == counts[name]
     counts[name] += 1
     (weights,) = [
       w for (start, w), end in zip(changes, (17, 30, 41, 80), strict=True) if start <= row < end
     ]
     assert name in weights
-  assert history[-1].offsets == dict(Counter(mixture.place(history, r)[0] for r in range(41)))
+  assert history[-1].offsets == dict(Counter(mixture.locate(history, r)[0] for r in range(41)))
 
 
 def test_going_on_with_the_same_weights_changes_nothing():

@@ -1,4 +1,4 @@
-"""Which (frames, height, width) a video is brought to at a stage of training, and how it is cut."""
+"""Chooses the (frames, height, width) of a video at a stage of training, and cuts it into clips."""
 
 import math
 from collections.abc import Sequence
@@ -8,21 +8,26 @@ from cogvideox_jax.data.media import VideoError
 from cogvideox_jax.data.video import VideoInfo, Window
 from cogvideox_jax.errors import UserError
 
-# Above it a video would teach the model blur that the stage's size is meant to be free of. Ours.
+# A video that is enlarged more is left out, because it would teach the model blur. Ours.
 MAX_ENLARGEMENT = 1.5
 
 
 class Bucket(NamedTuple):
-  num_frames: int  # Pixel frames, 4k+1.
-  height: int  # Pixels, as is width.
+  """The size of a clip, in pixels."""
+
+  num_frames: int  # 4k+1.
+  height: int
   width: int
 
 
 def check(sizes: Sequence[tuple[int, int]], durations: Sequence[int], *, multiple_of: int) -> None:
-  """Raises UserError if the models cannot take a bucket.
+  """Raises UserError if the models cannot take a bucket of these sizes and durations.
 
-  sizes: (height, width) in pixels. durations: pixel frames. multiple_of: what a side must divide
-  by, which is the VAE's spatial compression times the transformer's patch.
+  Args:
+    sizes: (height, width) in pixels.
+    durations: pixel frames.
+    multiple_of: a side must be a multiple of it; the VAE's spatial compression times the
+      transformer's patch.
   """
   if not sizes or not durations:
     raise UserError("a stage needs at least one size and one duration; add one to its config.")
@@ -45,11 +50,14 @@ def check(sizes: Sequence[tuple[int, int]], durations: Sequence[int], *, multipl
 def assign(
   info: VideoInfo, sizes: Sequence[tuple[int, int]], durations: Sequence[int], fps: float
 ) -> Bucket:
-  """The bucket of nearest shape, and of the longest duration that the video has at fps.
+  """Returns the bucket of the nearest size, with the longest duration that the video has at fps.
 
-  A size counts only if the video is enlarged MAX_ENLARGEMENT times at most to cover it. Nearest is
-  by the ratio of the two aspects, so that least is cropped; of equal shapes, the nearest in size.
-  Raises VideoError if the video is shorter than every duration, or too small for every size.
+  A size is possible only if the video covers it when enlarged at most MAX_ENLARGEMENT times. The
+  nearest has the aspect ratio closest to the video's, so that the least is cropped; if several have
+  the same aspect ratio, it is the one closest in area.
+
+  Raises:
+    VideoError: the video is shorter than every duration, or too small for every size.
   """
   available = info.frames_at(fps)
   fitting = [num_frames for num_frames in durations if num_frames <= available]
@@ -62,11 +70,11 @@ def assign(
 def cut(
   info: VideoInfo, sizes: Sequence[tuple[int, int]], durations: Sequence[int], fps: float
 ) -> list[Window]:
-  """What to read of a video: clips one after the other, none of a frame that another has.
+  """Cuts a video into clips that follow one another and share no frame.
 
-  Each is as long as the rest of the video allows, so that the longest come first. The last frames,
-  too few for a duration above 1, are left out: a still of a video that is there already teaches
-  nothing. Raises VideoError as `assign`.
+  Each is as long as the rest of the video allows, so the longest come first. If the last frames are
+  too few for a duration above 1, they are left out: a still of a video that is already in the data
+  teaches nothing. Raises VideoError as `assign` does.
   """
   num_frames, *size = assign(info, sizes, durations, fps)
   windows = [Window(0, num_frames, *size)]

@@ -29,8 +29,8 @@ from cogvideox_jax.data.packing import random_words
 from cogvideox_jax.data.video import Window
 from cogvideox_jax.errors import UserError
 
-READ_AHEAD_BYTES = 2**29  # Frames of batches that wait to be taken; one batch always waits,
-READ_AHEAD_BATCHES = 32  # and never more than this number.
+READ_AHEAD_BYTES = 2**29  # Decoding ahead stops at so many bytes of frames, or
+READ_AHEAD_BATCHES = 32  # at so many batches; one batch is always ahead.
 
 RowsOf = Callable[[int], Sequence[int]]  # Clips of a batch -> the numbers of a host's rows in it.
 
@@ -43,7 +43,7 @@ class BatchSize(NamedTuple):
 
 
 class _Epoch(NamedTuple):
-  """The batches of an epoch, in their order."""
+  """The batches of one epoch, in their order."""
 
   permutations: Mapping[Bucket, Int[np.ndarray, " clips"]]  # The clips of each bucket.
   buckets: Int[np.ndarray, " batches"]  # The number of each batch's bucket,
@@ -128,7 +128,7 @@ class ClipBatches:
     return _Reading(self._source, size.bucket, permutation, first)
 
   def _epoch_plan(self, epoch: int) -> _Epoch:
-    with self._lock:  # So that threads which meet a new epoch do not each plan it.
+    with self._lock:  # Otherwise all threads that reach a new epoch would plan it.
       return self._plan(epoch)
 
   def _plan_epoch(self, epoch: int) -> _Epoch:
@@ -144,7 +144,7 @@ class ClipBatches:
 
 
 class _Source:
-  """The clips, and what is known of those that cannot be decoded."""
+  """Decodes clips by their numbers, and remembers which of them cannot be decoded."""
 
   def __init__(self, clips: MeasuredClips, decoders: Decoders):
     self._clips, self._decoders = clips, decoders
@@ -153,8 +153,8 @@ class _Source:
 
   def usable(self, bucket: Bucket, permutation: Int[np.ndarray, " clips"], start: int) -> int:
     """Returns clip `start` of a permutation, or the next one that has not failed."""
-    for place in range(start, start + len(permutation)):
-      clip = int(permutation[place % len(permutation)])
+    for index in range(start, start + len(permutation)):
+      clip = int(permutation[index % len(permutation)])
       if (bucket, clip) not in self._failed:
         return clip
     raise UserError(
@@ -190,7 +190,7 @@ class _Source:
 
 
 class _Reading:
-  """A batch whose clips are being decoded, each file once for all clips wanted of it."""
+  """A batch that is being decoded. Each file is decoded once for all clips wanted of it."""
 
   def __init__(
     self,
@@ -199,7 +199,7 @@ class _Reading:
     permutation: Int[np.ndarray, " clips"],
     first: Int[np.ndarray, " b"],
   ):
-    """first: where in the permutation each row's clip is; the next one stands in if it fails."""
+    """first: the index of each row's clip in the permutation; if it fails, the next is taken."""
     self.frames = np.empty((len(first), *bucket, 3), np.uint8)
     self._source, self._bucket, self._permutation = source, bucket, permutation
     self._lacking = dict(enumerate(first.tolist()))  # Rows without frames, and their `first`.
@@ -223,8 +223,9 @@ class _Reading:
       future.cancel()
 
   def _start(self) -> None:
-    """Starts to decode what the lacking rows want."""
-    self._rows: dict[int, list[int]] = {}  # The rows of each clip: a small bucket repeats some.
+    """Starts to decode the clips of the rows that lack frames."""
+    # The rows of each clip: several if the batch is larger than its bucket.
+    self._rows: dict[int, list[int]] = {}
     for row, first in self._lacking.items():
       clip = self._source.usable(self._bucket, self._permutation, first)
       self._rows.setdefault(clip, []).append(row)
@@ -235,7 +236,7 @@ class _Reading:
     }
 
   def _take(self, clips: Sequence[int], piece: Piece) -> None:
-    """Keeps a clip's frames; in a decoding thread."""
+    """Copies a clip's frames into its rows. Runs in a decoding thread."""
     for row in self._rows[clips[piece.number]]:
       self.frames[row] = piece.frames
       del self._lacking[row]

@@ -1,4 +1,4 @@
-"""The clips that are cut from a file: their names, where they lie in it, and their split."""
+"""The clips that are cut from a file: their windows, their names and the split they belong to."""
 
 import hashlib
 import re
@@ -12,10 +12,10 @@ from cogvideox_jax.data.video import VideoInfo, Window
 
 
 class Clip(NamedTuple):
-  """A window of a file at a frame rate: everything about a clip but its frames."""
+  """Everything about a clip except its frames."""
 
   item: Item
-  source: str  # Names the clip: the item's id, or `clip_name` where a file gives several clips.
+  source: str  # The clip's name: the item's id, or a `clip_name` if the file gives several clips.
   window: Window
   fps: float
 
@@ -31,7 +31,7 @@ def cut_clips(
   durations: Sequence[int],
   fps: float,
 ) -> list[Clip]:
-  """Cuts a measured file into clips, as `buckets.cut` does, and names them.
+  """Cuts a measured file into clips (see `buckets.cut`) and names them.
 
   Raises VideoError if the file gives no clip.
   """
@@ -41,14 +41,15 @@ def cut_clips(
 
 
 def clip_name(file: str, number: int) -> str:
-  """The source of the number-th clip of a file that gives several."""
+  """Returns the name of the number-th clip of a file that gives several."""
   return f"{file}#{number}"
 
 
 def source_hash(source: str) -> int:
-  """64 uniform bits that follow from the name of a clip's file: equal for all clips of a file.
+  """Returns 64 uniform bits that depend only on the name of the clip's file.
 
-  A clip is held out for validation if its hash is below the validation fraction of 2**64.
+  A clip is held out for validation if they are below validation_fraction * 2**64. All clips of a
+  file have the same bits, so they are in the same split.
   """
   file = re.sub(rb"#\d+$", b"", source.encode())
   return int.from_bytes(hashlib.blake2b(file, digest_size=8).digest(), "little")

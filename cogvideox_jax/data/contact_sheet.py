@@ -17,7 +17,7 @@ def contact_sheet(
   captions: list[str],
   path: str | os.PathLike[str],
 ) -> None:
-  """Writes a PNG to look at: for each video its caption, and below it up to 8 frames in a row."""
+  """Writes a PNG that shows each video's caption and below it up to 8 of its frames in a row."""
   rows = [_sheet_row(frames, caption) for frames, caption in zip(videos, captions, strict=True)]
   sheet = Image.new(
     "RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white"
@@ -32,7 +32,7 @@ def contact_sheet(
 
 
 def _sheet_row(frames: UInt8[np.ndarray, "F H W 3"], caption: str) -> Image.Image:
-  """One video of a contact sheet. Small frames are enlarged, their pixels left to be seen."""
+  """Draws one video of a contact sheet. Small frames are enlarged without smoothing."""
   num_frames, height, width, _ = frames.shape
   scale = 256 / max(height, width)
   scale = max(1, round(scale)) if scale > 0.5 else scale

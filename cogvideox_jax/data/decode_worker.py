@@ -1,13 +1,13 @@
-"""The process that decodes files, which may be hostile; decoding.py starts it and asks it.
+"""The process that decodes files, which may be hostile. decoding.py starts it and asks it.
 
-It imports data/video.py alone. Both sides write lines of JSON, on stdin and stdout; behind a line
-that announces a frame come the frame's bytes:
+It imports only data/video.py. Both sides write lines of JSON, on stdin and stdout. A line that
+announces a frame is followed by the frame's bytes:
 
-  asked {"path": ..., "fps": ...}    answers {"info": VideoInfo}
-  asked {"windows": [Window, ...]}   answers {"frame": number of its window}, ..., {"end": true}
+  question {"path": ..., "fps": ...}    answer {"info": VideoInfo}
+  question {"windows": [Window, ...]}   answers {"frame": number of its window}, ..., {"end": true}
 
-A file that cannot be used is {"fault": reason} in place of an answer. Too much time or memory ends
-the process: by the kernel's alarm, or with the exit code MEMORY_FAULT.
+If the file cannot be used, the answer is {"fault": reason} instead. Too much time ends the process
+by the kernel's alarm; too much memory ends it with the exit code MEMORY_FAULT.
 """
 
 import json
@@ -22,14 +22,16 @@ from etils import epath
 
 from cogvideox_jax.data import video
 
-MEMORY = 448 * 2**20  # Bytes of its own; with the libraries' pages it stays below 512 MB.
+MEMORY = 448 * 2**20  # Bytes that it may allocate; with libraries it stays below 512 MB.
 MEMORY_FAULT = 12  # The number of ENOMEM.
-SECONDS = 60.0  # For a file, and
-PACE = 3.0  # more for each second that the video lasts. Neither counts while the parent is busy.
+# A file may take SECONDS, and PACE more seconds for each second of video. The time in which the
+# process waits for its parent does not count.
+SECONDS = 60.0
+PACE = 3.0
 
 
 def serve(questions: BinaryIO, answers: BinaryIO) -> None:
-  """Answers until the questions end, which they do when the parent ends, in whatever way."""
+  """Answers until the questions end: however the parent ends, its end of the pipe closes."""
   _say(answers, {"ready": True})
   for line in questions:
     try:
@@ -56,12 +58,12 @@ def _decode(question: dict[str, Any], questions: BinaryIO, answers: BinaryIO) ->
 
 
 def _allow(seconds: float) -> float:
-  """Sets the alarm, whose signal ends the process, and returns what was left of the last one."""
+  """Sets the alarm that ends the process; returns the seconds that the last alarm had left."""
   return signal.setitimer(signal.ITIMER_REAL, seconds)[0]
 
 
 def _say(answers: BinaryIO, answer: dict[str, Any], frame: np.ndarray | None = None) -> None:
-  left = _allow(0)  # The parent may take its time to read.
+  left = _allow(0)  # The parent may read slowly.
   answers.write(json.dumps(answer).encode() + b"\n")
   if frame is not None:
     answers.write(np.ascontiguousarray(frame).data)
@@ -74,7 +76,8 @@ def main() -> None:
   resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
   answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=2**16)
-  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # What a library prints is no answer.
+  # A library that prints to stdout must not write among the answers.
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
   try:
     serve(sys.stdin.buffer, answers)
   except MemoryError:

@@ -1,8 +1,8 @@
-"""Decodes many files at once, in processes of their own, so that no file can harm the job.
+"""Decodes many files at once in separate processes, so that no file can harm the job.
 
-A file that crashes its process, hangs or asks for too much memory is a file that cannot be used,
-as any other, and the process is started anew. Files come out in the order in which they went in,
-however many processes there are.
+If a file crashes its process, hangs, or needs too much memory, it is refused like any other file
+that cannot be used, and the process is started again. Files come out in the order in which they
+went in, whatever the number of processes.
 """
 
 import contextlib
@@ -28,34 +28,37 @@ from cogvideox_jax.data.video import VideoInfo, Window
 from cogvideox_jax.errors import UserError
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "cogvideox_jax.data.decode_worker")
-PIPE = 2**20  # Bytes that a process may be ahead.
+PIPE = 2**20  # Bytes of frames that a process may write before they are read.
 
 Plan = Callable[[VideoInfo], Sequence[Window]]
 
 
 class File(NamedTuple):
-  """What to decode."""
+  """A file to decode."""
 
   path: str | os.PathLike[str]
   fps: float
-  plan: Plan  # What to read of it, once it is measured; may be nothing. Called in another thread.
+  # Returns the windows to read, maybe none, once the file is measured. Called in another thread.
+  plan: Plan
 
 
 class Piece(NamedTuple):
-  """A window's frames."""
+  """The frames of one window."""
 
-  number: int  # Of the window, in its file's plan.
+  number: int  # The window's index in its file's plan.
   frames: UInt8[np.ndarray, "F H W 3"]
 
 
 class _Process(NamedTuple):
+  """A running process and its pipes."""
+
   process: subprocess.Popen
-  questions: Any  # Its stdin and stdout, which are binary and not None.
+  questions: Any  # Its stdin and stdout; Popen's types do not say that they are binary.
   answers: Any
 
 
 class _DiedError(Exception):
-  """How a process ended: a reason for the quarantine."""
+  """A process ended by itself; the message is a reason for the quarantine."""
 
 
 class _ClosedError(Exception):
@@ -63,7 +66,7 @@ class _ClosedError(Exception):
 
 
 class Decoders:
-  """A number of processes that decode. To be used in a `with` statement, which ends them."""
+  """Processes that decode. Use it in a `with` statement, which ends them."""
 
   def __init__(self, count: int, command: Sequence[str] = COMMAND):
     self._workers = [_Worker(command) for _ in range(count)]
@@ -85,19 +88,21 @@ class Decoders:
       worker.close()
 
   def decode(self, files: Iterable[File]) -> Iterator[Iterator[Piece]]:
-    """For each file its pieces, in the order of their last frames.
+    """Returns the pieces of each file, in the order of their last frames.
 
-    Taking a piece raises VideoError where the file cannot be used, or not further. From now on, a
-    few files are decoded ahead of the one whose pieces are taken, each by two pieces at most.
+    Taking a piece raises VideoError if the file cannot be used, or cannot be decoded further. From
+    now on a few files are decoded ahead of the one whose pieces are taken, each by at most two
+    pieces.
     """
     started = map(self._start, files)
     return self._in_turn(started, deque(itertools.islice(started, len(self._workers) + 1)))
 
   def read(self, file: File, take: Callable[[Piece], None]) -> Future[None]:
-    """Decodes a file in the background, and hands each piece to `take` in another thread.
+    """Decodes a file in the background; calls `take` with each piece, in another thread.
 
-    The future raises VideoError where the file cannot be used, or not further. Do not mix it with
-    `decode`, whose pieces occupy all processes until they are taken.
+    The future raises VideoError if the file cannot be used, or cannot be decoded further. Do not
+    use it while an iterator of `decode` is open: that may occupy all processes until its pieces are
+    taken.
     """
     return self._threads.submit(self._read, file, take)
 
@@ -122,7 +127,7 @@ class Decoders:
       self._idle.put(worker)
 
   def _run(self, file: File, pieces: queue.Queue) -> None:
-    """What a thread does for a file: it hands on the pieces, then None, or what went wrong."""
+    """Puts the file's pieces into the queue, then None, or else the exception. Runs in a thread."""
     worker = self._idle.get()
     try:
       for piece in worker.decode(file):
@@ -151,7 +156,7 @@ def _pieces(pieces: queue.Queue) -> Iterator[Piece]:
 
 
 class _Worker:
-  """A process of decode_worker.py, used by one thread at a time."""
+  """One process of decode_worker.py. Only one thread uses it at a time."""
 
   def __init__(self, command: Sequence[str]):
     self._command = command
@@ -159,10 +164,10 @@ class _Worker:
     self._ended = False
 
   def decode(self, file: File) -> Iterator[Piece]:
-    """A file's pieces; VideoError where it cannot be used.
+    """Yields a file's pieces. Raises VideoError if it cannot be used.
 
-    What kills a process that has decoded other files may be what these left behind, so the file is
-    tried again in a new one.
+    If a process dies that has decoded other files before, their remains may be the cause. So the
+    file is tried again in a new process.
     """
     given = 0
     while True:
@@ -178,7 +183,7 @@ class _Worker:
           raise VideoError(str(death)) from death
 
   def end(self) -> None:
-    """Kills the process for good. From another thread."""
+    """Kills the process for ever. Called from another thread."""
     self._ended = True
     if running := self._running:
       running.process.kill()
@@ -189,7 +194,7 @@ class _Worker:
       running.process.kill()
       running.process.wait()
       for pipe in (running.questions, running.answers):
-        with contextlib.suppress(OSError):  # What was not yet asked is not wanted any more.
+        with contextlib.suppress(OSError):  # A question that was not yet sent is dropped.
           pipe.close()
 
   def _attempt(self, file: File) -> Iterator[Piece]:
@@ -197,7 +202,8 @@ class _Worker:
     self._ask(running, {"path": os.fspath(file.path), "fps": file.fps})
     windows = list(file.plan(VideoInfo(*self._answer(running)["info"])))
     self._ask(running, {"windows": windows})
-    begun: dict[int, tuple[np.ndarray, int]] = {}  # Frames of a window, and how many are there.
+    # The frames of each window that has begun, and how many of them have arrived.
+    begun: dict[int, tuple[np.ndarray, int]] = {}
     while "frame" in (answer := self._answer(running)):
       number = answer["frame"]
       _, *shape = windows[number]
@@ -250,14 +256,14 @@ class _Worker:
       raise self._death(running)
 
   def _death(self, running: _Process) -> Exception:
-    """Buries a process that has ended, and says how it did."""
+    """Cleans up after a process that has ended; returns how it ended as an exception."""
     code = running.process.wait()
     self.close()
     return _ClosedError() if self._ended else _DiedError(_cause(code))
 
 
 def _cause(code: int) -> str:
-  """What the end of a decoding process says of the file."""
+  """Returns what the exit code of a decoding process says about the file."""
   if code == decode_worker.MEMORY_FAULT:
     return f"takes more than {decode_worker.MEMORY // 2**20} MB of memory to decode"
   if code == -signal.SIGALRM:

@@ -1,7 +1,7 @@
-"""The sha256 of everything in a checkpoint: of its arrays as they were in memory, and of its files.
+"""Digests (sha256) of a checkpoint: of its arrays as they were in memory, and of its files.
 
-`digests.json`, written last into a checkpoint, holds both. Orbax restores flipped bits without a
-word, and meets other damage with errors of every kind, so files are checked before it reads them.
+`digests.json` holds both and is written last. Files are checked before Orbax reads them, because
+Orbax restores flipped bits silently and raises many kinds of errors for other damage.
 """
 
 import hashlib
@@ -21,13 +21,14 @@ INCOMPLETE = "the run was stopped before it was completely written"
 
 
 class UnusableError(Exception):
-  """Why a checkpoint is passed over, in a line."""
+  """A checkpoint cannot be used; the message is the reason, in one line."""
 
 
 Described = dict[str, dict[str, Any]]  # Path -> sha256, shape and type of an array.
 
 
 def describe(arrays: dict[str, np.ndarray]) -> Described:
+  """Hashes arrays, given by their paths."""
   digests = _on_all_cores(_hash_array, arrays.values())
   return {
     path: {"sha256": digest, "shape": list(array.shape), "dtype": array.dtype.name}
@@ -36,15 +37,16 @@ def describe(arrays: dict[str, np.ndarray]) -> Described:
 
 
 def overall(arrays: Described) -> str:
-  """One sha256 over all arrays: over the lines `PATH SHA256`, in the order of paths."""
+  """Returns one sha256 for all arrays: that of the lines `PATH SHA256`, in the order of paths."""
   lines = "".join(f"{path} {arrays[path]['sha256']}\n" for path in sorted(arrays))
   return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def write(folder: epath.Path, arrays: Described, files: dict[str, str] | None = None) -> None:
-  """Adds the digests to a checkpoint that is all written.
+  """Adds the digests to a checkpoint whose files are all written.
 
-  files: what `describe_files` says of all of them; None reads them.
+  Args:
+    files: what `describe_files` returns for all of them; None reads them now.
   """
   if files is None:
     files = describe_files(folder, list(files_in(folder)))
@@ -54,18 +56,19 @@ def write(folder: epath.Path, arrays: Described, files: dict[str, str] | None = 
 
 
 def describe_files(folder: epath.Path, files: Sequence[epath.Path]) -> dict[str, str]:
-  """Path in the folder -> sha256."""
+  """Hashes files of a folder: path in the folder -> sha256."""
   names = [file.relative_to(folder).as_posix() for file in files]
   return dict(zip(names, hash_files(files), strict=True))
 
 
 def read(folder: epath.Path, share: slice = slice(None)) -> Described:
-  """What `describe` said of the arrays, once every file of the checkpoint is found as it was.
+  """Checks the files of a checkpoint; returns what `describe` returned for its arrays.
 
-  share: of the files, in order, those to look at; others look at the rest.
+  Args:
+    share: which of the files, in order, to check; other processes check the others.
 
   Raises:
-    UnusableError: names the first file that is not.
+    UnusableError: names the first file that is not as it was written.
   """
   if not (folder / NAME).exists():
     raise UnusableError(INCOMPLETE)
@@ -88,7 +91,7 @@ def read(folder: epath.Path, share: slice = slice(None)) -> Described:
 
 
 def files_in(folder: epath.Path) -> Iterator[epath.Path]:
-  """All files of a folder, those of its folders too, in order."""
+  """Yields all files of a folder and of the folders in it, in order."""
   for path in sorted(folder.iterdir()):
     if path.is_dir():
       yield from files_in(path)
@@ -97,12 +100,12 @@ def files_in(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def hash_files(files: Iterable[epath.Path]) -> list[str]:
-  """The sha256 of each."""
+  """Returns the sha256 of each file."""
   return _on_all_cores(_hash_file, files)
 
 
 def _on_all_cores(hasher: Callable[[Any], str], items: Iterable[Any]) -> list[str]:
-  """About 1 GB/s on each: hashlib lets go of Python's lock."""
+  """Hashes in threads, about 1 GB/s on each core, because hashlib releases Python's lock."""
   with ThreadPoolExecutor() as pool:
     return list(pool.map(hasher, items))
 

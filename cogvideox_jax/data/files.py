@@ -1,4 +1,4 @@
-"""Writing files so that a kill, a full disk or a power cut leaves nothing half done."""
+"""Writes files so that a kill, a full disk or a power cut leaves no half-written file."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,10 @@ from cogvideox_jax.errors import UserError
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:
-  """Writes a small file so that a reader finds the old one, the new one or none."""
+  """Writes a small file, of which a reader finds the old version, the new one, or none.
+
+  The data is on the disk before the file gets its name.
+  """
   partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
   partial.write_bytes(data)
   settle(partial)
@@ -41,20 +44,27 @@ def write_arrays(path: epath.Path, arrays: dict[str, Any]) -> None:
 
 
 def settle(path: epath.Path) -> dict[str, Any]:
-  """Waits until a file is on the disk, so that a power cut cannot empty it; describes it."""
+  """Waits until a file is on the disk, so that a power cut cannot empty it.
+
+  Returns its size as `bytes` and its `sha256`.
+  """
   with open(path, "rb") as file:
     os.fsync(file.fileno())
   return {"bytes": path.stat().length, "sha256": sha256(path)}
 
 
 def sha256(path: epath.Path) -> str:
+  """Returns the sha256 of a file, in hexadecimal digits."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def disk_errors(path: epath.PathLike) -> Iterator[None]:
-  """Turns a failure to write into a UserError. ArrayRecord reports a full disk as RuntimeError."""
+  """Turns a failure to write into a UserError that names `path`.
+
+  It catches RuntimeError too, because ArrayRecord reports a full disk so.
+  """
   try:
     yield
   except (OSError, RuntimeError) as error:

@@ -1,10 +1,10 @@
 """The training input: this host's packed rows of batch k, for any k, read ahead by Grain.
 
-Rows are numbered from 0; batch k is rows [k * rows, (k + 1) * rows), of which a host reads those
-that its devices hold. The mixture says which dataset a row comes from and which row of it that is;
-a batch may hold the end of an epoch and the start of the next. Everything is a function of (seed,
-datasets, mixture, k), so a checkpoint needs no more than the step, and neither threads nor the
-number of hosts change what is read.
+Rows are numbered from 0. Batch k is rows [k * rows, (k + 1) * rows), of which a host reads those
+that its devices hold. The mixture says which dataset a row comes from, and which row of it that is.
+A batch may hold the end of one epoch and the start of the next. Everything is a function of (seed,
+datasets, mixture, k). So a checkpoint needs only the step, and neither threads nor the number of
+hosts change what is read.
 """
 
 import sys
@@ -19,8 +19,8 @@ from cogvideox_jax.data.rows import Row, Rows
 from cogvideox_jax.types import Batch
 
 
-class Placed(NamedTuple):
-  """A row of the training, and where it comes from."""
+class TrainingRow(NamedTuple):
+  """A row of the training, and the dataset that it comes from."""
 
   dataset: str
   row: Row
@@ -31,26 +31,26 @@ class Loader:
 
   def __init__(
     self,
-    datasets: Mapping[str, Rows],  # By name; their rows are of one length.
-    history: History,  # Names these datasets, from the first row on that is read.
+    datasets: Mapping[str, Rows],  # By name. The rows of all have one length.
+    history: History,  # It names these datasets, from the first row that is read on.
     *,
-    rows: int,  # Of the global batch.
+    rows: int,  # The number of rows in the global batch.
     mine: Sequence[int] | None = None,  # Which of them this host reads; None is all.
     num_threads: int = 4,
-    prefetch_batches: int = 2,  # Read ahead; 0 reads in the caller's thread.
+    prefetch_batches: int = 2,  # Batches to read ahead; 0 reads in the caller's thread.
   ):
     self._datasets, self._history, self._rows = datasets, history, rows
     self._mine = tuple(range(rows) if mine is None else mine)
     self._num_threads, self._prefetch_batches = num_threads, prefetch_batches
 
   def batch(self, k: int) -> Batch:
-    """This host's rows of batch k."""
+    """Reads this host's rows of batch k."""
     return packing.stack([self._read(row) for row in self.rows_of(k)])
 
   def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
-    """This host's rows of batch start, start + 1 and so on without end, read ahead by threads.
+    """Yields this host's rows of batch start, start + 1 and so on without end.
 
-    Close it (`.close()`, or let it go out of scope) to stop the threads.
+    Threads read ahead. Close the iterator (`.close()`, or let it go out of scope) to stop them.
     """
     buffer = self._prefetch_batches * len(self._mine)
     options = grain.ReadOptions(min(self._num_threads, buffer), buffer)
@@ -63,21 +63,21 @@ class Loader:
       iterator.close()
 
   def rows_of(self, k: int) -> list[int]:
-    """This host's rows of batch k, by their numbers in the training."""
+    """Returns the numbers, in the whole training, of this host's rows of batch k."""
     return [k * self._rows + row for row in self._mine]
 
-  def row(self, index: int) -> Placed:
-    """What row `index` of the training is made of, from the plan alone."""
-    name, number = mixture.place(self._history, index)
-    return Placed(name, self._datasets[name][number])
+  def row(self, index: int) -> TrainingRow:
+    """Returns what row `index` of the training is made of. Reads no record."""
+    name, number = mixture.locate(self._history, index)
+    return TrainingRow(name, self._datasets[name][number])
 
   def epochs(self, k: int) -> dict[str, int]:
-    """The epoch, from 0, that each dataset is in when batch k begins."""
+    """Returns the epoch, from 0, that each dataset is in when batch k begins."""
     given = mixture.given(self._history, k * self._rows)
     return {name: given.get(name, 0) // rows.per_epoch for name, rows in self._datasets.items()}
 
   def padding_fraction(self, k: int) -> float:
-    """Of the tokens of the global batch k."""
+    """Returns the fraction of the tokens of the global batch k that are padding."""
     tokens = room = 0
     for index in range(k * self._rows, (k + 1) * self._rows):
       name, row = self.row(index)
@@ -86,12 +86,12 @@ class Loader:
     return 1 - tokens / room
 
   def _read(self, index: int) -> Batch:
-    name, number = mixture.place(self._history, index)
+    name, number = mixture.locate(self._history, index)
     return self._datasets[name].read(number)
 
 
 class _Source:
-  """A host's rows from a batch on, as a source for Grain."""
+  """A host's rows from one batch on, as a source for Grain."""
 
   def __init__(self, loader: Loader, start: int):
     self._loader, self._start = loader, start

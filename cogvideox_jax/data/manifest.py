@@ -1,6 +1,7 @@
-"""Which files to train on, and their captions: a manifest, or a folder of files and texts.
+"""Reads which files to train on, and their captions, from a manifest or a folder.
 
-What cannot be used is refused by itself, with its place and the reason, and never stops the rest.
+A line or file that cannot be used is refused with its line number and a reason. It never stops the
+others.
 """
 
 import json
@@ -25,29 +26,35 @@ class Item(NamedTuple):
   file: epath.Path
   captions: tuple[str, ...]  # At least one.
   score: float | None  # The user's own measure of the clip.
-  line: int  # Of the manifest, from 1; 0 in a folder without one.
-  name: str  # Of the file, as the manifest or the folder has it.
+  line: int  # The line number in the manifest, from 1; 0 in a folder without one.
+  name: str  # The file's name, as the manifest or the folder has it.
 
 
 class Refusal(NamedTuple):
   """A line or file that is left out: one object of quarantine.jsonl."""
 
-  file: str  # As the manifest names it; empty where the line names none.
-  line: int  # As an item's.
+  file: str  # The file's name in the manifest; empty if the line names no file.
+  line: int  # As in `Item`.
   reason: str
 
 
 class _RefusedError(Exception):
-  """Why a line or file is left out, in one line."""
+  """A line or file is left out; the message is the reason, in one line."""
 
 
 def read_manifest(path: epath.PathLike) -> tuple[list[Item], list[Refusal]]:
   """Reads a manifest, a folder that holds manifest.jsonl, or a folder of NAME.mp4 and NAME.txt.
 
-  A manifest has a JSON object a line: `file` (relative to the manifest, inside its folder),
-  `caption` or several `captions`, and if wanted `id` and `score`. Items come in its order; those
-  of a folder without one, which is not searched deeper, in the order of their names.
-  Raises UserError if there is no such path, or nothing in it.
+  A manifest has one JSON object a line: `file` (relative to the manifest, inside its folder),
+  `caption` or several `captions`, and optionally `id` and `score`. Items keep the order of the
+  manifest. A folder without a manifest gives its items in the order of their names; folders inside
+  it are not searched.
+
+  Returns:
+    The items, and what was refused.
+
+  Raises:
+    UserError: there is no such path, or nothing in it.
   """
   path = epath.Path(path)
   manifest = path / MANIFEST if path.is_dir() else path
@@ -65,7 +72,8 @@ def read_manifest(path: epath.PathLike) -> tuple[list[Item], list[Refusal]]:
 
 def _read_lines(manifest: epath.Path) -> tuple[list[Item], list[Refusal]]:
   try:
-    lines = manifest.read_bytes().split(b"\n")  # Not by line: one may be in another encoding.
+    # Read as bytes, because single lines may be in another encoding.
+    lines = manifest.read_bytes().split(b"\n")
   except OSError as error:
     raise UserError(f"the manifest {manifest} cannot be read: {error.strerror}.") from error
   items: dict[str, Item] = {}
@@ -117,7 +125,7 @@ def _read_text(name: str, folder: epath.Path) -> str:
 
 def _parse(line: bytes) -> dict[str, Any]:
   try:
-    fields = json.loads(line.decode("utf-8-sig"))  # Editors may put a mark before the first line.
+    fields = json.loads(line.decode("utf-8-sig"))  # An editor may begin the file with a BOM.
   except UnicodeDecodeError as error:
     raise _RefusedError("the line is not UTF-8") from error
   except (ValueError, RecursionError) as error:
@@ -153,7 +161,7 @@ def _item(fields: dict[str, Any], folder: epath.Path, line: int) -> Item:
 
 
 def _text(value: Any, key: str) -> str:
-  """A string with something in it, which can be written to a file again."""
+  """Returns the value as a string that is not empty and can be written to a file again."""
   if value is None:
     raise _RefusedError(f"no {key}")
   if not isinstance(value, str):
@@ -167,7 +175,7 @@ def _text(value: Any, key: str) -> str:
 
 
 def _inside(name: str, folder: epath.Path) -> epath.Path:
-  """The file of that name, which must not be reached through a way out of the folder."""
+  """Returns the file of that name; refuses one outside the folder, also if a link leads there."""
   root, real = os.path.realpath(folder), os.path.realpath(folder / name)
   if os.path.isabs(name) or "://" in name or os.path.commonpath([root, real]) != root:
     raise _RefusedError("the file is outside the manifest's folder")

@@ -1,7 +1,7 @@
 """Opens video and image files that may be hostile.
 
-Each is opened with limits, by one decoder thread, never through another file or the network; and
-whatever is wrong with a file is a `VideoError`.
+A file is opened with limits and one decoder thread, and it cannot make the decoder open another
+file or the network. Whatever is wrong with a file raises a `VideoError`.
 """
 
 import io
@@ -24,9 +24,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 
-# Containers only: playlists (hls, concat, dash) would open further files.
+# Only containers: playlists (hls, concat, dash) would open further files.
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
-# What PyAV and PIL raise at a damaged file, found by feeding them such files.
+# The exceptions that PyAV and PIL raise for damaged files, found by trying such files.
 _FAULTS = (
   FFmpegError,
   Image.DecompressionBombError,
@@ -42,44 +42,48 @@ _FAULTS = (
 
 
 class VideoError(Exception):
-  """Why a file cannot be used, in one line without the file's name. Goes to quarantine.jsonl."""
+  """A file cannot be used. The message is one line, without the file's name, for the quarantine."""
 
 
 @dataclass(frozen=True)
 class Limits:
-  """What a file may ask of us before it is refused."""
+  """A file above any of these limits is refused. Ours."""
 
-  max_pixels: int = 8_900_000  # A frame; 4K footage passes.
+  max_pixels: int = 8_900_000  # Per frame; 4K footage passes.
   max_frames: int = 20_000  # In the file.
-  max_bytes: int = 2 * 1024**3  # Of the file.
+  max_bytes: int = 2 * 1024**3  # The size of the file.
   max_seconds: float = 600.0
-  max_fps: float = 240.0  # Of the file, on average; more is a way to keep a decoder busy.
+  max_fps: float = 240.0  # The file's average; a higher one could keep a decoder busy for long.
 
 
 DEFAULT_LIMITS = Limits()
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
+  """Returns whether the name of a file is that of an image."""
   return os.fspath(path).lower().endswith(IMAGE_SUFFIXES)
 
 
 def as_path(path: str | os.PathLike[str]) -> Any:
-  """A pathlib.Path for a string; another stays, as an etils.epath.Path may name a bucket."""
+  """Turns a string into a pathlib.Path. Any other path stays: an epath.Path may name a bucket."""
   return Path(path) if isinstance(path, str) else path
 
 
 def not_a_file(path: str | os.PathLike[str]) -> str:
-  """Why a path is no file to read; empty if it is one. To ask before opening: a pipe would wait."""
-  place = as_path(path)
-  if not place.exists():
+  """Returns why a path is not a regular file; empty if it is one.
+
+  Ask before opening, because opening a pipe would wait.
+  """
+  file = as_path(path)
+  if not file.exists():
     return "the file is absent"
   special = os.path.exists(path) and not os.path.isfile(path)  # epath takes a pipe for a file.
-  return "not a regular file" if special or not place.is_file() else ""
+  return "not a regular file" if special or not file.is_file() else ""
 
 
 @contextmanager
 def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
-  """Opens a file within the limits; any fault met while it is open becomes a VideoError."""
+  """Opens a file within the limits. Any fault while it is open becomes a VideoError."""
   try:
     if reason := not_a_file(path):
       raise VideoError(reason)
@@ -89,7 +93,7 @@ def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
         raise VideoError(f"{size} bytes; a file may have 1 to {limits.max_bytes}")
       file.seek(0)
       yield file
-  except UnidentifiedImageError as error:  # Its own message names the file.
+  except UnidentifiedImageError as error:  # Its message would name the file.
     raise VideoError("not a JPEG, PNG or WebP image") from error
   except _FAULTS as error:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -97,11 +101,11 @@ def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
 
 
 def load_image(path: str | os.PathLike[str], limits: Limits) -> Image.Image:
-  """Decodes an image: upright, RGB. Of an animation, the first frame."""
+  """Decodes an image as upright RGB; an animation gives its first frame."""
   with _opened(path, limits) as file, Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
     check_size(image.width, image.height, limits)
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # PIL would take every value above 255 for white.
+    if upright.mode.startswith("I;16"):  # PIL would make every value above 255 white.
       upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     return upright.convert("RGB")
 
@@ -112,7 +116,7 @@ def open_video(
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
   """Opens the first video stream of a file, with one decoder thread."""
   options = {
-    "max_pixels": str(limits.max_pixels),  # Opening alone may allocate frames.
+    "max_pixels": str(limits.max_pixels),  # Opening a file may already allocate frames.
     "protocol_whitelist": "file",
     "format_whitelist": _DEMUXERS,
   }
@@ -132,7 +136,8 @@ def open_video(
 
 
 def check_size(width: int, height: int, limits: Limits) -> None:
+  """Raises VideoError if a frame has too many pixels, or none."""
   if not 0 < width * height <= limits.max_pixels:
-    # FFmpeg shows no size where its decoder alone, stopped by the limit, would know it.
+    # FFmpeg reports no size if only the decoder knows it, which the limit stopped.
     size = f"{width}x{height} pixels" if width * height else "an unknown number of pixels"
     raise VideoError(f"{size}; a frame may have 1 to {limits.max_pixels}")

@@ -1,4 +1,4 @@
-"""Writes frames as H.264 in an mp4 file, with what they were made with."""
+"""Writes frames as H.264 in mp4 files, with metadata."""
 
 import io
 import json
@@ -15,9 +15,10 @@ from cogvideox_jax.data.files import write_whole
 from cogvideox_jax.data.media import DEFAULT_LIMITS, open_video
 from cogvideox_jax.data.video import EXACT
 
-# Plain colours survive at this crf. One thread, no creation time, no B-frames and no macroblock
-# tree (mbtree), so that equal frames give equal files: with B-frames libx264's bytes differ from
-# run to run, with the tree in one file of about 1,500 on a loaded machine (measured).
+# Plain colours survive at this crf. There is one thread, no creation time, no B-frame and no
+# macroblock tree (mbtree), so that equal frames give equal files: with B-frames libx264's bytes
+# differ from run to run, and with the tree in one of about 1,500 files on a loaded machine
+# (measured).
 _X264 = {
   "crf": "12",
   "preset": "medium",
@@ -36,9 +37,14 @@ def write_mp4(
 ) -> None:
   """Writes RGB frames as H.264 (yuv420p, BT.709); one frame is a video too.
 
-  fps: above 0. metadata: JSON values, kept in the file's comment; `read_metadata` returns them.
-  The same arguments give the same bytes, and the file appears whole or not at all.
-  Raises ValueError if there is no frame, or height or width is odd, which yuv420p cannot hold.
+  The same arguments give the same bytes. The file appears whole or not at all.
+
+  Args:
+    fps: above 0.
+    metadata: JSON values, stored in the file's comment; `read_metadata` returns them.
+
+  Raises:
+    ValueError: there is no frame, or height or width is odd, which yuv420p cannot hold.
   """
   num_frames, height, width, _ = frames.shape
   if not frames.size or height % 2 or width % 2:
@@ -72,7 +78,7 @@ def write_mp4(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Returns what `write_mp4` was told to keep; empty for a file that holds none.
+  """Returns the metadata that `write_mp4` stored; empty if the file has none.
 
   Raises VideoError if the file cannot be used.
   """

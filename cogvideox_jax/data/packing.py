@@ -1,10 +1,11 @@
-"""Frame packing: clips of any duration, resolution and aspect in rows of a fixed number of tokens.
+"""Packs clips of any duration, size and aspect ratio into rows of a fixed number of tokens.
 
-Which *lengths* share a row is planned once for a dataset (`Layout`): it depends on nothing else
-than how many clips there are of each length. An epoch (`Epoch`) only draws which clips of a
-length take the places of that length, and shuffles rows and the clips in a row. So each epoch
-holds every clip once, all epochs have the same number of rows, and any row of any epoch is found
-without planning the epochs before it. Planning reads the index, never the records.
+The paper calls this frame pack. Which *lengths* share a row is planned once for a dataset
+(`Layout`), and depends only on how many clips there are of each length. A layout has a slot for
+each clip. An epoch (`Epoch`) draws which clips fill the slots of their length, and shuffles the
+rows and the clips in each row. So an epoch holds every clip once, all epochs have the same number
+of rows, and any row of any epoch is found without planning earlier epochs. Planning reads the
+index, never the records.
 """
 
 import bisect
@@ -22,14 +23,14 @@ from jaxtyping import Bool, Int, Shaped, UInt64
 from cogvideox_jax.data.files import write_arrays
 from cogvideox_jax.types import TEXT, VISION, Batch, Example
 
-_ORDER, _PLACES, _ROWS, _WITHIN, _DROPS, _CAPTIONS = range(6)  # What random words are drawn for.
+_ORDER, _SLOTS, _ROWS, _WITHIN, _DROPS, _CAPTIONS = range(6)  # What random words are drawn for.
 
 
 class Layout(NamedTuple):
-  """The rows of every epoch, before clips take their places."""
+  """The rows of every epoch, as slots that clips of the right length fill."""
 
-  lengths: Int[np.ndarray, " places"]  # Tokens of the clip at each place, row after row.
-  rows: Int[np.ndarray, " places"]  # Which row the place is in.
+  lengths: Int[np.ndarray, " slots"]  # Tokens of the clip that fills each slot, row after row.
+  rows: Int[np.ndarray, " slots"]  # Each slot's row.
 
   @property
   def num_rows(self) -> int:
@@ -37,25 +38,29 @@ class Layout(NamedTuple):
 
 
 class Epoch(NamedTuple):
-  """Which clips stand in each row of an epoch."""
+  """The clips of each row of an epoch."""
 
-  clips: Int[np.ndarray, " places"]  # Row after row; every clip once.
+  clips: Int[np.ndarray, " slots"]  # Row after row; every clip once.
   starts: Int[np.ndarray, " rows_and_end"]  # Row r is clips[starts[r] : starts[r + 1]].
 
 
 def random_words(count: int, *key: int) -> UInt64[np.ndarray, " count"]:
-  """Random 64-bit words, a function of the key alone: NumPy keeps these streams for ever."""
-  entropy = [part % 2**64 for part in key]
+  """Draws random 64-bit words that depend only on the key: NumPy never changes these streams."""
+  entropy = [number % 2**64 for number in key]
   return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
 
 
 def dropped(rate: float, clips: int, seed: int, epoch: int) -> Bool[np.ndarray, " clips"]:
-  """Which clips lose their caption in an epoch, each with probability `rate`."""
+  """Draws which clips lose their caption in an epoch, each with probability `rate`."""
   return random_words(clips, seed, epoch, _DROPS) < rate * 2.0**64
 
 
 def captions(counts: Int[np.ndarray, " clips"], seed: int, epoch: int) -> Int[np.ndarray, " clips"]:
-  """Which of its captions each clip has in an epoch; counts: how many it has, at least 1."""
+  """Draws which of its captions each clip has in an epoch.
+
+  Args:
+    counts: the number of captions of each clip, at least 1.
+  """
   words = random_words(len(counts), seed, epoch, _CAPTIONS)
   return (words % counts.astype(np.uint64)).astype(np.int64)
 
@@ -66,28 +71,28 @@ def clip_tokens(
   patch: Sequence[int],
   text_length: int,
 ) -> Int[np.ndarray, " clips"]:
-  """Tokens, text and vision, of clips of (f, h, w) latents.
+  """Counts the tokens, text and vision, of clips of (f, h, w) latents.
 
-  The patch divides h and w; f is filled up, as `pack` does.
+  The patch must divide h and w; f is rounded up to a multiple, as `pack` does.
   """
   return text_length + np.prod(-(-latents // np.array(patch)), axis=1, dtype=np.int64)
 
 
 def plan_layout(lengths: Int[np.ndarray, " clips"], row_tokens: int, max_clips: int) -> Layout:
-  """Packs clips of these lengths, none above row_tokens, in rows of at most max_clips.
+  """Packs clips of these lengths, none above row_tokens, into rows of at most max_clips.
 
-  Best fit: each clip joins the fullest row that has room for it. The clips come in random order,
-  so that rows mix lengths; longest first would end in rows of images alone, which max_clips
-  leaves half empty. Linear in the clips, about a second for a million.
+  Best fit: each clip goes into the fullest row that has room for it. The clips come in random
+  order, so that rows mix lengths. Longest first would end with rows of images only, which max_clips
+  leaves half empty. The time is linear in the clips: about a second for a million.
   """
   order = np.argsort(random_words(len(lengths), _ORDER), kind="stable")
   lengths = np.sort(lengths)[order]
   room: list[int] = []  # Tokens left in each row.
   count: list[int] = []  # Clips in each row.
-  sizes: list[int] = []  # Distinct rooms of the open rows, ascending,
-  open_rows: dict[int, list[int]] = {}  # and the rows that have them.
+  sizes: list[int] = []  # The distinct numbers of tokens left in open rows, ascending,
+  open_rows: dict[int, list[int]] = {}  # and the rows that have so many left.
   rows = np.empty(len(lengths), np.int32)
-  for place, length in enumerate(lengths.tolist()):
+  for slot, length in enumerate(lengths.tolist()):
     best = bisect.bisect_left(sizes, length)
     if best == len(sizes):
       row = len(room)
@@ -99,7 +104,7 @@ def plan_layout(lengths: Int[np.ndarray, " clips"], row_tokens: int, max_clips: 
         del open_rows[sizes.pop(best)]
     room[row] -= length
     count[row] += 1
-    rows[place] = row
+    rows[slot] = row
     if room[row] and count[row] < max_clips:
       if room[row] not in open_rows:
         bisect.insort(sizes, room[row])
@@ -111,7 +116,7 @@ def plan_layout(lengths: Int[np.ndarray, " clips"], row_tokens: int, max_clips: 
 def cached_layout(
   lengths: Int[np.ndarray, " clips"], row_tokens: int, max_clips: int, folder: epath.Path
 ) -> Layout:
-  """`plan_layout`, kept in a file of `folder` that is named after all the layout depends on."""
+  """Returns `plan_layout`, cached in a file of `folder` named by all that the layout depends on."""
   ordered = np.sort(lengths).astype("<i8")
   key = hashlib.sha256(ordered.tobytes() + f"{row_tokens} {max_clips} best-fit".encode())
   path = folder / f"{key.hexdigest()[:32]}.npz"
@@ -119,23 +124,26 @@ def cached_layout(
     with path.open("rb") as file, np.load(file) as arrays:
       return Layout(arrays["lengths"], arrays["rows"])
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-    pass  # Absent or damaged: the plan can always be made again.
+    pass  # Absent or damaged: plan it again.
   layout = plan_layout(lengths, row_tokens, max_clips)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     write_arrays(path, layout._asdict())
   except OSError:
-    pass  # A dataset that may only be read is planned at every start.
+    pass  # If the dataset is read-only, it is planned at every start.
   return layout
 
 
 def plan_epoch(layout: Layout, lengths: Int[np.ndarray, " clips"], seed: int, epoch: int) -> Epoch:
-  """Draws an epoch: clips for the places of their length, and an order of rows and within them.
+  """Draws an epoch: the clips for the slots of each length, the order of rows, and that in rows.
 
-  lengths: as the layout was planned for, in the order of the clips.
-  The order within a row is drawn too: it decides the clip's stratum of timesteps.
+  The order within a row is drawn too, because it decides which interval a clip's timestep is drawn
+  from.
+
+  Args:
+    lengths: tokens of each clip, in the order of the clips; the layout was planned for them.
   """
-  drawn = np.argsort(random_words(len(lengths), seed, epoch, _PLACES), kind="stable")
+  drawn = np.argsort(random_words(len(lengths), seed, epoch, _SLOTS), kind="stable")
   clips = np.empty(len(lengths), np.int64)
   clips[np.argsort(layout.lengths, kind="stable")] = drawn[
     np.argsort(lengths[drawn], kind="stable")
@@ -145,17 +153,18 @@ def plan_epoch(layout: Layout, lengths: Int[np.ndarray, " clips"], seed: int, ep
   order = np.argsort(random_words(layout.num_rows, seed, epoch, _ROWS), kind="stable")
   counts = np.bincount(layout.rows)
   ends = np.cumsum(counts[order])
-  moves = np.cumsum(counts)[order] - ends  # From where a row will stand to where it stands.
-  places = np.arange(len(lengths)) + np.repeat(moves, counts[order])
-  return Epoch(shuffled[places], np.concatenate([[0], ends]))
+  moves = np.cumsum(counts)[order] - ends  # A row's slots before shuffling, minus those after.
+  slots = np.arange(len(lengths)) + np.repeat(moves, counts[order])
+  return Epoch(shuffled[slots], np.concatenate([[0], ends]))
 
 
 def _shuffled_within(
-  layout: Layout, words: UInt64[np.ndarray, " places"]
-) -> Int[np.ndarray, " places"]:
-  """The places, row after row, of a row in the order of random words.
+  layout: Layout, words: UInt64[np.ndarray, " slots"]
+) -> Int[np.ndarray, " slots"]:
+  """Returns the slots, row after row, in each row in the order of random words.
 
-  Row and word make one key, which is nearly sorted: ten times quicker to sort than two keys.
+  Row and word are joined to one key, which is nearly sorted: sorting it is ten times faster than
+  sorting by two keys.
   """
   bits = np.uint64(layout.num_rows.bit_length())
   keys = layout.rows.astype(np.uint64) << (np.uint64(64) - bits) | words >> bits
@@ -165,11 +174,12 @@ def _shuffled_within(
 def pack(
   examples: Sequence[Example], *, patch: tuple[int, int, int], row_tokens: int, max_clips: int
 ) -> Batch:
-  """One row, a `Batch` with b = 1, of the examples in turn; they must fit.
+  """Packs examples, one after another, into one row: a `Batch` with b = 1. They must fit.
 
-  Latents and text states keep the types they are stored in: half the bytes to hold and to send.
-  The first latent frame of a clip is repeated in front until the patch divides their number
-  (CogVideoX 1.5: 21 latent frames become 22). Examples have an image all or none, and one draw.
+  Latents and text states keep the types that they are stored in, because that halves the bytes to
+  hold and to send. The first latent frame of a clip is repeated in front until the patch divides
+  the number of frames (CogVideoX 1.5: 21 latent frames become 22). All examples have an image or
+  none has, with one draw.
   """
   text_length = len(examples[0].text)
   row = _empty_row(examples[0], patch, row_tokens, max_clips)
@@ -200,15 +210,15 @@ def pack(
 
 
 def stack(rows: Sequence[Batch]) -> Batch:
-  """Batches of the same shapes, one below the other."""
-  parts = zip(*rows, strict=True)
-  return Batch._make(None if part[0] is None else np.concatenate(part) for part in parts)
+  """Joins batches of the same shapes along their rows."""
+  fields = zip(*rows, strict=True)
+  return Batch._make(None if field[0] is None else np.concatenate(field) for field in fields)
 
 
 def patchify(
   latents: Shaped[np.ndarray, "f h w c"], patch: tuple[int, int, int]
 ) -> Shaped[np.ndarray, "n p"]:
-  """Patches in the order (t, h, w); inside one the channel is slowest."""
+  """Cuts latents into patches in the order (t, h, w); inside a patch the channel is slowest."""
   t, h, w = patch
   return rearrange(latents, "(f t) (h y) (w x) c -> (f h w) (c t y x)", t=t, y=h, x=w)
 

@@ -1,4 +1,4 @@
-"""Pictures of an encoded dataset: how its rows are packed, and what its clips show."""
+"""Draws pictures of an encoded dataset: how its rows are packed, and what its clips show."""
 
 import colorsys
 import io
@@ -14,27 +14,26 @@ from cogvideox_jax.data.files import disk_errors, write_atomically
 from cogvideox_jax.data.rows import Rows
 
 FONT = ImageFont.load_default(size=13)
-LINE, GAP = 18, 6  # Pixels, of text and between things.
+LINE, GAP = 18, 6  # Pixels: the height of a line of text, and the space between things.
 BAR_WIDTH, BAR_HEIGHT = 1200, 14
 TEXT_COLOUR, PADDING_COLOUR = (60, 60, 60), (225, 225, 225)
-CELL, COLUMNS, LABEL_LINES = 200, 6, 3  # Of the contact sheet.
-
+CELL, COLUMNS, LABEL_LINES = 200, 6, 3  # The clip sheet's cells, in pixels; its labels.
 
 Image8 = UInt8[np.ndarray, "_ _ 3"]
 Colour = tuple[int, int, int]
 
 
 class Tile(NamedTuple):
-  """A clip on the contact sheet."""
+  """A clip on the clip sheet."""
 
   image: Image8
-  label: list[str]  # Up to LABEL_LINES.
+  label: list[str]  # Up to LABEL_LINES lines.
 
 
 def packing_picture(rows: Rows, count: int, title: str, path: epath.Path) -> None:
-  """Draws the first rows of the first epoch as bars of clips, each with its text tokens in front.
+  """Draws the first rows of the first epoch as bars of clips, each after its text tokens.
 
-  A colour stands for a height and width; the more frames a clip has, the darker it is.
+  Each height and width has a colour. The more frames a clip has, the darker it is.
   """
   index = rows.dataset.index
   count = min(count, rows.per_epoch)
@@ -71,15 +70,15 @@ def packing_picture(rows: Rows, count: int, title: str, path: epath.Path) -> Non
 
 
 def clip_sheet(tiles: Sequence[Tile], title: str, path: epath.Path) -> None:
-  """Lays out pictures of clips on a page, each with its label below."""
+  """Draws pictures of clips on one page, each above its label."""
   lines = -(-len(tiles) // COLUMNS)
   height = CELL + LABEL_LINES * LINE + GAP
   sheet = Image.new("RGB", (COLUMNS * (CELL + GAP) + GAP, lines * height + LINE + GAP), "white")
   draw = ImageDraw.Draw(sheet)
   draw.text((GAP, GAP // 2), title, fill="black", font=FONT)
-  for place, tile in enumerate(tiles):
-    left = GAP + place % COLUMNS * (CELL + GAP)
-    top = LINE + GAP + place // COLUMNS * height
+  for number, tile in enumerate(tiles):
+    left = GAP + number % COLUMNS * (CELL + GAP)
+    top = LINE + GAP + number // COLUMNS * height
     image = _fit(tile.image)
     sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
     for line, text in enumerate(tile.label[:LABEL_LINES]):
@@ -88,55 +87,55 @@ def clip_sheet(tiles: Sequence[Tile], title: str, path: epath.Path) -> None:
 
 
 def false_colours(latents: Sequence[Float[np.ndarray, "_ _ c"]]) -> list[Image8]:
-  """Pictures of latents without a decoder: their three main axes over all of them, as RGB.
+  """Shows latents without a decoder: their three principal components over all clips, as RGB.
 
-  They show outlines. Their colours are not those of the clips.
+  The pictures show outlines. Their colours are not those of the clips.
   """
   pixels = [image.reshape(-1, image.shape[-1]).astype(np.float32) for image in latents]
   everything = np.concatenate(pixels)
   centre = everything.mean(axis=0)
   _, vectors = np.linalg.eigh(np.cov(everything - centre, rowvar=False))
   axes = vectors[:, ::-1][:, :3]  # The largest first.
-  projected = [(part - centre) @ axes for part in pixels]
+  projected = [(image - centre) @ axes for image in pixels]
   low, high = np.percentile(np.concatenate(projected), [1, 99], axis=0)
   spread = np.maximum(high - low, 1e-6)  # All clips may be alike.
   return [
-    np.uint8(255 * np.clip((part - low) / spread, 0, 1)).reshape(*image.shape[:2], 3)
-    for part, image in zip(projected, latents, strict=True)
+    np.uint8(255 * np.clip((colours - low) / spread, 0, 1)).reshape(*image.shape[:2], 3)
+    for colours, image in zip(projected, latents, strict=True)
   ]
 
 
 def _colour(number: int, count: int, shade: float) -> Colour:
-  """The number-th of count hues; shade in [0, 1], from light to dark."""
+  """Returns the number-th of `count` hues; shade is in [0, 1], from light to dark."""
   red, green, blue = colorsys.hls_to_rgb(number / count, 0.78 - 0.4 * shade, 0.65)
   return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _legend_places(legend: Sequence[tuple[str, Colour]]) -> list[tuple[int, int]]:
-  """(x, line) of each entry."""
-  places, x, line = [], GAP, 0
+def _legend_positions(legend: Sequence[tuple[str, Colour]]) -> list[tuple[int, int]]:
+  """Returns (x in pixels, line) of each entry."""
+  positions, x, line = [], GAP, 0
   for text, _ in legend:
     width = LINE + round(FONT.getlength(text)) + 2 * GAP
     if x + width > BAR_WIDTH:
       x, line = GAP, line + 1
-    places.append((x, line))
+    positions.append((x, line))
     x += width
-  return places
+  return positions
 
 
 def _legend_lines(legend: Sequence[tuple[str, Colour]]) -> int:
-  return _legend_places(legend)[-1][1] + 1
+  return _legend_positions(legend)[-1][1] + 1
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, legend: Sequence[tuple[str, Colour]], top: int) -> None:
-  for (text, colour), (x, line) in zip(legend, _legend_places(legend), strict=True):
+  for (text, colour), (x, line) in zip(legend, _legend_positions(legend), strict=True):
     y = top + line * LINE
     draw.rectangle((x, y + 3, x + 11, y + 14), fill=colour)
     draw.text((x + LINE, y), text, fill="black", font=FONT)
 
 
 def _fit(pixels: Image8) -> Image.Image:
-  """At most CELL wide and high. What is small is enlarged, its pixels left to be seen."""
+  """Scales a picture to at most CELL wide and high. A small one is enlarged without smoothing."""
   height, width = pixels.shape[:2]
   scale = CELL / max(height, width)
   resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
@@ -145,7 +144,7 @@ def _fit(pixels: Image8) -> Image.Image:
 
 
 def _cut(text: str) -> str:
-  """As much of a line as fits a cell."""
+  """Returns as much of a line as fits a cell."""
   if FONT.getlength(text) <= CELL:
     return text
   while text and FONT.getlength(text + "…") > CELL:

@@ -1,20 +1,23 @@
-"""Encoded datasets: `Example`s in ArrayRecord shards that TFDS opens, and an index of metadata.
+"""Reads encoded datasets: `Example`s in ArrayRecord shards that TFDS opens, and an index.
 
-A folder holds `clips-train.array_record-J-of-N` (the shards), `shards.json` (what they are made
-from), `shards/J.json` (what shard J holds and refused), and once all shards are there
-`index.npz` (the clips' metadata in columns), TFDS's own two JSON files and `sha256sums.txt` (the
-digests of all shards and of the index, as sha256sum writes and checks them). A shard is written
-under another name and then renamed, so that a killed run leaves whole shards only. Nothing here
-imports TensorFlow.
+A folder holds:
 
-A record holds a clip with all its captions: `captions` is a list of k texts, and `text` holds
-their states as one array [k l t], so that k = 1 costs nothing. `score` is NaN where there is none,
-and `image` holds no draw.
+- `clips-train.array_record-J-of-N`: the shards;
+- `shards.json`: what they are made from;
+- `shards/J.json`: what shard J holds, and what it refused;
+- once all shards are there, `index.npz` (the clips' metadata in columns), the two JSON files of
+  TFDS, and `sha256sums.txt` (the digests of the shards and the index, in sha256sum's format).
 
-Latents are stored as float16: they are a few units wide (and log-variances lie in [-30, 20]), so
-its 11 bits of precision are worth more than bfloat16's range. Text states are stored as
-bfloat16, since those of T5-XXL can pass float16's 65504, and bfloat16 is what T5 and the
-transformer compute in; TFDS sees its bits as uint16.
+A shard is written under another name and then renamed, so that a killed run leaves only whole
+shards. Nothing here imports TensorFlow.
+
+A record holds a clip with all its captions: `captions` is a list of k texts, and `text` holds their
+states as one array [k l t]. A missing `score` is NaN; a missing `image` is an empty list.
+
+Latents are stored as float16. They are a few units wide, and log-variances lie in [-30, 20], so
+float16's 11 bits of precision are worth more than bfloat16's range. Text states are stored as
+bfloat16, because those of T5-XXL can exceed float16's 65504, and T5 and the transformer compute in
+bfloat16. TFDS sees their bits as uint16.
 """
 
 import os
@@ -32,9 +35,9 @@ from cogvideox_jax.data.files import sha256
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Caption, Example
 
-FORMAT = 2  # Of the records and the index; 1 held one caption a clip, and no score.
+FORMAT = 2  # The version of records and index. Version 1 had one caption a clip, and no score.
 INDEX, DIGESTS = "index.npz", "sha256sums.txt"
-DATASET, SPLIT = "clips", "train"  # As TFDS calls them. Validation clips are chosen by the loader.
+DATASET, SPLIT = "clips", "train"  # Their names for TFDS. The loader chooses validation clips.
 
 FEATURES: Any = tfds.features.FeaturesDict(
   {
@@ -44,11 +47,11 @@ FEATURES: Any = tfds.features.FeaturesDict(
       shape=(None,) * 3,
       dtype=np.uint16,
       encoding="bytes",
-      doc="Of each caption, tokens, width; the bits of bfloat16 numbers.",
+      doc="[captions, tokens, width]: the bits of bfloat16 numbers.",
     ),
     "image": tfds.features.Sequence(
       tfds.features.Tensor(shape=(None,) * 4, dtype=np.float16, encoding="bytes"),
-      doc="Of each noised copy of the first frame, mean and log-variance.",
+      doc="Mean and log-variance of each noised copy of the first frame.",
     ),
     "captions": tfds.features.Sequence(tfds.features.Text()),
     "score": tfds.features.Scalar(dtype=np.float32, doc="NaN: none."),
@@ -68,20 +71,20 @@ _AS_THEY_ARE = ("source", "num_frames", "height", "width", "fps")  # Fields stor
 class Index(NamedTuple):
   """The metadata of a dataset's clips in columns, in the order of the records."""
 
-  num_frames: Int[np.ndarray, " clips"]  # In pixels, as are height and width.
+  num_frames: Int[np.ndarray, " clips"]  # In pixels, like height and width.
   height: Int[np.ndarray, " clips"]
   width: Int[np.ndarray, " clips"]
   fps: Float[np.ndarray, " clips"]
   latent_shape: Int[np.ndarray, "clips 4"]  # (f, h, w, c).
   text_shape: Int[np.ndarray, "clips 2"]  # (l, t).
-  source_hash: UInt64[np.ndarray, " clips"]  # Uniform; the same for all clips of a file.
-  captions: Int[np.ndarray, " clips"]  # How many the clip has, at least 1.
-  score: Float[np.ndarray, " clips"]  # NaN where there is none.
-  images: Int[np.ndarray, " clips"]  # Noised copies of the first frame; 0 where there is none.
+  source_hash: UInt64[np.ndarray, " clips"]  # See `clips.source_hash`.
+  captions: Int[np.ndarray, " clips"]  # The number of captions, at least 1.
+  score: Float[np.ndarray, " clips"]  # NaN if there is none.
+  images: Int[np.ndarray, " clips"]  # The number of noised copies of the first frame, maybe 0.
 
 
 def storage_fault(example: Example) -> str | None:
-  """Why the example cannot be stored, as a line for the quarantine; None if it can."""
+  """Returns why the example cannot be stored, as a line for the quarantine; None if it can."""
   captions, texts = _captions_of(example)
   for name, words in (("caption", "".join(captions)), ("source", example.source)):
     try:
@@ -100,7 +103,7 @@ def storage_fault(example: Example) -> str | None:
 
 
 def serialize(example: Example) -> bytes:
-  """An `Example` as the bytes of a tf.train.Example; ValueError if it cannot be stored."""
+  """Returns an `Example` as the bytes of a tf.train.Example; ValueError if it cannot be stored."""
   if fault := storage_fault(example):
     raise ValueError(f"{example.source!r} cannot be stored: {fault}")
   captions, texts = _captions_of(example)
@@ -114,12 +117,12 @@ def serialize(example: Example) -> bytes:
     **{name: getattr(example, name) for name in _AS_THEY_ARE},
   }
   message = _SERIALIZER.get_tf_example(FEATURES.encode_example(fields))
-  # TFDS itself leaves the order of the fields to the address space of the process.
+  # TFDS's own serialization orders the fields by addresses, which differ between processes.
   return message.SerializeToString(deterministic=True)
 
 
 def parse(record: bytes) -> Example:
-  """The inverse of `serialize`: latents in float16, text in bfloat16."""
+  """Reads what `serialize` wrote: latents in float16, text in bfloat16."""
   fields = FEATURES.deserialize_example_np(record)
   texts, score = fields["text"].view(ml_dtypes.bfloat16), float(fields["score"])
   captions = [caption.decode() for caption in fields["captions"]]
@@ -136,26 +139,26 @@ def parse(record: bytes) -> Example:
 
 
 def _captions_of(example: Example) -> tuple[list[str], Float[np.ndarray, "_ l t"]]:
-  """All captions of an example, and their states."""
+  """Returns all captions of an example, and their states."""
   captions = [Caption(example.caption, example.text), *example.others]
   return [one.caption for one in captions], np.stack([one.text for one in captions])
 
 
 def image_of(example: Example) -> Float[np.ndarray, "draws 2 h w c"]:
-  """The noised first frames as they are stored: none, where the model sees no image."""
+  """Returns the noised first frames as they are stored: no draw if there is no image."""
   return np.zeros((0, 2, 1, 1, 1), np.float32) if example.image is None else example.image
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
-  with np.errstate(over="ignore"):  # Becomes infinite, which `storage_fault` reports.
+  with np.errstate(over="ignore"):  # It becomes infinite, which `storage_fault` reports.
     return np.ascontiguousarray(array).astype(dtype)
 
 
 class Dataset:
-  """A finished encoded dataset: its index, and random access to its examples by any thread."""
+  """A finished encoded dataset: its index, and random access to its examples, from any thread."""
 
   def __init__(self, directory: epath.PathLike):
-    """Reads the index only. UserError if the dataset is absent, unfinished, empty or damaged."""
+    """Reads only the index. UserError if the dataset is absent, unfinished, empty or damaged."""
     self.directory = epath.Path(directory)
     arrays = self._read_index()
     if missing := set(Index._fields) - arrays.keys():
@@ -164,7 +167,7 @@ class Dataset:
         f"{', '.join(sorted(missing))}.\nEncode the clips again, into another folder."
       )
     self.index = Index(*(arrays[name] for name in Index._fields))
-    self.digest = str(arrays["digest"])  # Of all records: the same data, the same digest.
+    self.digest = str(arrays["digest"])  # It depends on all records, and on nothing else.
     self._names, self._name_ends = arrays["names"], arrays["name_ends"]
     if not len(self):
       raise UserError(f"{self.directory} is empty: every clip was refused, see quarantine.jsonl")
@@ -196,7 +199,7 @@ class Dataset:
       raise UserError(f"{path} is damaged.\nRun the same encode command again.") from error
 
   def _shards(self, lengths: np.ndarray, sizes: np.ndarray) -> list[str]:
-    """The shards that hold records, as ArrayRecord wants them: the number spares opening all."""
+    """Lists the shards that hold records. With their lengths ArrayRecord need not open them all."""
     shards = []
     for shard, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
       path = self.directory / shard_name(shard, len(lengths))
@@ -208,10 +211,10 @@ class Dataset:
 
 
 def damaged_files(directory: epath.PathLike) -> list[str]:
-  """Names the shards, and the index, that are not as they were written; reads all of them.
+  """Names the shards, and the index, that are not as they were written. Reads all of them.
 
-  `sha256sum --check sha256sums.txt` in the folder does the same. UserError if nothing says what
-  they should be.
+  `sha256sum --check sha256sums.txt` in the folder does the same. UserError if there is no such
+  file.
   """
   directory = epath.Path(directory)
   try:
@@ -229,7 +232,10 @@ def damaged_files(directory: epath.PathLike) -> list[str]:
 
 
 def stage_folder(path: epath.PathLike, stage: str) -> epath.Path:
-  """Where a stage's dataset is, given its folder or, as `encode` writes it, the one above."""
+  """Returns the folder of a stage's dataset, given this folder or the one that holds it.
+
+  `encode` writes the datasets of all stages into one folder.
+  """
   folder = epath.Path(path)
   return folder if (folder / "index.npz").exists() else folder / stage
 

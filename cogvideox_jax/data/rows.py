@@ -1,7 +1,7 @@
-"""The rows of one dataset, without end: what each holds, and the packed row itself.
+"""The endless rows of one dataset: which clips each holds, and the packed row itself.
 
-Rows are numbered from 0 over all epochs, and a row belongs to one epoch. Each is a function of
-(seed, dataset, number), planned from the index alone.
+Rows are numbered from 0 over all epochs, and a row belongs to one epoch. A row is a function of
+(seed, dataset, number) and is planned from the index, without reading records.
 """
 
 import functools
@@ -17,23 +17,24 @@ from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Batch, Example
 
-DroppedCaption: TypeAlias = Literal["zeros"] | Float[np.ndarray, "l t"]  # Or these text states.
+# The text states of a clip that loses its caption: zeros, or the given ones.
+DroppedCaption: TypeAlias = Literal["zeros"] | Float[np.ndarray, "l t"]
 
 
 class Row(NamedTuple):
-  """What a row is made of."""
+  """The clips of a row."""
 
   epoch: int
   clips: Int[np.ndarray, " clips"]  # Their numbers in the dataset, in the order of segments.
 
 
 class Plan(NamedTuple):
-  """What an epoch shows."""
+  """Everything that is drawn for one epoch."""
 
   number: int
   rows: packing.Epoch
   dropped: Bool[np.ndarray, " clips"]  # Which clips of the dataset lose their caption,
-  captions: Int[np.ndarray, " clips"]  # and which of its captions each of the others has.
+  captions: Int[np.ndarray, " clips"]  # and which of its captions each other clip has.
 
 
 class Rows:
@@ -44,24 +45,24 @@ class Rows:
     dataset: Dataset,
     *,
     row_tokens: int,
-    max_clips: int,  # The most a row holds.
+    max_clips: int,  # The most clips of a row.
     patch: tuple[int, int, int],  # Latent frames, height, width.
-    with_images: bool = False,  # For models that see one; the clips must have it.
+    with_images: bool = False,  # Give each clip an image, which it must have.
     seed: int,
     drop: DroppedCaption,
     drop_rate: float,
-    validation_fraction: float,  # Of the clips, in [0, 1]; chosen by a hash of their sources.
-    best: float = 1.0,  # Fraction of the split's clips that is kept, those of the highest scores.
-    split: str = "train",  # Or validation: the same order in every epoch and run, nothing dropped.
+    validation_fraction: float,  # The held-out fraction of the clips; a hash of sources chooses.
+    best: float = 1.0,  # The fraction of the split's clips to keep: those with the highest scores.
+    split: str = "train",  # "validation" has one order in all epochs and runs, and drops nothing.
   ):
-    """UserError if the dataset does not fit these numbers."""
+    """Raises UserError if the dataset does not fit these numbers."""
     self.dataset, self.row_tokens, self.max_clips = dataset, row_tokens, max_clips
     self._patch, self._drop = patch, None if isinstance(drop, str) else drop
     self._with_images = with_images
     self._shuffled = split == "train"
     self._seed, self._drop_rate = (seed, drop_rate) if self._shuffled else (0, 0.0)
     self.lengths = self._clip_lengths()  # Tokens of every clip of the dataset.
-    # Their numbers: of the split's clips that fit a row, and of those that do not.
+    # The numbers of the split's clips that fit a row, and of those that do not.
     self.clips, self.unpackable = self._select(split, validation_fraction, best)
     lengths = self.lengths[self.clips]
     folder = dataset.directory / "plans"
@@ -71,17 +72,18 @@ class Rows:
 
   @property
   def per_epoch(self) -> int:
+    """The number of rows in an epoch."""
     return self._layout.num_rows
 
   def __getitem__(self, index: int) -> Row:
-    """The clips of row `index`, from the plan alone."""
-    number, place = divmod(index, self.per_epoch)
+    """Returns the clips of row `index`. Reads no record."""
+    number, row = divmod(index, self.per_epoch)
     epoch = self._epoch_plan(number).rows
-    clips = epoch.clips[epoch.starts[place] : epoch.starts[place + 1]]
+    clips = epoch.clips[epoch.starts[row] : epoch.starts[row + 1]]
     return Row(number, self.clips[clips])
 
   def read(self, index: int) -> Batch:
-    """Row `index` as a batch of one row."""
+    """Reads row `index`, as a batch of one row."""
     number, clips = self[index]
     plan = self._epoch_plan(number)
     return packing.pack(
@@ -114,7 +116,7 @@ class Rows:
   def _select(
     self, split: str, validation_fraction: float, best: float
   ) -> tuple[Int[np.ndarray, " clips"], Int[np.ndarray, " too_long"]]:
-    """The split's clips that fit a row, and those that do not."""
+    """Returns the split's clips that fit a row, and those that do not."""
     held_out = self.dataset.index.source_hash < validation_fraction * 2.0**64
     chosen = self._best(held_out if split == "validation" else ~held_out, best)
     fits = self.lengths <= self.row_tokens
@@ -144,10 +146,10 @@ class Rows:
   def _best(
     self, chosen: Bool[np.ndarray, " clips"], fraction: float
   ) -> Bool[np.ndarray, " clips"]:
-    """The fraction of the chosen clips with the highest scores, rounded, and one at least.
+    """Keeps the fraction of the chosen clips with the highest scores, rounded, at least one clip.
 
-    Of a split, so that each has its fraction, however few clips are held out. Clips of one score
-    come in the order of their names' hashes.
+    It chooses inside a split, so that each split keeps its fraction even if few clips are held out.
+    Clips of the same score are ordered by the hashes of their names.
     """
     if fraction == 1:
       return chosen
@@ -167,7 +169,7 @@ class Rows:
     return kept
 
   def _epoch_plan(self, number: int) -> Plan:
-    with self._lock:  # So that threads which meet a new epoch do not each plan it.
+    with self._lock:  # Otherwise all threads that reach a new epoch would plan it.
       return self._plan(number if self._shuffled else 0)
 
   def _plan_epoch(self, number: int) -> Plan:
@@ -179,7 +181,7 @@ class Rows:
     )
 
   def _example(self, clip: int, plan: Plan) -> Example:
-    """A clip as an epoch shows it: with one of its captions or none, one of its images or none."""
+    """Reads a clip as an epoch shows it: with one caption or none, and one image or none."""
     example = self.dataset[clip].with_caption(int(plan.captions[clip]))
     text, image = example.text, None
     if plan.dropped[clip]:

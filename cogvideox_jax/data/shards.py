@@ -1,6 +1,6 @@
-"""Encoded datasets in the making: shards that are written whole or not at all, then the index.
+"""Writes encoded datasets: each shard as a whole or not at all, and then the index.
 
-records.py says what lies in the folder.
+records.py describes the folder.
 """
 
 import hashlib
@@ -31,23 +31,29 @@ from cogvideox_jax.types import Example
 
 
 class Counts(NamedTuple):
+  """How many clips were encoded, and how many lines or files were refused."""
+
   clips: int
   refused: int
 
 
-def identity(parts: Any) -> str:
-  """Names what JSON can say (files, settings): equal parts, equal name, in any process."""
-  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def identity(value: Any) -> str:
+  """Returns a digest of a JSON value (files, settings). Equal values have equal digests."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class ShardWriter:
-  """An encoded dataset in the making: a fixed number of shards, each written once, as a whole."""
+  """An encoded dataset that is being written: a fixed number of shards, each written once."""
 
   def __init__(self, directory: epath.PathLike, num_shards: int, made_from: str):
     """Opens or begins a dataset.
 
-    num_shards: at least 1; shard j holds the j-th run of the items, whoever writes it.
-    made_from: `identity` of the items and settings. UserError if the folder holds another's.
+    Args:
+      num_shards: at least 1.
+      made_from: `identity` of the items and settings.
+
+    Raises:
+      UserError: the folder holds a dataset that was made from something else.
     """
     if num_shards < 1:
       raise UserError(f"there is nothing to encode into {directory}: no clips were found")
@@ -67,7 +73,7 @@ class ShardWriter:
       )
 
   def pending(self, among: Iterable[int] | None = None) -> list[int]:
-    """The shards, of all or of some, that are still to be written, in order."""
+    """Lists the shards that are still to be written, of all or of some, in order."""
     shards = range(self.num_shards) if among is None else among
     return [shard for shard in shards if not self._is_whole(shard)]
 
@@ -77,10 +83,11 @@ class ShardWriter:
     examples: Iterable[Example],
     refusals: Iterable[dict[str, Any]] = (),
   ) -> None:
-    """Writes one shard, or nothing.
+    """Writes one shard as a whole, or nothing.
 
-    refusals: objects of quarantine.jsonl for the items that became no example. Read after the
-    last example was taken, so that a generator of examples may add to it as it goes.
+    Args:
+      refusals: objects of quarantine.jsonl, for the items that gave no example. They are read after
+        the last example, so a generator of examples may add to them.
     """
     opened = self.open_shard(shard)
     for example in examples:
@@ -88,23 +95,24 @@ class ShardWriter:
     opened.close(refusals)
 
   def open_shard(self, shard: int) -> "OpenShard":
+    """Begins to write a shard."""
     return OpenShard(self._path(shard), self._note_path(shard))
 
   def refusals(self) -> list[dict[str, Any]]:
-    """Of all shards written so far, in order."""
+    """Returns what was refused in all shards that are written, in order."""
     return [refusal for note in self._notes() for refusal in note["refusals"]]
 
   def counts(self) -> Counts:
-    """Of all shards written so far."""
+    """Counts over all shards that are written."""
     notes = list(self._notes())
     return Counts(
       sum(len(note["clips"]) for note in notes), sum(len(note["refusals"]) for note in notes)
     )
 
   def finalize(self) -> Counts:
-    """Writes the index, TFDS's metadata and the digests; all shards must be there.
+    """Writes the index, TFDS's metadata and the digests. It may be called again.
 
-    May be called again.
+    Raises ValueError if a shard is missing.
     """
     if missing := self.pending():
       raise ValueError(f"{self.directory} lacks {len(missing)} of {self.num_shards} shards")
@@ -149,35 +157,41 @@ class ShardWriter:
       data_dir=os.fspath(self.directory),
       features=FEATURES,
       split_infos=[split],
-      check_data=False,  # Checking imports TensorFlow.
+      check_data=False,  # A check would import TensorFlow.
       description="Video clips after CogVideoX's VAE and text encoder.",
     )
 
 
 class OpenShard:
-  """A shard that is being written. Until it is closed there is none."""
+  """A shard that is being written. It exists only once it is closed."""
 
   def __init__(self, path: epath.Path, note_path: epath.Path):
     self._path, self._note_path = path, note_path
     self._partial = path.with_name(f"{path.name}.partial")
     self._clips: list[dict[str, Any]] = []
     with disk_errors(self._partial):
-      # One record a group, for random access. Latents are noise to a compressor.
+      # One record a group, for random access. Uncompressed, because latents do not compress.
       self._writer = ArrayRecordWriter(os.fspath(self._partial), "group_size:1,uncompressed")
 
   def write(self, example: Example) -> None:
+    """Adds an example; ValueError if it cannot be stored."""
     record = serialize(example)
     with disk_errors(self._partial):
       self._writer.write(record)
     self._clips.append(_metadata(example))
 
   def close(self, refusals: Iterable[dict[str, Any]]) -> None:
-    """Finishes the shard. refusals: objects of quarantine.jsonl for items without an example."""
+    """Finishes the shard.
+
+    Args:
+      refusals: objects of quarantine.jsonl, for items that gave no example.
+    """
     with disk_errors(self._partial):
       self._writer.close()
       note = {"clips": self._clips, "refusals": list(refusals), **settle(self._partial)}
       write_atomically(self._note_path, json.dumps(note).encode())
-      self._partial.replace(self._path)  # Last: a shard counts as written once it has its name.
+      # Last, because a shard counts as written once it has its name.
+      self._partial.replace(self._path)
 
 
 def _metadata(example: Example) -> dict[str, Any]:
@@ -198,7 +212,7 @@ def _metadata(example: Example) -> dict[str, Any]:
 def _columns(
   notes: list[dict[str, Any]], lengths: list[int], clips: list[dict[str, Any]]
 ) -> dict[str, Any]:
-  """The arrays of index.npz."""
+  """Returns the arrays of index.npz."""
   names = [clip["source"].encode() for clip in clips]
   scores = [np.nan if clip["score"] is None else clip["score"] for clip in clips]
 

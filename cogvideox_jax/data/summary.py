@@ -1,4 +1,4 @@
-"""What an encoded dataset holds, and how it packs, in numbers and as text."""
+"""Summarizes what an encoded dataset holds and how it packs, in numbers and as text."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,29 +13,30 @@ BAR = 30  # Characters of the longest bar of a histogram.
 
 
 class Contents(NamedTuple):
-  """Of a dataset, from its index alone."""
+  """What a dataset holds; its index says it all."""
 
   clips: int
   images: int  # Clips of one frame.
-  hours: float  # Of the others.
+  hours: float  # The length of all other clips.
   resolutions: dict[str, int]  # HEIGHTxWIDTH in pixels -> clips, by area.
   durations: dict[str, int]  # Frames -> clips.
 
 
 class Packed(NamedTuple):
-  """Of the training split, in rows. Tokens are text and vision together."""
+  """How the training split packs into rows. Tokens are text and vision together."""
 
   row_tokens: int
   max_clips: int
   clips: int
   unpackable: int  # Clips longer than a row.
-  tokens: int  # Of the clips.
-  rows: int  # Of an epoch.
+  tokens: int  # Tokens of all clips.
+  rows: int  # Rows of an epoch.
   clips_per_row: float
   padding_fraction: float
 
 
 def contents(dataset: Dataset) -> Contents:
+  """Summarizes a dataset. Reads no record."""
   index = dataset.index
   images = index.num_frames == 1
   sizes, counts = np.unique(
@@ -55,6 +56,7 @@ def contents(dataset: Dataset) -> Contents:
 
 
 def packed(rows: Rows) -> Packed:
+  """Summarizes an epoch of rows."""
   clips = len(rows.clips)
   tokens = int(rows.lengths[rows.clips].sum())
   return Packed(
@@ -70,7 +72,7 @@ def packed(rows: Rows) -> Packed:
 
 
 def as_text(name: str, found: Contents, rows: Packed | None) -> str:
-  """A table to read; `rows` is None where no config says how long they are."""
+  """Returns a table to read. `rows` is None if no config says how long rows are."""
   lines = [
     f"{name}: {found.clips:,} clips, {found.images:,} of them images; {found.hours:,.2f} hours",
     *_histogram("height x width", found.resolutions),
@@ -88,6 +90,7 @@ def as_text(name: str, found: Contents, rows: Packed | None) -> str:
 
 
 def as_numbers(found: Contents, rows: Packed | None) -> dict[str, Any]:
+  """Returns the same as JSON values."""
   return {**found._asdict(), "packing": rows._asdict() if rows else None}
 
 

@@ -1,4 +1,4 @@
-"""Prompts to T5's token ids, with sentencepiece: the same ids as transformers' `T5Tokenizer`."""
+"""Turns prompts into T5's token ids: the same ids as transformers' `T5Tokenizer`."""
 
 import re
 import warnings
@@ -12,15 +12,16 @@ from jaxtyping import Int
 from cogvideox_jax.errors import UserError
 
 PAD, END = 0, 1  # `<pad>` and `</s>`.
-SENTINELS = 100  # `<extra_id_N>`, which T5 numbers backwards after the vocabulary's pieces.
-# What T5Tokenizer reads as one token wherever it stands; sentinels swallow the spaces around them.
+SENTINELS = 100  # The tokens `<extra_id_N>`: T5 numbers them backwards, after the vocabulary.
+# Strings that T5Tokenizer always reads as one token. A sentinel includes the spaces around it.
 SPECIAL = re.compile(r"(<pad>|</s>|<unk>|\s*<extra_id_(?:\d|[1-9]\d)>\s*)")
 
 
 class Tokenizer:
-  """The sentencepiece model of a `spiece.model` file, or of the folder that holds one."""
+  """T5's tokenizer: a sentencepiece model."""
 
   def __init__(self, path: epath.PathLike):
+    """Opens a `spiece.model` file, or the one in a folder. UserError if there is no sound one."""
     path = epath.Path(path)
     file = path / "spiece.model" if path.is_dir() else path
     if not file.exists():
@@ -35,9 +36,9 @@ class Tokenizer:
       raise UserError(f"{file} is not a sentencepiece model, or is damaged: {error}") from error
 
   def encode(self, prompts: Sequence[str], length: int) -> Int[np.ndarray, "b l"]:
-    """Ids of each prompt, ended by `</s>` and padded to `length` tokens.
+    """Returns the ids of each prompt, with `</s>` at the end and padding up to `length` tokens.
 
-    A longer prompt is cut, keeping `</s>`, with a warning that shows what was lost.
+    A longer prompt is cut before its `</s>`, with a warning that shows what was lost.
     """
     ids = np.full((len(prompts), length), PAD, np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -49,11 +50,11 @@ class Tokenizer:
     return ids
 
   def _tokens(self, prompt: str) -> Iterator[int]:
-    for part in SPECIAL.split(prompt):
-      if SPECIAL.fullmatch(part):
-        yield self._special(part.strip())
+    for text in SPECIAL.split(prompt):
+      if SPECIAL.fullmatch(text):
+        yield self._special(text.strip())
       else:
-        yield from self._pieces.encode(part)
+        yield from self._pieces.encode(text)
 
   def _special(self, token: str) -> int:
     if token.startswith("<extra_id_"):

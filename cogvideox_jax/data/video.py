@@ -28,25 +28,29 @@ from cogvideox_jax.data.media import (
 )
 
 _SLACK = 1e-3  # Seconds: Matroska rounds its timestamps to milliseconds.
-_TAIL = 0.1  # Seconds by which a file's packets may promise more than its frames hold.
-_UNTAGGED = 2  # FFmpeg's colour space of a file that names none.
+_TAIL = 0.1  # Seconds by which a file's packets may last longer than its frames.
+_UNTAGGED = 2  # FFmpeg's number for "the file names no colour space".
+# How colours are converted: the same bytes on every machine.
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
 class VideoInfo(NamedTuple):
-  """A video as it is shown: upright, with square pixels. An image has 1 frame, 0 fps, 0 seconds."""
+  """A video as players show it: upright, with square pixels.
+
+  An image has 1 frame, 0 fps and 0 seconds.
+  """
 
   num_frames: int
   height: int
   width: int
-  fps: float  # The mean; a file's own may vary.
+  fps: float  # The mean over the file, whose own rate may vary.
   seconds: float
 
   def frames_at(self, fps: float) -> int:
-    """How many frames `read` can give at a frame rate.
+    """Returns how many frames `read` can give at a frame rate.
 
-    Frame i shows the instant i/fps, so the last may fall at most half a frame behind the file's
-    last frame: a clip of 6 s at 24 fps gives the 49 frames at 8 fps that a model of 8n+1 wants.
+    Frame i shows the instant i/fps. The last may be up to half a frame later than the file's last
+    frame, so that 6 seconds at 24 fps give the 49 frames at 8 fps (8n+1) that the models take.
     """
     if self.num_frames == 1:
       return 1
@@ -56,16 +60,16 @@ class VideoInfo(NamedTuple):
 
 
 class Window(NamedTuple):
-  """A run of frames to read, counted at the frame rate that is asked for, and their size."""
+  """Consecutive frames to read, counted at the wanted frame rate, and the size to bring them to."""
 
-  start: int  # The first one.
+  start: int  # The first frame.
   num_frames: int
   height: int
   width: int
 
 
 def probe(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
-  """Measures a file: reads its packets, since headers lie, and decodes its first frame.
+  """Measures a file. Reads all packets, because headers may lie, and decodes the first frame.
 
   Raises VideoError if the file cannot be used.
   """
@@ -85,7 +89,7 @@ def read(
   width: int,
   limits: Limits = DEFAULT_LIMITS,
 ) -> UInt8[np.ndarray, "F H W 3"]:
-  """Returns the first num_frames frames at fps, as RGB, brought to a size: one `Window`."""
+  """Returns the first num_frames frames at fps as RGB, brought to a size as `read_windows` does."""
   frames = np.empty((num_frames, height, width, 3), np.uint8)
   window = Window(0, num_frames, height, width)
   for index, (_, frame) in enumerate(read_windows(path, [window], fps=fps, limits=limits)):
@@ -100,12 +104,17 @@ def read_windows(
   fps: float,
   limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"]]]:
-  """Yields the frames of any number of windows, in the order of time, from one decoding.
+  """Yields the frames of all windows in the order of time, and decodes the file only once.
 
-  Frame i at fps is the one that the file shows at i/fps seconds. It is scaled to cover a window's
-  size, with a filter against aliasing, and cropped at its centre, never stretched; a frame of this
-  size already is untouched. Each comes with its window's place in the list.
-  Raises VideoError if the file cannot be used, or once it turns out to be too short.
+  Frame i at fps is the one that the file shows at i/fps seconds. It is scaled to cover the window's
+  size, with a filter against aliasing, and cropped at the centre; it is never stretched. A frame
+  that already has the size is not changed.
+
+  Yields:
+    (index of the window, frame).
+
+  Raises:
+    VideoError: the file cannot be used, or turns out to be too short.
   """
   end = max(window.start + window.num_frames for window in windows)
   count = 0
@@ -123,7 +132,7 @@ def read_windows(
 
 
 def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> VideoInfo:
-  """The stream's size, from its first frame, and its length, from its packets."""
+  """Measures the size by the first frame, and the length by the packets."""
   first, packets, shown, start, end = None, 0, 0, math.inf, -math.inf
   for packet in container.demux(stream):
     if first is None:
@@ -156,7 +165,7 @@ def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> 
 def _frames(
   path: str | os.PathLike[str], fps: float, num_frames: int, limits: Limits
 ) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
-  """The first frames of a file at fps, upright, each with its (width, height) as shown."""
+  """Yields the first frames of a file at fps, upright, each with its (width, height) as shown."""
   if is_image(path):
     image = load_image(path, limits)
     yield image, image.size
@@ -169,9 +178,9 @@ def _frames(
 def _resample(
   container: InputContainer, stream: VideoStream, fps: float, num_frames: int, limits: Limits
 ) -> Iterator[av.VideoFrame]:
-  """Yields the frame shown at i/fps seconds for each i, up to num_frames or the end.
+  """Yields the frame that is shown at i/fps seconds for each i, up to num_frames or the end.
 
-  Holds one frame at a time. Goes by timestamps, so the file's own rate may vary.
+  It holds one frame at a time. It uses the timestamps, because the file's own rate may vary.
   """
   budget = min(limits.max_frames, int((num_frames / fps + 1) * limits.max_fps))
   held, start, time, given = None, 0.0, 0.0, 0
@@ -198,19 +207,19 @@ def _resample(
 
 
 def _upright(frame: av.VideoFrame, stream: VideoStream) -> tuple[Image.Image, tuple[int, int]]:
-  """The frame in RGB, turned as its display matrix says, and its (width, height) as shown.
+  """Returns the frame as RGB, rotated as its display matrix says, and its (width, height) as shown.
 
-  The two sizes differ where pixels are not square.
+  If pixels are not square, the size as shown is not that of the array.
   """
   untagged_hd = frame.colorspace == _UNTAGGED and frame.height > 576
   rgb = frame.to_ndarray(
     format="rgb24",
-    src_colorspace=Colorspace.ITU709 if untagged_hd else None,  # As players take it.
+    src_colorspace=Colorspace.ITU709 if untagged_hd else None,  # As players do.
     interpolation=EXACT | Interpolation.FULL_CHR_H_INT,
     threads=1,
   )
   if frame.interlaced_frame and frame.height > 1:
-    rgb = rgb[::2]  # One field: the other shows another instant.
+    rgb = rgb[::2]  # Keep one field, because the other shows another instant.
   width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
   quarters = round(frame.rotation / 90) % 4
   size = (frame.height, width) if quarters % 2 else (width, frame.height)
@@ -220,10 +229,12 @@ def _upright(frame: av.VideoFrame, stream: VideoStream) -> tuple[Image.Image, tu
 def _fit(
   image: Image.Image, shown: tuple[int, int], height: int, width: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-  """Scales an image to cover a size and crops at the centre, both at once.
+  """Scales an image to cover a size and crops it at the centre.
 
-  Only the crop is ever scaled, so a long thin image costs no more than another.
-  shown: (width, height) that the image has on a screen.
+  Only the crop is scaled, so a long thin image costs no more than any other.
+
+  Args:
+    shown: (width, height) of the image on a screen.
   """
   shown_width, shown_height = shown
   crop_width = min(shown_width, shown_height * width / height)

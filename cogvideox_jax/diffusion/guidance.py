@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv:2207.12598), with a constant or a changing scale."""
+"""Classifier-free guidance (arXiv:2207.12598) with a constant scale or one that changes."""
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -11,21 +11,21 @@ def classifier_free(
   v_positive: Float[Array, "*shape"],
   scale: float | Float[Array, ""],
 ) -> Float[Array, "*shape"]:
-  """Moves on from the negative prompt's v through the prompt's: 0 is the one, 1 the other."""
+  """Extrapolates from the negative prompt's v (scale 0) through the prompt's (scale 1)."""
   return v_negative + scale * (v_positive - v_negative)
 
 
 def constant_scales(
   scale: float, timesteps: Int[np.ndarray, "steps"]
 ) -> Float[np.ndarray, "steps"]:
-  """The same scale at every step."""
+  """Returns the same scale for every step."""
   return np.full(len(timesteps), scale, np.float64)
 
 
 def ramp_scales(
   scale: float, timesteps: Int[np.ndarray, "visited"]
 ) -> Float[np.ndarray, "visited"]:
-  """What `dynamic_scales` was meant to be: a ramp from 1 to nearly 1 + scale, late in the path."""
+  """Returns what `dynamic_scales` was meant to be: a late ramp from 1 to nearly 1 + scale."""
   done = np.arange(len(timesteps)) / len(timesteps)
   return 1 + scale * (1 - np.cos(np.pi * done**5)) / 2
 
@@ -33,13 +33,14 @@ def ramp_scales(
 def dynamic_scales(
   scale: float, timesteps: Int[np.ndarray, "visited"], steps: int
 ) -> Float[np.ndarray, "visited"]:
-  """The published samplers' scale of every timestep, between 1 and 1 + scale.
+  """Returns the published samplers' scale for every timestep, between 1 and 1 + scale.
 
-  steps: how many were asked for, from which a solver may differ by one.
+  It was meant as a ramp over the index of the step, but the released code uses the timestep instead
+  of the index, so it is a wave (SAT, diffusers `use_dynamic_cfg`). The published scores were made
+  with it. Its angles reach millions of radians, so it needs float64.
 
-  Meant as a ramp over the index of the step, it was released with the timestep in its place, and
-  so is a wave; the published scores were made with it (SAT, diffusers `use_dynamic_cfg`). Its
-  angles reach millions of radians: float64 only.
+  Args:
+    steps: how many steps were asked for; a solver may visit one timestep more.
   """
   angles = np.pi * ((steps - timesteps.astype(np.float64)) / steps) ** 5
   return 1 + scale * (1 - np.cos(angles)) / 2
@@ -48,7 +49,11 @@ def dynamic_scales(
 def scales(
   dynamic: bool | str, scale: float, timesteps: Int[np.ndarray, "visited"], steps: int
 ) -> Float[np.ndarray, "visited"]:
-  """The scale of every step: constant, or True or "wave", or "ramp".
+  """Returns the scale of every step.
+
+  Args:
+    dynamic: False for a constant scale, True or "wave" for `dynamic_scales`, "ramp" for
+      `ramp_scales`.
 
   Raises:
     UserError: `dynamic` is none of these.

@@ -1,8 +1,8 @@
-"""What the network is shown of a batch, but for the timesteps: drawn anew at every step.
+"""Draws the latents, the noise and the images of a batch; every training step draws new ones.
 
-Latents of the clips and of their images come from the VAE's posteriors. An image's stand beside
-the noised latents in the first latent frame, zeros in all others, as in SAT's training of image
-to video and in diffusers' sampling.
+The latents of clips and of images are samples of the VAE's posteriors. The channels of an image
+stand beside those of the noised latents: its latents in the first latent frame, zeros in all
+others, as in SAT's image-to-video training and in diffusers' sampling.
 """
 
 from functools import partial
@@ -18,20 +18,20 @@ from cogvideox_jax.types import VISION, Batch
 
 
 class LatentConfig(NamedTuple):
-  """How stored posteriors become what the network sees."""
+  """How latents are made of the stored posteriors."""
 
   patch: tuple[int, int, int]  # Latent frames, height, width.
-  scaling_factor: float  # Of the VAE; brings latents to about unit variance.
-  image_scale: float  # Of an image's latents, in its place; see VAEConfig.image_scale.
-  image_drop_rate: float  # The share of clips whose image is replaced by zeros.
+  scaling_factor: float  # The VAE's factor, which gives latents about unit variance.
+  image_scale: float  # The factor for an image's latents; see VAEConfig.image_scale.
+  image_drop_rate: float  # The fraction of clips whose image is replaced by zeros.
 
 
 class Latents(NamedTuple):
-  """One draw for a batch."""
+  """What is drawn for a batch."""
 
   x0: Float[Array, "b n p"]  # Scaled.
   noise: Float[Array, "b n p"]  # Standard normal.
-  image: Float[Array, "b n p"] | None  # Scaled; None for a model that sees none.
+  image: Float[Array, "b n p"] | None  # Scaled; None for a model that sees no image.
 
 
 def draw_latents(
@@ -40,10 +40,11 @@ def draw_latents(
   config: LatentConfig,
   rows: Int[Array, "b"] | None = None,
 ) -> Latents:
-  """Draws from the posteriors, draws noise, and drops images, each clip's by itself.
+  """Draws from the posteriors, draws noise, and drops the images of some clips.
 
-  rows: their numbers in the global batch, which decide what is drawn for them, so that it does not
-  depend on how the batch is cut; by default the batch is the whole.
+  Args:
+    rows: the rows' numbers in the global batch; by default the batch is the global one. What is
+      drawn for a row depends on its number, so it does not depend on how the batch is split.
   """
   rows = jnp.arange(len(batch.mean)) if rows is None else rows
   posterior_keys, noise_keys, image_keys = (
@@ -66,12 +67,12 @@ def _normal(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b n 
 
 def _sample(mean: ArrayLike, logvar: ArrayLike, keys: Key[Array, "b"]) -> Float[Array, "b n p"]:
   mean, logvar = (jnp.asarray(x, jnp.float32) for x in (mean, logvar))
-  spread = jnp.exp(jnp.clip(logvar, -30, 20) / 2)  # Clipped as the published VAE does.
+  spread = jnp.exp(jnp.clip(logvar, -30, 20) / 2)  # The published VAE clips so, too.
   return mean + spread * _normal(keys, mean.shape)
 
 
 def _in_first_patch(batch: Batch) -> Bool[Array, "b n"]:
-  """Vision tokens of the first patch in time."""
+  """Returns which tokens are vision tokens of the first patch in time."""
   is_vision = (batch.experts == VISION) & (batch.segment_ids > 0)
   return jnp.asarray(is_vision & (batch.coordinates[..., 0] == 0))
 
@@ -82,10 +83,10 @@ def _repeat_first_frame(
   batch: Batch,
   patch: tuple[int, int, int],
 ) -> Float[Array, "b n p"]:
-  """Makes the extra latent frames in front what the first one is, which is drawn once.
+  """Copies the first latent frame of each clip, drawn once, into the extra frames in front of it.
 
-  As CogVideoX 1.5 was trained, where a latent that is drawn already is repeated. They all stand in
-  a clip's first patch, being fewer than it spans.
+  CogVideoX 1.5 was trained so: its code repeats a latent that is already drawn. The extra frames
+  are all in a clip's first patch, because they are fewer than a patch spans.
   """
   of_token = jnp.take_along_axis(extra, batch.segment_ids, axis=1)
   of_token = jnp.where(_in_first_patch(batch), of_token, 0)[..., None, None]
@@ -100,7 +101,10 @@ def _repeat_first_frame(
 def _draw_image(
   moments: Float[Array, "b n 2 q"], batch: Batch, keys: Key[Array, "b"], config: LatentConfig
 ) -> Float[Array, "b n p"]:
-  """Latents of each clip's image in its first latent frame; zeros elsewhere, and if dropped."""
+  """Draws the latents of each clip's image, in its first latent frame; zeros elsewhere.
+
+  They are zeros everywhere if the image is dropped.
+  """
   posterior_keys, drop_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
   latents = _sample(moments[:, :, 0], moments[:, :, 1], posterior_keys) * config.image_scale
   drop = partial(jax.random.bernoulli, p=config.image_drop_rate, shape=batch.grids.shape[1:2])

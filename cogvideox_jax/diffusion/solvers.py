@@ -1,8 +1,8 @@
-"""From noise to latents: DDIM, and DPM-Solver++ 2M in its stochastic form (arXiv:2211.01095).
+"""Solvers from noise to latents: DDIM, and stochastic DPM-Solver++ 2M (arXiv:2211.01095).
 
-Either solver is, at each step, a sum of four things: the latents, the clean latents that v
-implies now and implied a step ago, and fresh noise. So a solver is a table of their weights, made
-on the host in float64, and one `solver_step` runs any of them, inside `jax.lax.scan` too:
+A step of either solver is a weighted sum of four arrays: the latents, the clean latents that v
+implies now, those that it implied one step ago, and new noise. So a solver is a table of weights,
+made on the host in float64, and one `solver_step` runs any of them, also inside `jax.lax.scan`:
 
   def body(carry, step):
     x, x0 = carry
@@ -13,8 +13,8 @@ on the host in float64, and one `solver_step` runs any of them, inside `jax.lax.
   xs = (solver.weights, solver.timesteps, jax.random.split(key, len(solver.timesteps)))
   (x, _), _ = jax.lax.scan(body, (noise, jnp.zeros_like(noise)), xs)
 
-The arithmetic is that of diffusers' CogVideoX schedulers. "v" below is whatever the network
-returns: noise or clean latents where the schedule's config says so.
+The arithmetic is that of diffusers' CogVideoX schedulers. "v" below is what the network returns: it
+is noise, or clean latents, if the schedule's config says so.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from cogvideox_jax.errors import UserError
 
 
 class Weights(NamedTuple):
-  """What each step multiplies its terms with: one row a step, or one row alone."""
+  """The factors of a step's terms: an entry for each step, or those of one step."""
 
   x_to_x0: Float32[np.ndarray | Array, "*steps"]  # x0 = x * x_to_x0 - v * v_to_x0.
   v_to_x0: Float32[np.ndarray | Array, "*steps"]
@@ -38,21 +38,22 @@ class Weights(NamedTuple):
 
 
 class Solver(NamedTuple):
-  """Which timesteps to visit, in this order, and how to move from each to the next."""
+  """The timesteps to visit, in this order, and the weights of the step from each."""
 
   timesteps: Int32[np.ndarray, "steps"]
   weights: Weights
 
   @property
   def stochastic(self) -> bool:
-    """Whether any step adds noise; if not, zeros may be passed for it."""
+    """Whether any step adds noise; if none does, zeros may be passed as noise."""
     return bool(np.any(self.weights.noise))
 
 
 def ddim(schedule: NoiseSchedule, steps: int, start: int = 0) -> Solver:
   """DDIM (arXiv:2010.02502) without noise: diffusers `CogVideoXDDIMScheduler`.
 
-  start: how many of the first timesteps are left out, as of a video that is changed to another.
+  Args:
+    start: how many of the first timesteps to leave out, for video to video.
   """
   timesteps, alpha, alpha_next, _ = _path(schedule, steps, start)
   x = np.sqrt((1 - alpha_next) / (1 - alpha))
@@ -61,10 +62,10 @@ def ddim(schedule: NoiseSchedule, steps: int, start: int = 0) -> Solver:
 
 
 def dpm(schedule: NoiseSchedule, steps: int, start: int = 0) -> Solver:
-  """DPM-Solver++ 2M SDE: diffusers `CogVideoXDPMScheduler`. `start` is as of `ddim`.
+  """DPM-Solver++ 2M SDE: diffusers `CogVideoXDPMScheduler`. For `start` see `ddim`.
 
-  The published form steps in log signal-to-noise ratios, infinite at both ends of the path. Here
-  stands what their exponentials are: `decay` is e^-h, finite everywhere.
+  The published formulas use logarithms of signal-to-noise ratios, which are infinite at both ends
+  of the path. These use the exponentials, which are finite everywhere: `decay` is e^-h.
   """
   timesteps, alpha, alpha_next, is_last = _path(schedule, steps, start)
   decay = _decay(alpha, alpha_next)
@@ -72,8 +73,8 @@ def dpm(schedule: NoiseSchedule, steps: int, start: int = 0) -> Solver:
   x0 = (1 - decay**2) * np.sqrt(alpha_next)
   noise = np.sqrt((1 - alpha_next) * (1 - decay**2))
 
-  # Extrapolates x0 along its last change, except where a ratio is infinite: from pure noise the
-  # last change counts nothing, and the step that leaves the schedule is of first order.
+  # Extrapolate x0 along its last change, except where a ratio is infinite: after a step from pure
+  # noise its weight is 0, and the step that leaves the schedule is of first order.
   extrapolation = np.zeros_like(x)
   second = np.flatnonzero((alpha[:-1] > 0) & ~is_last[1:]) + 1
   behind = _decay(alpha[second - 1], alpha[second])
@@ -93,13 +94,13 @@ SOLVERS = {"ddim": ddim, "dpm": dpm}
 
 
 def solver_step(
-  weights: Weights,  # One row.
+  weights: Weights,  # Those of this step.
   x: Float[Array, "*shape"],
   v: Float[Array, "*shape"],  # The network's output at x, guided.
-  previous_x0: Float[Array, "*shape"],  # As the last step returned it; zeros at the first.
+  previous_x0: Float[Array, "*shape"],  # The x0 that the last step returned; zeros at the first.
   noise: Float[Array, "*shape"],  # Standard normal.
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-  """Returns x of the next timestep, and the clean latents x0 that this step saw."""
+  """Returns x at the next timestep, and the clean latents x0 that v implies at this one."""
   x0 = x * weights.x_to_x0 - v * weights.v_to_x0
   x = x * weights.x + x0 * weights.x0 + previous_x0 * weights.previous_x0 + noise * weights.noise
   return x, x0
@@ -108,13 +109,13 @@ def solver_step(
 def spaced_timesteps(
   steps: int, train_steps: int, spacing: str = "trailing", offset: int = 0
 ) -> Int32[np.ndarray, "visited"]:
-  """Evenly spaced timesteps, from noisy to clean, as numpy rounds them.
+  """Returns evenly spaced timesteps, from noisy to clean, rounded as numpy does.
 
-  Trailing ones include the last: 999, 979 ... 19. Leading ones include the first, before `offset`
-  is added: 980, 960 ... 0. `linspace` includes both.
+  "trailing" includes the last timestep: 999, 979 ... 19. "leading" includes the first, before
+  `offset` is added: 980, 960 ... 0. "linspace" includes both.
 
-  For 62 of the step counts up to 1000 (61, 103, 121, ...) rounding of trailing ones adds one
-  timestep, -1, which counts as the last. diffusers does the same.
+  For 62 of the step counts up to 1000 (61, 103, 121, ...), rounding adds one more trailing
+  timestep, -1, which indexes the last one. diffusers does the same.
 
   Raises:
     UserError: steps is not in 1..train_steps.
@@ -135,10 +136,10 @@ def spaced_timesteps(
 
 
 def _path(schedule: NoiseSchedule, steps: int, start: int):
-  """The timesteps, the alpha at each and where its step ends, and whether it leaves the schedule.
+  """Returns the timesteps, and for each: alpha, alpha where its step ends, whether that is outside.
 
   A step ends `train_steps // steps` below its timestep, which is not always the next timestep of
-  the path; below 0 there is no noise, or as much as at timestep 0.
+  the path. If it ends below 0, outside the schedule, no noise is left, or that of timestep 0.
   """
   alphas, config = schedule
   timesteps = spaced_timesteps(steps, len(alphas), config.spacing, config.steps_offset)[start:]
@@ -149,7 +150,7 @@ def _path(schedule: NoiseSchedule, steps: int, start: int):
 
 
 def _decay(alpha: Float[np.ndarray, "n"], alpha_next: Float[np.ndarray, "n"]):
-  """The root of alpha's signal-to-noise ratio over alpha_next's, in [0, 1]."""
+  """Returns the root of the ratio of the signal-to-noise ratios at alpha and alpha_next: 0 to 1."""
   return np.sqrt(alpha * (1 - alpha_next) / (alpha_next * (1 - alpha)))
 
 

@@ -1,6 +1,6 @@
-"""Which timestep each clip of a training batch is noised to.
+"""Draws the timestep that each clip of a training batch is noised to.
 
-Both draws depend on the key and the global batch alone, not on how it is split over devices.
+Both draws depend only on the key and the global batch, not on how the batch is split over devices.
 """
 
 import jax
@@ -11,28 +11,30 @@ from jaxtyping import Array, Bool, Int, Key
 
 def explicit_uniform(
   key: Key[Array, ""],
-  clips: Int[Array, "b"],  # How many each row of the global batch holds.
-  segments: int,  # Most clips a row may hold, and one for padding.
+  clips: Int[Array, "b"],  # The number of clips in each row of the global batch.
+  segments: int,  # The most clips of a row, plus one for padding.
   steps: int,
 ) -> Int[Array, "b s"]:
-  """Timesteps in [0, steps), spread evenly over the batch: explicit uniform sampling.
+  """Draws timesteps in [0, steps) that are spread evenly over the batch: explicit uniform sampling.
 
-  The published system gives each data-parallel rank an interval of its own (arXiv:2408.06072,
-  section 2.5). Here row r of R draws in the r-th of R equal intervals, so that any number of
-  devices holding rows in order have theirs too, and a row's clips each in one of as many equal
-  parts of it, in random order. A clip's timestep is still uniform, as rows come shuffled. 0 where
-  there is no clip.
+  The published system gives each data-parallel rank its own interval (arXiv:2408.06072, section
+  2.5). Here row r of R draws from the r-th of R equal intervals, so that any number of devices that
+  hold rows in order have their own intervals too. A row's interval is divided again among its
+  clips, in random order. A clip's timestep is still uniform, because rows come shuffled.
+
+  Returns:
+    A timestep for each segment; 0 if there is no clip.
   """
-  order_key, place_key = jax.random.split(key)
+  order_key, inside_key = jax.random.split(key)
   rows = clips.shape[0]
   is_clip = _is_clip(clips, segments)
   lot = jnp.where(is_clip, jax.random.uniform(order_key, is_clip.shape), 2.0)
-  part = (lot[:, :, None] > lot[:, None, :]).sum(2)  # Its rank: a random order of 0..clips-1.
-  inside = jax.random.uniform(place_key, is_clip.shape)
-  within_row = (part + inside) / jnp.maximum(clips[:, None], 1)
+  rank = (lot[:, :, None] > lot[:, None, :]).sum(2)  # A random order of 0..clips-1 in each row.
+  inside = jax.random.uniform(inside_key, is_clip.shape)
+  within_row = (rank + inside) / jnp.maximum(clips[:, None], 1)
 
-  # floor(steps * (row + within_row) / rows), with the row's part in integers: a float32 would let
-  # some draws slip into the next row's interval.
+  # This is floor(steps * (row + within_row) / rows). The row's interval is computed in integers,
+  # because float32 would round some draws into the next row's interval.
   start, remainder = np.divmod(steps * np.arange(rows)[:, None], rows)
   end = (steps * np.arange(1, rows + 1)[:, None] - 1) // rows
   offset = jnp.floor((remainder + steps * within_row) / rows).astype(jnp.int32)
@@ -42,7 +44,7 @@ def explicit_uniform(
 def uniform(
   key: Key[Array, ""], clips: Int[Array, "b"], segments: int, steps: int
 ) -> Int[Array, "b s"]:
-  """The same, each clip drawn by itself: what explicit uniform sampling is measured against."""
+  """Draws each clip's timestep in [0, steps) by itself, to compare with `explicit_uniform`."""
   is_clip = _is_clip(clips, segments)
   return jnp.where(is_clip, jax.random.randint(key, is_clip.shape, 0, steps), 0)
 

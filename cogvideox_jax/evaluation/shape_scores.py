@@ -1,8 +1,8 @@
-"""Reads one-object clips of moving shapes back into words, to score what a model generates.
+"""Scores generated clips of moving shapes: reads their words and compares them with the captions.
 
-Nothing here is learnt: a clip's words follow from the median colour of its border, the pixels that
-differ from it, and where those are from frame to frame. What cannot be read is "none", which no
-caption says, so it counts as wrong.
+Nothing here is learnt. The words follow from the median colour of a clip's border, the pixels that
+differ from it, and where those are in each frame. Only clips of one object can be read. What cannot
+be read is "none", which no caption says, so it counts as wrong.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,23 @@ from cogvideox_jax.data import shape_clips, shape_scenes
 
 NONE = "none"
 
-# Thresholds, ours: rendered clips that are compressed, blurred or noisy are far from each of them.
-COLOUR_DISTANCE = 90.0  # RGB; the nearest colours of the palette are 150 apart.
-CONTRAST = 60.0  # RGB distance from the background at which a pixel may belong to an object.
-AREA = (0.015, 0.6)  # Of the frame; rendered objects cover 0.03 to 0.36, their edges 0.4.
-PRESENCE = 0.8  # Fraction of frames that must show the object.
+# Thresholds, ours. Rendered clips are far from each, even if compressed, blurred or noisy.
+COLOUR_DISTANCE = 90.0  # RGB distance to a colour's name; the palette's colours are 150 apart.
+CONTRAST = 60.0  # RGB distance from the background from which a pixel may belong to an object.
+AREA = (0.015, 0.6)  # Fractions of the frame; rendered objects cover 0.03 to 0.36, with edges 0.4.
+PRESENCE = 0.8  # The fraction of frames that must show the object.
 OVERLAP = 0.7  # Intersection over union with the best template; rendered clips reach 0.9.
-STILL = 0.05  # Of the frame's side, from first to last third; 9-frame clips travel at least 0.13.
-DIAGONAL = 0.5  # The most a motion may go sideways, as a fraction of its main direction.
+# Travel from the first to the last third, as a fraction of the frame's side, below which an object
+# stays still; in clips of 9 frames moving objects travel at least 0.13.
+STILL = 0.05
+DIAGONAL = 0.5  # The most travel sideways, as a fraction of the travel in the main direction.
 
-# Area of a shape, and how far its centroid is below its box's centre, for a box of side 1.
+# For a box of side 1: the area of a shape, and how far its centroid is below the box's centre.
 _GEOMETRY = {"circle": (np.pi / 4, 0.0), "square": (1.0, 0.0), "triangle": (0.5, 1 / 6)}
 
 
 class Reading(NamedTuple):
-  """The words of a clip; "none" where there is nothing to read."""
+  """The words of a clip; "none" if a word cannot be read."""
 
   background: str
   colour: str
@@ -48,7 +50,7 @@ def read_scene(frames: UInt8[np.ndarray, "F H W 3"]) -> Reading:
   if seen.mean() < PRESENCE:
     return Reading(background, NONE, NONE, NONE)
   colour = _object_colour(pixels[seen], contrast[seen])
-  # Nearer to the object's colour than to the background's, so the middle of a blurred edge.
+  # Pixels closer to the object's colour than to the background's: blurred edges end in the middle.
   direction = colour - ground
   mask = (pixels - ground) @ direction > direction @ direction / 2
   centroids = _centroids(mask)
@@ -63,9 +65,9 @@ def read_scene(frames: UInt8[np.ndarray, "F H W 3"]) -> Reading:
 def score(
   videos: Sequence[UInt8[np.ndarray, "F H W 3"]], captions: Sequence[str]
 ) -> dict[str, float]:
-  """The fractions of videos, 0 to 1, whose background, colour, motion and shape are as captioned.
+  """Returns the fractions of videos whose background, colour, motion and shape are as captioned.
 
-  Raises ValueError for a caption that is not of one object with a motion.
+  Raises ValueError if a caption does not say one object and its motion.
   """
   if not videos or len(videos) != len(captions):
     raise ValueError(f"{len(videos)} videos cannot be scored by {len(captions)} captions.")
@@ -75,7 +77,7 @@ def score(
 
 
 def _words(caption: str) -> Reading:
-  """What a perfect clip of this caption reads as."""
+  """Returns what a perfect clip of this caption reads as."""
   scene = shape_scenes.parse(caption)
   colour, shape, motion = scene.objects[0]
   if len(scene.objects) > 1 or motion is None:
@@ -84,12 +86,16 @@ def _words(caption: str) -> Reading:
 
 
 def _border_colour(pixels: Float[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "3"]:
-  """An object may touch the border, but never covers half of it in half of the frames."""
+  """Returns the median colour of the border.
+
+  An object may touch the border, but never covers half of it in half of the frames.
+  """
   sides = (pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1])
   return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
 
 
 def _named(colour: Float[np.ndarray, "3"]) -> str:
+  """Returns the name of the nearest colour of the palette; "none" if it is far away."""
   distances = {
     name: float(np.linalg.norm(colour - rgb)) for name, rgb in shape_scenes.PALETTE.items()
   }
@@ -100,13 +106,16 @@ def _named(colour: Float[np.ndarray, "3"]) -> str:
 def _object_colour(
   pixels: Float[np.ndarray, "F H W 3"], contrast: Float[np.ndarray, "F H W"]
 ) -> Float[np.ndarray, "3"]:
-  """Of the half that differs most from the background: the inside rather than blurred edges."""
+  """Returns the median colour of the half of the object's pixels with the most contrast.
+
+  They are inside the object; its blurred edges have less contrast.
+  """
   middle = np.median(contrast[contrast > CONTRAST])
   return np.median(pixels[contrast >= middle], axis=0)
 
 
 def _centroids(mask: Bool[np.ndarray, "F H W"]) -> Float[np.ndarray, "F 2"]:
-  """(x, y) in pixels; (0, 0) in a frame without an object, which the caller leaves out."""
+  """Returns (x, y) in pixels for each frame; (0, 0) if it shows no object: do not use that."""
   height, width = mask.shape[1:]
   mass = np.maximum(mask.sum(axis=(1, 2)), 1)
   x = mask.sum(axis=1) @ (np.arange(width) + 0.5) / mass
@@ -115,7 +124,7 @@ def _centroids(mask: Bool[np.ndarray, "F H W"]) -> Float[np.ndarray, "F 2"]:
 
 
 def _shape(mask: Bool[np.ndarray, "F H W"], centroids: Float[np.ndarray, "F 2"]) -> str:
-  """The template of the same area and centroid that overlaps best, over all frames together."""
+  """Returns the shape whose template, of equal area and centroids, overlaps best in all frames."""
   area = mask.sum(axis=(1, 2)).mean()
   x, y = centroids.T
   overlaps = {}
@@ -128,9 +137,13 @@ def _shape(mask: Bool[np.ndarray, "F H W"], centroids: Float[np.ndarray, "F 2"])
 
 
 def _motion(centroids: Float[np.ndarray, "F 2"], seen: Bool[np.ndarray, "F"]) -> str:
-  """From where the object is in the first third to where it is in the last; sides of length 1."""
+  """Returns the motion between the mean positions in the first and the last third of the frames.
+
+  Args:
+    centroids: (x, y) as fractions of the frame's sides.
+  """
   third = max(1, len(centroids) // 3)
-  first, last = (centroids[part][seen[part]] for part in (slice(third), slice(-third, None)))
+  first, last = (centroids[span][seen[span]] for span in (slice(third), slice(-third, None)))
   if len(centroids) == 1 or not len(first) or not len(last):
     return NONE
   travel = last.mean(axis=0) - first.mean(axis=0)
