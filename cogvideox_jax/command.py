@@ -1,7 +1,7 @@
-"""What every command line shares: flags in, an exit code out, and a user's mistakes in plain words.
+"""What all commands share: flags, exit codes, and plain messages for mistakes of users.
 
-Exit codes: 0 success, 1 the answer is no, 2 a user's mistake (a few lines on stderr), 83 preempted
-after a save, 84 a peer died, 130 interrupted.
+Exit codes: 0 success; 1 the answer is no; 2 a mistake of the user, explained on stderr; 83
+preempted after a save; 84 another process of the job died; 130 interrupted.
 """
 
 import contextlib
@@ -18,14 +18,15 @@ from typing import Generic, TypeVar
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from cogvideox_jax.config.help import describe
 from cogvideox_jax.config.read import read
 from cogvideox_jax.errors import INTERRUPTED, USER_ERROR, UserError
 
 _Schema = TypeVar("_Schema")
 
-flags.disclaim_key_flags()  # `--help` of a verb lists the flags defined here as the verb's own.
+flags.disclaim_key_flags()  # So that `--help` lists the flags below as those of the command.
 
-# Faults of the machine that the user can mend, and how.
+# Operating system errors that the user can solve, with advice.
 _MACHINE_FAULTS = {
   errno.ENOSPC: "The disk is full. Make room, then run the same command again.",
   errno.EDQUOT: "The disk quota is used up. Make room, then run the same command again.",
@@ -33,14 +34,16 @@ _MACHINE_FAULTS = {
   errno.EPERM: "Not permitted. Choose another place, or change its permissions.",
   errno.EROFS: "The file system is read-only. Choose another place.",
 }
-# What flags and configs raise: absl and ml_collections turn a typing error into one of these.
+# absl and ml_collections raise these for mistakes in flags and config files.
 _FLAG_FAULTS = (flags.Error, AttributeError, ImportError, KeyError, SyntaxError)
 
 
 def run(main: Callable[..., int | None], *operands: str) -> None:
-  """Parses the flags, calls main and exits with what it returns. Never returns itself.
+  """Parses the flags, calls main with the operands and exits with what main returns.
 
-  operands: what must be given besides the flags; main gets them in this order.
+  Args:
+    main: returns the exit code; None is 0.
+    operands: names of the arguments that must be given besides the flags.
   """
 
   def guarded(argv: list[str]) -> int | None:
@@ -57,45 +60,76 @@ def run(main: Callable[..., int | None], *operands: str) -> None:
   app.run(guarded, flags_parser=_parse_flags)
 
 
+class _HelpConfig(flags.BooleanFlag):
+  """The flag `--help_config`: describes the config and exits while the flags are being parsed.
+
+  `_parse_flags` puts it last on the command line, so that the config and its overrides are known.
+  No other flag is required then.
+  """
+
+  def __init__(self, config: "ConfigFlag"):
+    super().__init__("help_config", False, "Describe every key of the config and exit.")
+    self._config = config
+
+  def parse(self, argument: str | bool) -> None:
+    super().parse(argument)
+    if self.value:
+      print(describe(self._config.value))
+      sys.exit(0)
+
+
 class ConfigFlag(Generic[_Schema]):
   """The flag `--config`, and the typed config that it gives."""
 
-  def __init__(self, holder: flags.FlagHolder[ConfigDict], schema: type[_Schema]):
-    self._holder, self._schema = holder, schema
+  def __init__(self, schema: type[_Schema]):
+    self._schema = schema
 
   @property
   def given(self) -> bool:
     """Whether the command line names a config."""
-    return self._holder.value is not None
+    return self._parsed is not None
+
+  @property
+  def _parsed(self) -> ConfigDict | None:
+    return flags.FLAGS["config"].value
 
   @cached_property
   def value(self) -> _Schema:
     """The config with the overrides of the command line.
 
     Raises:
-      UserError: the config has a key that the schema lacks, or lacks one, or has a wrong type.
+      UserError: no config is given, or it has an unknown key, lacks one, or has a wrong type.
     """
-    return read(self._schema, self._holder.value)
+    if self._parsed is None:
+      raise UserError("Missing flag: --config=...\nSee --help for the flags.")
+    return read(self._schema, self._parsed)
 
 
 def config_flag(schema: type[_Schema], *, required: bool = True) -> ConfigFlag[_Schema]:
-  """Defines `--config=FILE`, with `--config.KEY=VALUE` to override a key.
+  """Defines `--config=FILE`, with `--config.KEY=VALUE` to override a key, and `--help_config`.
 
   Args:
     schema: the dataclass of such configs, TrainConfig or VAETrainConfig.
+    required: whether the command needs a config.
   """
-  holder = config_flags.DEFINE_config_file(
+  config_flags.DEFINE_config_file(
     "config", help_string="Config file; --config.KEY=VALUE changes one of its keys."
   )
-  flags.declare_key_flag("config")
   if required:
     flags.mark_flag_as_required("config")
-  return ConfigFlag(holder, schema)
+  config = ConfigFlag(schema)
+  flags.DEFINE_flag(_HelpConfig(config))
+  for name in ("config", "help_config"):
+    flags.declare_key_flag(name)
+  return config
 
 
 @contextlib.contextmanager
 def user_mistakes() -> Iterator[None]:
-  """Turns a mistake of the user, or a fault of the machine, into a few lines and an exit code."""
+  """Prints mistakes of the user, and errors of the system that a user can solve, and exits.
+
+  The exit code is USER_ERROR, or INTERRUPTED after Ctrl-C. Other errors keep their traceback.
+  """
   try:
     yield
   except UserError as error:
@@ -119,17 +153,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
     config = _config_file(argv)
     if config:
       _check_readable(config)
-    flags.FLAGS.set_gnu_getopt()  # Flags may follow what is no flag.
+    flags.FLAGS.set_gnu_getopt()  # Flags may follow operands.
     try:
-      return flags.FLAGS(argv)
+      return flags.FLAGS(sorted(argv, key=_asks_for_help))
     except _FLAG_FAULTS as error:
       raise UserError(_explain(error, argv, config)) from error
-    except SystemExit:  # --help has been printed; absl would call that a failure.
+    except SystemExit:  # After --help, for which absl has a failing exit code.
       sys.exit(0)
 
 
+def _asks_for_help(argument: str) -> bool:
+  """Whether an argument is `--help_config`, which is parsed after all others."""
+  return re.match(r"--?help_config(=|$)", argument) is not None
+
+
 def _config_file(argv: list[str]) -> Path | None:
-  """The file that `--config=FILE` or `--config FILE` names."""
+  """The file in `--config=FILE` or `--config FILE`; None if there is none."""
   line = "\0".join(argv) + "\0"
   found = re.search(r"\0--?config[=\0]([^\0:]*)", line)
   return Path(found[1]) if found else None
@@ -142,11 +181,12 @@ def _check_readable(config: Path) -> None:
       f"Paths are taken from here: {Path.cwd()}\n"
       "Give an existing file, such as --config=configs/tiny.py"
     )
-  # A config says `from configs import base`: that folder is found from any working directory.
+  # Configs say `from configs import base`, which must work from any working directory.
   sys.path.append(str(config.resolve().parent.parent))
 
 
 def _explain(error: BaseException, argv: list[str], config: Path | None) -> str:
+  """A message of a few lines about a mistake in the flags or in the config file."""
   chain = _chain(error)
   for cause in reversed(chain):
     place = _place_in_config(cause, config)
@@ -160,12 +200,12 @@ def _explain(error: BaseException, argv: list[str], config: Path | None) -> str:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-  """The error, and the errors during whose handling it was raised; the first to be raised last."""
+  """The error and its contexts, the earliest error last."""
   return [error] + (_chain(error.__context__) if error.__context__ else [])
 
 
 def _place_in_config(error: BaseException, config: Path | None) -> str:
-  """FILE:LINE where a config file, or one beside it, raised the error; else empty."""
+  """FILE:LINE in the config's folder that raised the error; empty if none did."""
   if config is None:
     return ""
   frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
@@ -177,13 +217,17 @@ def _place_in_config(error: BaseException, config: Path | None) -> str:
 
 
 def _first_and_last_line(error: BaseException) -> str:
-  """What an error says, without the listing of a whole config in its middle."""
+  """The message of an error without the middle, where ml_collections lists the whole config."""
   lines = str(error.args[0] if error.args else error).splitlines() or [type(error).__name__]
   return "\n".join(dict.fromkeys(textwrap.shorten(line, 100) for line in (lines[0], lines[-1])))
 
 
 def _explain_value(message: str) -> str:
-  """Names the flag, the value given and what was wanted. From `flag --NAME=VALUE: REASON`."""
+  """A message that names the flag, its value and the wanted type.
+
+  Args:
+    message: absl's, `flag --NAME=VALUE: REASON`.
+  """
   setting, reason = message.split(": ", 1)
   name, given = setting.removeprefix("flag --").split("=", 1)
   if given == "None":
@@ -196,7 +240,7 @@ def _explain_value(message: str) -> str:
 
 
 def _explain_key(error: BaseException, key: str, argv: list[str]) -> str:
-  """Names the override whose key the config lacks, and the nearest key it has."""
+  """A message that names the override with the unknown key, and the most similar key."""
   names = {arg: arg.split("=")[0].split(".") for arg in argv}
   flag = next(
     (arg for arg, name in names.items() if key in name or key.endswith(" " + ".".join(name[1:]))),

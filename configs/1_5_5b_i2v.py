@@ -1,7 +1,7 @@
-"""CogVideoX1.5-5B-I2V: the 1.5 that sees an image, and is told a constant, `ofs`.
+"""CogVideoX1.5-5B-I2V: the 1.5 for image to video, with a constant input, `ofs`.
 
-Source of the model's values: the published transformer/config.json in diffusers' layout, and SAT's
-configs/cogvideox1.5_5b_i2v.yaml, which agree.
+The model's values are those of the published transformer/config.json in diffusers' layout and of
+SAT's configs/cogvideox1.5_5b_i2v.yaml, which agree.
 """
 
 import importlib
@@ -14,13 +14,13 @@ from configs import base
 def get_config() -> ConfigDict:
   config = importlib.import_module("configs.1_5_5b").get_config().unlock()
   config.model.update(
-    in_channels=32,  # Noised latents, then those of the image.
+    in_channels=32,  # The noised latents, then the image's latents.
     ofs_width=512,  # ofs_embed_dim
   )
-  # Whichever scale it was trained with, users report that its latents serve best as they are.
+  # Users report that unscaled image latents look best; the scale of its training was not published.
   config.image.scale = "raw"
-  # One stage; what it is trained on and how long was not published. Up to 45,106 tokens, two a row,
-  # about 256 clips a batch, and the steps: P Table 5, stage 3.
+  # One stage. Its data and its length were not published. A clip has up to 45,106 tokens, so a row
+  # holds two, and a batch about 256. The steps are those of stage 3 in the paper's Table 5.
   config.stages = ConfigDict()
   config.stages.stage1 = base.stage(
     sizes=((768, 1360), (768, 1024), (768, 768), (1024, 768), (1360, 768)),

@@ -1,10 +1,10 @@
 """CogVideoX-5B: 42 layers of width 3072, rotary positions. Trains in the four stages of base.py.
 
-The stages train with `rope_index`, the extrapolation of P 2.4. At 480x720, the size of the
-published model, its rule, `rope`, gives the same positions.
+The stages train with `rope_index`, the extrapolation of the paper's section 2.4. At 480x720, the
+size of the published model, the published rule `rope` gives the same positions.
 
-Sources: P the paper, Table 6; D the published transformer/config.json and
-scheduler/scheduler_config.json in diffusers' layout; S SAT's configs/cogvideox_5b.yaml.
+Sources: "P" is the paper's Table 6, "D" the published transformer/config.json and
+scheduler/scheduler_config.json in diffusers' layout, "S" SAT's configs/cogvideox_5b.yaml.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Everything at a small size: trains on the embedded clips in minutes on two CPU cores.
+"""A small model of every part. It trains on the embedded clips in minutes on two CPU cores.
 
 python -m cogvideox_jax.train --config=configs/tiny.py --workdir=runs/tiny
 """

@@ -1,4 +1,4 @@
-"""configs/tiny.py for a model that sees an image: image to video at a small size.
+"""configs/tiny.py for image to video: the model sees the first frame.
 
 python -m cogvideox_jax.train --config=configs/tiny_i2v.py --workdir=runs/tiny_i2v
 """
@@ -10,7 +10,7 @@ from configs import tiny
 
 def get_config() -> ConfigDict:
   config = tiny.get_config()
-  config.model.in_channels = 32  # Noised latents, then those of the image.
-  config.stages.tiny.durations = (9, 17)  # A clip of one frame would show its own image.
-  config.preview.every = 0  # It needs config.preview.images.
+  config.model.in_channels = 32  # The noised latents, then the image's latents.
+  config.stages.tiny.durations = (9, 17)  # A clip of one frame would be its own first frame.
+  config.preview.every = 0  # Previews need config.preview.images.
   return config.lock()

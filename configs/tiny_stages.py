@@ -1,9 +1,9 @@
-"""configs/tiny.py in the four stages of the published training, at small sizes.
+"""configs/tiny.py in four stages, as the published training, at small sizes.
 
 python -m cogvideox_jax.train --config=configs/tiny_stages.py --workdir=runs/tiny_stages
 
-The clips are rendered once, at the largest size. Each has a score, its contrast, and the last stage
-trains on the best fifth of them.
+The clips are rendered once, at the largest size. The score of a clip is its contrast, and the last
+stage trains on the fifth with the highest scores.
 """
 
 from ml_collections import ConfigDict

@@ -16,7 +16,6 @@ from cogvideox_jax.config_keys import Key, key_of
 from cogvideox_jax.errors import UserError
 
 ROOT = "config"  # What messages and flags call the whole config.
-ANY_NAME = "*"  # Stands in a pattern for a name that users choose, such as that of a stage.
 _WANTED = {
   bool: "be True or False",
   int: "be a whole number",
@@ -39,9 +38,7 @@ class Leaf(NamedTuple):
   """A key with its value."""
 
   name: str  # Dotted, from `config.` on.
-  pattern: str  # The same, with ANY_NAME for names that users choose.
   key: Key
-  type: Any
   value: Any
 
 
@@ -85,18 +82,17 @@ def entries(schema: type) -> list[Entry]:
   ]
 
 
-def leaves(config: Any, prefix: str = ROOT, pattern: str = ROOT) -> Iterator[Leaf]:
+def leaves(config: Any, prefix: str = ROOT) -> Iterator[Leaf]:
   """Every key of a config that has a value of its own, in the order of the schema."""
   for entry in entries(type(config)):
-    name, form = f"{prefix}.{entry.name}", f"{pattern}.{entry.name}"
-    value = getattr(config, entry.name)
+    name, value = f"{prefix}.{entry.name}", getattr(config, entry.name)
     if dataclasses.is_dataclass(entry.type):
-      yield from leaves(value, name, form)
+      yield from leaves(value, name)
     elif group_of(entry.type):
       for chosen, group in value.items():
-        yield from leaves(group, f"{name}.{chosen}", f"{form}.{ANY_NAME}")
+        yield from leaves(group, f"{name}.{chosen}")
     else:
-      yield Leaf(name, form, entry.key, entry.type, value)
+      yield Leaf(name, entry.key, value)
 
 
 def group_of(hint: Any) -> type | None:

@@ -324,7 +324,9 @@ class PreviewConfig:
   guidance_scale: float = field(
     metadata=key("Scale of classifier-free guidance.", "published pipelines", allowed=AT_LEAST_ZERO)
   )
-  solver: str = field(metadata=key("Sampling method.", "2B: ddim", choices=tuple(SOLVERS)))
+  solver: str = field(
+    metadata=key("Sampling method.", "published 2B scheduler", choices=tuple(SOLVERS))
+  )
 
 
 @dataclass(frozen=True)

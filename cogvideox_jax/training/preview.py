@@ -71,8 +71,8 @@ class Previewer:
 
 def _read_image(path: str, config: TrainConfig) -> UInt8[np.ndarray, "H W 3"]:
   """Cropped to the size of the previews."""
-  size = {"height": config.preview.height, "width": config.preview.width}
+  height, width = config.preview.height, config.preview.width
   try:
-    return read(path, fps=config.data.fps, num_frames=1, **size)[0]
+    return read(path, fps=config.data.fps, num_frames=1, height=height, width=width)[0]
   except VideoError as error:
     raise UserError(f"config.preview.images: {path}: {error}") from error
