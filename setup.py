@@ -46,7 +46,7 @@ setup(
   packages=find_namespace_packages(
     include=["cogvideox_jax*"], exclude=["*.assets*", "*.__pycache__*"]
   ),
-  package_data={"cogvideox_jax": ["assets/**"]},
+  package_data={"cogvideox_jax": ["assets/**", "py.typed"]},
   install_requires=requirements(),
   extras_require=EXTRAS,
 )
