@@ -19,7 +19,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +89,14 @@ def count_pairs(ids: np.ndarray, cut: Cut) -> np.ndarray:
 
   Blocks of keys have the size of the inner blocks.
   """
-  queries = block_edges(ids, cut.outer, cut.outer)
-  tiles, key_blocks = (block_edges(ids, size, cut.inner) for size in (cut.inner, cut.key_block))
+  queries, tiles, key_blocks = (
+    block_edges(jnp.asarray(ids), size, group)
+    for size, group in (
+      (cut.outer, cut.outer),
+      (cut.inner, cut.inner),
+      (cut.key_block, cut.inner),
+    )
+  )
 
   def overlap(keys: Edges) -> np.ndarray:
     first, last = (np.asarray(x)[:, None] for x in queries)
@@ -196,7 +202,8 @@ def jaxs(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
     **dict.fromkeys(("q_layout", "k_layout", "v_layout"), layout),
   )
   attend = peer.make_splash_mha_single_device(mask, block_sizes=blocks)
-  return attend(*(x.swapaxes(1, 2) for x in (q, k, v)), peer.SegmentIds(ids, ids))
+  out = attend(*(x.swapaxes(1, 2) for x in (q, k, v)), peer.SegmentIds(ids, ids))
+  return cast(jax.Array, out)  # With residuals, which are not asked for, it would be a tuple.
 
 
 def compile_kernels(

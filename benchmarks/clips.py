@@ -67,14 +67,14 @@ def measure_epoch(folder: Path, workers: int, batch_frames: int) -> dict[str, An
         pass
   seconds, cpu = time.perf_counter() - measured, cpu_seconds() - measured_cpu
   return {
-    "clips": clips.count,
+    "clips": clips.num_clips,
     "files": len(clips.files),
     "workers": workers,
     "batches": batches.per_epoch,
     "measure_seconds": measured - start,
     "measure_cpu_ms_per_file": (measured_cpu - start_cpu) / len(clips.files) * 1e3,
-    "clips_per_second": clips.count / seconds,
-    "cpu_ms_per_clip": cpu / clips.count * 1e3,
+    "clips_per_second": clips.num_clips / seconds,
+    "cpu_ms_per_clip": cpu / clips.num_clips * 1e3,
   }
 
 

@@ -174,7 +174,8 @@ def hand_over(case: Case, params: state.Params) -> CogVideoXTransformer3DModel:
     model = CogVideoXTransformer3DModel.from_pretrained(
       folder, torch_dtype=getattr(torch, case.dtype), low_cpu_mem_usage=False
     )
-  return model.to(TORCH_DEVICE).eval()
+  torch.nn.Module.to(model, TORCH_DEVICE)  # In place; the type of diffusers' own `to` is lost.
+  return model.eval()
 
 
 def torch_programs(

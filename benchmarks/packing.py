@@ -125,7 +125,9 @@ def plan(folder: epath.Path, row_tokens: int) -> dict[str, Any]:
 def peer(clips: int, row_tokens: int) -> dict[str, Any]:
   """Packs the same mix with Grain's packer and with ours. Grain's reads the clips, one by one."""
   lengths = token_counts(clips)
-  tokens = grain.MapDataset.source(lengths).map(lambda length: {"tokens": np.ones(length, np.int8)})
+  tokens = grain.MapDataset.source(lengths.tolist()).map(
+    lambda length: {"tokens": np.ones(length, np.int8)}
+  )
   start = time.perf_counter()
   packer = grain.experimental.BestFitPackIterDataset(
     tokens.to_iter_dataset(grain.ReadOptions(0, 0)),

@@ -97,7 +97,7 @@ def main() -> None:
   args = parser.parse_args()
   logging.getLogger("absl").setLevel(logging.ERROR)
   chosen, start = tiny.get_config(), time.perf_counter()
-  chosen.data.clips = args.clips
+  chosen.update_from_flattened_dict({"data.clips": args.clips})
   config = read(TrainConfig, chosen)
   with tempfile.TemporaryDirectory() as folder:
     batches = batches_of(config, epath.Path(folder), args.batches)

@@ -54,7 +54,7 @@ def make_programs(case: Case, names: tuple[str, ...] = PROGRAMS) -> dict[str, Ru
   if any(name.startswith("torch") for name in names):
     model = hand_over(case, params)
     made |= {f"torch_{name}": run for name, run in torch_programs(case, inputs, model).items()}
-    if TORCH_DEVICE == "cuda":
+    if TORCH_DEVICE.type == "cuda":
       compiled = torch_programs(case, inputs, model, compiled=True)
       made |= {f"compiled_{name}": run for name, run in compiled.items()}
   if "train" in names:

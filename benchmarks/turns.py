@@ -15,14 +15,14 @@ import torch
 
 # The most that outputs may differ: the norm of the difference over the norm of PyTorch's output.
 AGREE = {"float32": 1e-4, "bfloat16": 3e-2}
-TORCH_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TORCH_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Run = Callable[[], Any]  # Runs a program once and waits until it has finished.
 
 
 def synchronize() -> None:
   """Waits until PyTorch has finished its work on a GPU."""
-  if TORCH_DEVICE == "cuda":
+  if TORCH_DEVICE.type == "cuda":
     torch.cuda.synchronize()
 
 
@@ -30,7 +30,7 @@ def device_names() -> dict[str, Any]:
   """The devices of both libraries, and PyTorch's threads."""
   return {
     "on": jax.devices()[0].device_kind,
-    "torch_on": torch.cuda.get_device_name() if TORCH_DEVICE == "cuda" else "cpu",
+    "torch_on": torch.cuda.get_device_name() if TORCH_DEVICE.type == "cuda" else "cpu",
     "threads": torch.get_num_threads(),
   }
 
@@ -83,7 +83,7 @@ def peak_memory(make: Callable[[], Run], *, of_torch: bool) -> int:
 
 def _growth(make: Callable[[], Run], of_torch: bool) -> int:
   run = make()
-  if TORCH_DEVICE == "cuda" and of_torch:
+  if TORCH_DEVICE.type == "cuda" and of_torch:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()

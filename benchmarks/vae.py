@@ -25,6 +25,8 @@ import measure
 import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from einops import rearrange
 from flax import nnx
 from networks import draw_params
@@ -102,7 +104,8 @@ def _torch_programs(case: Case, inputs: Inputs, params: Any) -> dict[str, Run]:
     model = AutoencoderKLCogVideoX.from_pretrained(
       folder, torch_dtype=dtype, low_cpu_mem_usage=False
     )
-  model = model.to(TORCH_DEVICE).eval()
+  torch.nn.Module.to(model, TORCH_DEVICE)  # In place; the type of diffusers' own `to` is lost.
+  model.eval()
   video, latents = (
     torch.from_numpy(np.ascontiguousarray(rearrange(x, "b f h w c -> b c f h w"))).to(
       TORCH_DEVICE, dtype
@@ -112,13 +115,17 @@ def _torch_programs(case: Case, inputs: Inputs, params: Any) -> dict[str, Run]:
 
   @torch.no_grad()
   def encode() -> torch.Tensor:
-    mean = model.encode(video).latent_dist.mean
+    output = model.encode(video)
+    assert isinstance(output, AutoencoderKLOutput)
+    mean = output.latent_dist.mean
     synchronize()
     return mean
 
   @torch.no_grad()
   def decode() -> torch.Tensor:
-    frames = model.decode(latents).sample
+    output = model.decode(latents)
+    assert isinstance(output, DecoderOutput)
+    frames = output.sample
     synchronize()
     return frames
 

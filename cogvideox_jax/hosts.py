@@ -2,7 +2,8 @@
 
 import functools
 import hashlib
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 import jax
 import numpy as np
@@ -19,7 +20,8 @@ TEXT_ROOM = 1024  # Bytes.
 PIECE = 2**26  # Bytes, of an array that is brought together.
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
   """Where the processes of a job find one another."""
 
   coordinator: str = ""  # HOST:PORT of the first one; "": the machine knows, or there is but one.

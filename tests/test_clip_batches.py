@@ -79,7 +79,7 @@ def test_a_file_gives_as_many_clips_as_it_is_long(clips):
   assert {bucket: len(found.files) for bucket, found in clips.by_bucket.items()} == COUNTS
   files, starts = clips.by_bucket[SQUARE]
   assert starts[files == 3].tolist() == [0, 5, 10, 15]
-  assert clips.count == 13
+  assert clips.num_clips == 13
   assert not clips.refusals
 
 
@@ -247,18 +247,18 @@ def test_files_are_held_out_by_their_names_with_all_their_clips(clips, decoders)
   assert {n for found in validation.by_bucket.values() for n in found.files.tolist()} == {
     int(name.removesuffix(".mp4")) for name in held_out
   }
-  assert train.count + validation.count == clips.count
+  assert train.num_clips + validation.num_clips == clips.num_clips
   shown = [clips_of(take(b := make_batches(c, decoders), b.per_epoch)) for c in (train, validation)]
   assert not set(shown[0]) & set(shown[1])
   everything, nothing = clips.split(0.0)
-  assert (everything.count, nothing.count) == (13, 0)
+  assert (everything.num_clips, nothing.num_clips) == (13, 0)
   assert everything.digest() == clips.digest() != train.digest()
 
 
 def test_a_split_with_nothing_to_train_on_is_refused(clips):
   with pytest.raises(UserError, match="none of the 13 clips is in the train split"):
     clips.split(0.999999)
-  assert [part.count for part in clips.split(1e-6)] == [13, 0]
+  assert [part.num_clips for part in clips.split(1e-6)] == [13, 0]
 
 
 def test_files_without_clips_are_refused_with_their_reasons(folder, decoders, tmp_path, capsys):
@@ -266,7 +266,7 @@ def test_files_without_clips_are_refused_with_their_reasons(folder, decoders, tm
   (own / "1.mp4").write_bytes(b"no video")
   write_manifest(own, ["0.mp4", "1.mp4", "2.mp4", "absent.mp4"])
   clips = measure(own, SIZES, (5,), FPS, decoders)
-  assert clips.count == 2
+  assert clips.num_clips == 2
   assert [(refusal.file, refusal.line) for refusal in clips.refusals] == [
     ("absent.mp4", 4),
     ("1.mp4", 2),
@@ -287,7 +287,7 @@ def test_memory_does_not_grow_with_the_clips(decoders, tmp_path, monkeypatch):
   monkeypatch.setattr(clip_batches, "READ_AHEAD_BYTES", 2**21)
   clips = measure(tmp_path, ((64, 64),), (17,), FPS, decoders)
   batches = make_batches(clips, decoders, frames=68)
-  assert clips.count == 200
+  assert clips.num_clips == 200
   held = []
   with closing(batches.iterate()) as iterator:
     for _ in islice(iterator, batches.per_epoch):

@@ -38,7 +38,8 @@ _INTEGER = re.compile(
 _ROOT = re.compile(r"ROOT %[\w.\-]+ = \(.*\) tuple\((.*?)\)")
 
 
-class Traffic(NamedTuple):
+@dataclass(frozen=True)
+class Traffic:
   """All collectives of one kind on one device."""
 
   count: int
@@ -134,7 +135,7 @@ def _trips(computations: Mapping[str, _Computation], body: str, condition: str) 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
   computations: dict[str, _Computation] = {}
-  entry, lines = "", []
+  entry, name, lines = "", "", []
   for line in _lines(text):
     if not line.startswith(" "):
       if start := _COMPUTATION.match(line):

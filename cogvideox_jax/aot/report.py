@@ -4,6 +4,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +171,7 @@ def _source(costs: Costs | None) -> str:
 
 def _collectives(costs: Costs | None) -> dict[str, dict[str, int]]:
   found: Mapping[str, Any] = costs.collectives if costs else {}
-  return {kind: traffic._asdict() for kind, traffic in sorted(found.items())}
+  return {kind: asdict(traffic) for kind, traffic in sorted(found.items())}
 
 
 def as_table(result: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ class ClipBatches:
     multiple_of: int = 1,  # The clips of a batch divide by it: the shards of its rows.
   ):
     """Raises ValueError if there are no clips."""
-    if not clips.count:
+    if not clips.num_clips:
       raise ValueError("there are no clips to make batches of")
     self._seed, self._source = seed, _Source(clips, decoders)
     self._clips = {bucket: len(found.files) for bucket, found in clips.by_bucket.items()}

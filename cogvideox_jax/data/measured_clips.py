@@ -35,7 +35,7 @@ class MeasuredClips(NamedTuple):
   refusals: Sequence[Refusal]  # Lines and files that give no clip, and why.
 
   @property
-  def count(self) -> int:
+  def num_clips(self) -> int:
     return sum(len(bucket.files) for bucket in self.by_bucket.values())
 
   def split(self, validation_fraction: float) -> tuple["MeasuredClips", "MeasuredClips"]:
@@ -53,9 +53,9 @@ class MeasuredClips(NamedTuple):
     hashes = np.array([source_hash(item.id) for item in self.files], np.uint64)
     held_out = hashes < validation_fraction * 2.0**64
     train, validation = self._of_files(~held_out), self._of_files(held_out)
-    if not train.count:
+    if not train.num_clips:
       raise UserError(
-        f"none of the {self.count} clips is in the train split:\n"
+        f"none of the {self.num_clips} clips is in the train split:\n"
         f"change config.data.validation_fraction, which is {validation_fraction}"
       )
     return train, validation

@@ -66,8 +66,10 @@ class EncoderNorm(nnx.GroupNorm):
   def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
     super().__init__(channels, config.groups, epsilon=EPSILON, use_fast_variance=False, rngs=rngs)
 
-  def __call__(self, x: Float[Array, "b f h w c"], z: None = None) -> Float[Array, "b f h w c"]:
-    return super().__call__(x)
+  def __call__(
+    self, x: Float[Array, "b f h w c"], z: None = None, *, mask: Array | None = None
+  ) -> Float[Array, "b f h w c"]:
+    return super().__call__(x, mask=mask)
 
 
 class DecoderNorm(nnx.Module):

@@ -100,7 +100,7 @@ def _draw_params(model: DiTConfig, key: Key[Array, ""]) -> Params:
   return nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(key)), nnx.Param))
 
 
-def jit_train(functions: Functions) -> Callable[..., Any]:
+def jit_train(functions: Functions) -> jax.stages.Wrapped:
   """Compiles a training's step for its devices: (state, batch, key) -> (state, metrics).
 
   The state is donated, so that the next one takes its buffers.

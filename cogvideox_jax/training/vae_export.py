@@ -47,7 +47,7 @@ def measure_scaling_factor(config: VAEConfig, params: Params, frames: Iterable[j
   count, sums = 0, np.zeros(2)
   for batch in frames:
     found = sums_of(params, batch)
-    count += int(found.count)
+    count += int(found.size)
     sums += np.array([found.total, found.squares], np.float64)
   total, squares = sums / count
   return float((squares - total**2) ** -0.5)

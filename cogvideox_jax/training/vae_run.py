@@ -94,7 +94,7 @@ class Run:
     hosts.check_same("set of clips", self.data_digests["clips"])
     resume.check_data(workdir, self.data_digests)
     self._train = self._batches(clips.train, decoders)
-    self._held_out = self._batches(clips.held_out, decoders) if clips.held_out.count else None
+    self._held_out = self._batches(clips.held_out, decoders) if clips.held_out.num_clips else None
     self._step = jit_train(self._functions)
     self._measure = jax.jit(self._functions.validate)
     self._create_key, self._train_key, self._validation_key = _keys(config)
@@ -210,10 +210,10 @@ def _open_clips(config: VAETrainConfig, workdir: epath.Path, decoders: Decoders)
     data.path or _render(config, workdir), data.sizes, data.durations, data.fps, decoders
   )
   train, held_out = clips.split(data.validation_fraction if config.validation.every else 0.0)
-  if config.validation.every and not held_out.count:
+  if config.validation.every and not held_out.num_clips:
     say(
-      f"None of the {clips.count} clips is held out by config.data.validation_fraction, so that "
-      "there is no validation."
+      f"None of the {clips.num_clips} clips is held out by config.data.validation_fraction, so "
+      "that there is no validation."
     )
   return Clips(train, held_out)
 

@@ -104,7 +104,7 @@ def _model(network: Network, params: Params) -> VAE:
 class LatentSums(NamedTuple):
   """Sums over the latents of some clips, as samples of their posterior."""
 
-  count: int
+  size: int  # How many numbers the latents are.
   total: Float[Array, ""]
   squares: Float[Array, ""]
 
