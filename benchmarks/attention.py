@@ -210,9 +210,9 @@ def compile_kernels(
   device: Any, attend: Callable[..., jax.Array], cut: dict[str, Cut], folder: Path
 ) -> Any:
   """Cycles of each kernel, forward and backward; the compiler's message if it fails."""
-  place = jax.sharding.SingleDeviceSharding(device)
-  x = jax.ShapeDtypeStruct((HEADS, HEAD_DIM, TOKENS), jnp.bfloat16, sharding=place)
-  ids = jax.ShapeDtypeStruct((TOKENS,), jnp.int32, sharding=place)
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  x = jax.ShapeDtypeStruct((HEADS, HEAD_DIM, TOKENS), jnp.bfloat16, sharding=sharding)
+  ids = jax.ShapeDtypeStruct((TOKENS,), jnp.int32, sharding=sharding)
 
   def grads(q, k, v, ids):
     return jax.grad(lambda *x: jnp.sin(attend(*x, ids)).sum(), (0, 1, 2))(q, k, v)

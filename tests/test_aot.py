@@ -1,4 +1,4 @@
-"""Programs compiled for TPUs that are not there, and what is read from them."""
+"""Programs compiled for TPUs that are not attached, and the numbers that are read from them."""
 
 import importlib
 import json
@@ -64,7 +64,7 @@ backend_config={"known_trip_count":{"n":"5"}}
 """
 
 
-def test_what_is_in_loops_counts_once_for_each_trip_and_starts_once_with_their_done():
+def test_a_loop_counts_once_a_trip_and_an_asynchronous_start_and_done_count_once():
   found = hlo.costs(MODULE)
   assert found.cycles == 7 + 5 * 3 * 10
   assert found.collectives == {
@@ -105,19 +105,22 @@ def test_the_trips_of_a_loop_follow_from_its_limit_and_its_step():
   assert (found.cycles, found.open_loops) == (10, 1)
 
 
-def test_a_loop_of_unknown_trips_is_said_to_be_one():
+def test_a_loop_of_unknown_trips_is_counted_as_open():
   found = hlo.costs(MODULE.replace('"known_trip_count":{"n":"5"}', ""))
   assert (found.cycles, found.open_loops) == (37, 1)
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:foo", "v5e:3x3", "v5p:2x2x1:0"])
-def test_what_is_no_topology_is_refused_by_its_name(name):
+def test_a_name_of_no_topology_is_refused_and_repeated(name):
   with pytest.raises(UserError, match=name):
     topology.open_topology(name)
 
 
 def compiled(*args: str) -> tuple[int, str, str]:
-  """Exit code, output, errors; run apart, since it changes what JAX sees."""
+  """Runs a module in its own process, because it changes which devices JAX sees.
+
+  Returns exit code, output and errors.
+  """
   environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
   result = subprocess.run(
     [sys.executable, "-m", *args],

@@ -1,4 +1,4 @@
-"""Blockwise attention against a dense masked softmax, and what it costs."""
+"""Blockwise attention: against a dense masked softmax, and its memory."""
 
 from functools import partial
 
@@ -25,12 +25,12 @@ def row(*lengths, n):
   return np.pad(ids, (0, n - len(ids))).astype(np.int32)
 
 
-# The last number of tokens makes whole blocks; the others do not.
+# Only the rows of WHOLE, below, are a whole number of blocks.
 SHORT = np.stack([row(30, 10, n=47), row(47, n=47), row(1, n=47), row(n=47)])
 LONG = np.stack(
   [row(40, 72, 1, 104, 33, n=251), row(251, n=251), row(*[3] * 60, n=251), row(20, 200, n=251)]
 )
-# Long enough to be taken in tiles, of which one row has several; blocks suit the last two better.
+# Long enough for tiles, of which a row has several; blocks are faster for the last two rows.
 TILES = np.stack(
   [row(1600, n=1600), row(1000, 599, n=1600), row(*[50] * 30, n=1600), row(300, 9, 640, n=1600)]
 )
@@ -43,7 +43,7 @@ def drawn(segment_ids, dtype=jnp.float32):
 
 @partial(jax.jit, static_argnums=0)
 def value_and_grads(attend, q, k, v, segment_ids):
-  """The output, and the gradients of a function of it that treats every number differently."""
+  """The output, and the gradients of an objective with a different weight for every number."""
   weights = jax.random.normal(jax.random.key(1), q.shape)
 
   def objective(q, k, v):
@@ -108,7 +108,7 @@ def test_memory_grows_with_the_tokens_not_their_square():
   ids = jax.ShapeDtypeStruct((1, n), jnp.int32)
   gradient = jax.grad(lambda *args: attention(*args).sum(), (0, 1, 2))
   memory = jax.jit(gradient).lower(x, x, x, ids).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < n * n / 8  # One byte a pair of tokens would be eight times it.
+  assert memory.temp_size_in_bytes < n * n / 8  # An eighth of a byte for each pair of tokens.
 
 
 def layers(attend, q, k, v, segment_ids):

@@ -1,4 +1,4 @@
-"""The forms of the VAE's convolution against one another, and which one a device gets."""
+"""The forms of the VAE's convolution: they agree, and each device gets its own."""
 
 import re
 from functools import partial
@@ -14,7 +14,9 @@ from cogvideox_jax.models import convolution
 @pytest.mark.parametrize(
   "form", [convolution._convolve_by_taps, convolution._convolve_by_pairs, convolution.convolve]
 )
-@pytest.mark.parametrize("frames", [1, 4, 5])  # That come out; an odd number is no pairs.
+@pytest.mark.parametrize(
+  "frames", [1, 4, 5]
+)  # Output frames; an odd number is no whole number of pairs.
 def test_all_forms_of_the_convolution_agree_in_values_and_gradients(form, frames):
   x = jax.random.normal(jax.random.key(0), (2, frames + 2, 5, 4, 3))
   kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 4))
@@ -43,7 +45,7 @@ def test_pairs_of_frames_are_about_as_exact_as_the_taps():
   assert error[convolution._convolve_by_pairs] < 2 * error[convolution._convolve_by_taps]
 
 
-def test_the_form_of_the_convolution_follows_from_what_the_program_is_for():
+def test_the_form_of_the_convolution_follows_from_the_platform_that_is_compiled_for():
   def convolved_frames(platform, frames=4, dtype=jnp.float32):
     x = jax.ShapeDtypeStruct((1, frames + 2, 8, 8, 8), dtype)
     kernel = jax.ShapeDtypeStruct((3, 3, 3, 8, 8), dtype)

@@ -26,7 +26,7 @@ BUFFERS = {"patch_embed.pos_embedding"}  # The reference does not train it unles
 
 
 def relative(ours, theirs, least: float = 0.0) -> float:
-  """The norm of the difference over that of `theirs`, which counts as `least` if it is smaller."""
+  """The norm of the difference, divided by that of `theirs` or by `least`, whichever is larger."""
   ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
   return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), least))
 
@@ -34,8 +34,8 @@ def relative(ours, theirs, least: float = 0.0) -> float:
 def worst(grads, rows, shapes, reference: torch.nn.Module) -> tuple[float, str]:
   """The largest relative difference over all parameters, and its name.
 
-  Some gradients are zero but for rounding, as of a bias that all keys share where nothing rotates
-  them: a thousandth of the median one is the least that differences are measured by.
+  Some gradients are zero but for rounding, such as that of the keys' bias where nothing rotates the
+  keys. So no difference is divided by less than a thousandth of the median gradient.
   """
   theirs = {name: x.grad.numpy() for name, x in reference.named_parameters()}
   ours = dict(tensors.AsFile(grads, rows, shapes))

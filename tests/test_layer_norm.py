@@ -1,4 +1,4 @@
-"""The layer norm whose gradient is written out, beside PyTorch's."""
+"""The layer norm with a hand-written gradient, against PyTorch's."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def both_ways(x, scale, bias, g, dtype):
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 48), (2, 5, 3, 16)])
-@pytest.mark.parametrize("offset", [0.0, 100.0])  # Far from 0 a fast variance loses its digits.
+@pytest.mark.parametrize("offset", [0.0, 100.0])  # Far from 0 a mean of squares has no digits left.
 def test_values_and_gradients_are_those_of_torch(shape, offset):
   x, g = drawn(*shape, offset=offset), drawn(*shape, seed=1)
   scale, bias = drawn(shape[-1], seed=2), drawn(shape[-1], seed=3)
@@ -50,7 +50,7 @@ def test_in_bfloat16_sums_are_in_float32():
   assert half[0].dtype == half[1].dtype == jnp.bfloat16
   for ours, expected in zip(half, exact, strict=True):
     error = jnp.linalg.norm(jnp.float32(ours) - expected) / jnp.linalg.norm(expected)
-    assert error < 1e-2  # A bfloat16 has 8 bits; sums of 1,000 of them in it would be 10% off.
+    assert error < 1e-2  # bfloat16 has 8 bits; sums of 1,000 numbers in it would be 10% off.
 
 
 @pytest.mark.parametrize("offset", [0.0, 8.0, 100.0])

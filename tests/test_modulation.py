@@ -1,4 +1,4 @@
-"""What tokens are given of small tables, and the gradient of these."""
+"""Each token gets the modulation of its clip and expert, and gives its gradient to it."""
 
 import jax
 import jax.numpy as jnp

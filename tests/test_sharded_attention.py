@@ -28,10 +28,10 @@ def mesh_of(**sizes):
   ("name", "sizes", "heads", "attend"),
   [
     ("fsdp", {"data": 2, "context": 2}, 4, attention),
-    ("fsdp", {"context": 2}, 3, attention),  # One of four heads is filled up.
+    ("fsdp", {"context": 2}, 3, attention),  # Three heads are padded to four.
     ("fsdp", {"context": 4}, 2, INTERPRETED),
     ("fsdp_tensor", {"context": 2, "tensor": 2}, 6, attention),
-    ("fsdp", {"context": 2, "tensor": 2}, 2, attention),  # Of two that have the same.
+    ("fsdp", {"context": 2, "tensor": 2}, 2, attention),  # `tensor` splits no heads here.
     ("fsdp_tensor", {"data": 2, "tensor": 2}, 2, INTERPRETED),
   ],
 )
@@ -64,6 +64,6 @@ def test_heads_are_swapped_for_tokens_and_nothing_is_gathered():
 def test_no_device_takes_a_part_of_a_head():
   mesh, rules = mesh_of(tensor=4), sharding.rules_named("fsdp_tensor")
   attend = sharding.shard_attention(lambda q, k, v, ids: q, mesh, rules)
-  x, ids = jnp.ones((2, 8, 6, 16)), jnp.ones((2, 8), jnp.int32)  # 96 columns, which 4 divides.
+  x, ids = jnp.ones((2, 8, 6, 16)), jnp.ones((2, 8), jnp.int32)  # 4 divides the 96 columns.
   with pytest.raises(UserError, match="6 heads do not divide over tensor"):
     attend(x, x, x, ids)

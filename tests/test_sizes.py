@@ -1,4 +1,4 @@
-"""The table of what fits where: made from the logs of the compiler, which says the same again."""
+"""The table of what fits where agrees with the compiler's logs, and these with the compiler."""
 
 import importlib.util
 import json

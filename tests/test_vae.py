@@ -1,4 +1,4 @@
-"""The VAE: what sees what, its chunks, its published size."""
+"""The VAE: which frames depend on which, its chunks, its published size."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def frames_of(count, seed=0):
 
 
 def gradient_by_frame(function, x):
-  """How strongly each frame of x moves the function's value."""
+  """The summed gradient magnitude of the function at each frame of x."""
   return np.abs(jax.grad(function)(x)).sum((0, 2, 3, 4))
 
 

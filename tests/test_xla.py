@@ -1,4 +1,4 @@
-"""What XLA is told of the steps, and that both of them pass it on."""
+"""The compiler options of the steps, and that both steps are compiled with them."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from cogvideox_jax.training import meshes, step_functions
 from cogvideox_jax.xla import compiler_options
 
 
-def test_tpus_multiply_whole_weights_and_others_are_told_nothing():
+def test_tpus_multiply_whole_weights_and_others_get_no_options():
   for kind in segment_attention.BLOCK_SIZES:
     options = compiler_options(SimpleNamespace(platform="tpu", device_kind=kind))
     assert options["xla_tpu_enable_windowed_einsum_for_all_gather"] is False

@@ -46,17 +46,17 @@ def clips_of_row(model: DiTConfig, stage: StageConfig) -> list[int]:
   return [longest] * whole + [rest] * bool(rest)
 
 
-def linear_flops(model: DiTConfig, tokens: int) -> float:
+def linear_flops(model: DiTConfig, tokens: int) -> int:
   """FLOPs of the linear layers of all blocks in a forward pass."""
   return model.depth * 24 * tokens * model.width**2
 
 
-def attention_flops(model: DiTConfig, clips: Sequence[int], products: float) -> float:
+def attention_flops(model: DiTConfig, clips: Sequence[int], products: int) -> int:
   """FLOPs of attention in all blocks; products: of tokens x tokens inside each clip."""
   return model.depth * products * 2 * sum(tokens**2 for tokens in clips) * model.width
 
 
-def forward_flops(model: DiTConfig, clips: Sequence[int]) -> float:
+def forward_flops(model: DiTConfig, clips: Sequence[int]) -> int:
   """The model's FLOPs in a forward pass; clips: the tokens of each."""
   linear = linear_flops(model, sum(clips))
   return linear + attention_flops(model, clips, FORWARD_PRODUCTS)

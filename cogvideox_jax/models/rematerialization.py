@@ -23,7 +23,7 @@ class Rematerialization(NamedTuple):
 
   wrap: Callable[[Run], Run]  # Applies the policy to the function that runs a block.
   linear: float  # Share of the FLOPs of a block's linear layers that are computed again.
-  attention: float  # The same share of attention's FLOPs.
+  attention: int  # How often attention's forward pass runs again.
 
 
 def _save(*names: str) -> Callable[[Run], Run]:
