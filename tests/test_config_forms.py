@@ -16,7 +16,7 @@ from cogvideox_jax.config.help import describe
 from cogvideox_jax.config.read import leaves, read, to_json
 from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models.dit import DiTConfig
+from cogvideox_jax.models.dit_config import DiTConfig
 from configs import base, tiny, tiny_stages, vae_tiny
 
 ROOT = Path(__file__).parent.parent
