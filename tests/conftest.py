@@ -1,19 +1,48 @@
 """Every test runs on eight fake CPU devices. Set before anything imports jax.
 
-What one test has compiled, another need not compile again, nor a command that a test runs.
+All processes of a run, workers of xdist and commands alike, share one cache of compiled programs.
 """
 
 import atexit
 import os
+import subprocess
 import tempfile
+from types import SimpleNamespace
+
+import pytest
+
+FLAGS = {
+  "xla_force_host_platform_device_count": 8,
+  # Seconds that fake devices wait for one another before XLA aborts; by default 40, which a machine
+  # with other work to do may take.
+  "xla_cpu_collective_call_terminate_timeout_seconds": 600,
+}
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
-  [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+  [given, *(f"--{name}={value}" for name, value in FLAGS.items() if name not in given)]
 ).strip()
+# A worker for each core leaves none for more threads, which would wait for one another by spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   COMPILED = tempfile.TemporaryDirectory(prefix="compiled_", ignore_cleanup_errors=True)
   atexit.register(COMPILED.cleanup)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+
+
+@pytest.fixture
+def forked_torch(monkeypatch, tmp_path_factory):
+  """PyTorch, which takes seconds to load, is there when a process begins to read its files."""
+  from commands import start_module
+
+  from cogvideox_jax.conversion import torch_files
+
+  def run(command, **_):
+    folder = tmp_path_factory.mktemp("said")
+    ended = start_module(folder, *command[2:]).wait()  # After `python -m`.
+    return subprocess.CompletedProcess(command, ended.code, ended.output, ended.errors)
+
+  monkeypatch.setattr(torch_files, "subprocess", SimpleNamespace(run=run))

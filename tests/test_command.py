@@ -3,11 +3,10 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import Result, run_script
 
 from cogvideox_jax import command
 from configs import tiny
@@ -34,44 +33,41 @@ FAULTY = "from configs import base\n\n\ndef get_config():\n  config = base.get_c
 
 @pytest.fixture(scope="module")
 def verb(tmp_path_factory):
-  path = tmp_path_factory.mktemp("verb") / "verb.py"
-  path.write_text(VERB)
+  folder = tmp_path_factory.mktemp("verb")
+  (folder / "verb.py").write_text(VERB)
 
-  def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-      [sys.executable, str(path), *args], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+  def run(*args: str, cwd: Path = ROOT) -> Result:
+    return run_script(folder, folder / "verb.py", *args, cwd=cwd)
 
   return run
 
 
-def check_mistake(result: subprocess.CompletedProcess, words: tuple[str, ...]) -> None:
-  assert result.returncode == 2
-  assert not result.stdout
-  assert len(result.stderr.splitlines()) <= 8
-  assert "Traceback" not in result.stderr
+def check_mistake(result: Result, words: tuple[str, ...]) -> None:
+  assert result.code == 2
+  assert not result.output
+  assert len(result.errors.splitlines()) <= 8
+  assert "Traceback" not in result.errors
   for word in words:
-    assert word in result.stderr
+    assert word in result.errors
 
 
 def test_flags_reach_the_command_from_any_folder(verb, tmp_path):
   config = f"--config={ROOT / 'configs' / 'tiny.py'}"
   result = verb(config, WORKDIR, "--config.model.depth=3", "--steps=7", cwd=tmp_path)
-  assert (result.returncode, result.stdout) == (0, f"{tiny.get_config().train.steps} 3 7\n"), (
-    result.stderr
+  assert (result.code, result.output) == (0, f"{tiny.get_config().train.steps} 3 7\n"), (
+    result.errors
   )
 
 
 def test_the_answer_no_is_exit_code_1(verb):
-  assert verb(CONFIG, WORKDIR, "--solver=dpm").returncode == 1
+  assert verb(CONFIG, WORKDIR, "--solver=dpm").code == 1
 
 
 def test_help_lists_the_flags_of_the_command_and_is_no_failure(verb):
   result = verb("--help")
-  assert result.returncode == 0
+  assert result.code == 0
   for word in ("Says what it was told.", "--config", "--workdir", "--solver"):
-    assert word in result.stdout
+    assert word in result.output
 
 
 @pytest.mark.parametrize(

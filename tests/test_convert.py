@@ -41,6 +41,7 @@ SHAPED = (  # What shapes tell of a transformer's config.
   "text_embed_dim",
   "time_embed_dim",
 )
+pytestmark = pytest.mark.usefixtures("forked_torch")
 CALL = {"num_inference_steps": 2, "num_frames": 9, "output_type": "latent"}
 
 if not flags.FLAGS.is_parsed():

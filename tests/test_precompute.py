@@ -1,18 +1,20 @@
 """From real files to an encoded dataset, with clips that cannot be used, and killed midway."""
 
 import json
-import os
+import math
 import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import PATIENCE, Running, start_command
 from drawn import T5_CONFIG, VAE_CONFIG, draw
 from etils import epath
 from flax import nnx
@@ -24,6 +26,7 @@ from cogvideox_jax.data import video
 from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.shards import OpenShard
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.frozen_networks import FrozenNetworks, fill
@@ -51,12 +54,16 @@ def model(tmp_path_factory):
   return make_encoders(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def config():
+def small_config():
   config = tiny.get_config()
   config.model.text_length = 6
   config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
   return config
+
+
+@pytest.fixture
+def config():
+  return small_config()
 
 
 def write_clips(folder, count, seed=0):
@@ -249,55 +256,57 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, model):
   clips = write_clips(tmp_path / "clips", 1)
   lines = [{"file": "000.mp4", "caption": "x", "id": f"{index}"} for index in range(20_000)]
   (clips / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
-  command = [sys.executable, "-m", "cogvideox_jax.encode", "--config=configs/tiny.py"]
-  flags = [f"--input={clips}", f"--output={tmp_path / 'out'}", f"--model={model}"]
+  flags = [
+    "--config=configs/tiny.py",
+    f"--input={clips}",
+    f"--output={tmp_path / 'out'}",
+    f"--model={model}",
+  ]
   changes = ["--config.stages.tiny.sizes=((16,16),)", "--config.model.text_length=6"]
-  with subprocess.Popen(
-    [*command, *flags, *changes],
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  ) as process:
-    while "Encoding" not in process.stderr.readline():
-      assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-  assert process.returncode == 130
+  process = start_command(tmp_path, "encode", *flags, *changes)
+  while "Encoding" not in process.errors:
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(signal.SIGINT)
+  ended = process.wait()
+  assert ended.code == 130
   assert (
-    output == f"Whole shards are kept in {tmp_path / 'out'}: the same command goes on from there.\n"
+    ended.output
+    == f"Whole shards are kept in {tmp_path / 'out'}: the same command goes on from there.\n"
   )
-  assert errors.rstrip().endswith("Interrupted.")
+  assert ended.errors.rstrip().endswith("Interrupted.")
 
 
-RUN = """
-import sys
-from pathlib import Path
-from cogvideox_jax.precompute import encode_clips
-from cogvideox_jax.config.read import read
-from cogvideox_jax.config.schema import TrainConfig
-from configs import tiny
-encode_clips.SHARD_ITEMS = 4
-config = tiny.get_config()
-config.model.text_length = 6
-config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
-encode_clips.encode(read(TrainConfig, config), *map(Path, sys.argv[1:3]), sys.argv[3])
-"""
+def wait_to_be_killed(output, shards):
+  """Before it finishes a shard, once there are so many."""
+  close = OpenShard.close
+
+  def wait_or_close(shard, refusals):
+    if len(list(output.glob("tiny/*.array_record-*-of-*[0-9]"))) >= shards:
+      time.sleep(PATIENCE)
+    close(shard, refusals)
+
+  OpenShard.close = wait_or_close
+
+
+def encode_in_shards_of_four(clips, output, model, shards):
+  """What a process does that is killed after so many shards."""
+  wait_to_be_killed(output, shards)
+  encode_clips.SHARD_ITEMS = 4
+  encode_clips.encode(typed(small_config()), clips, output, model)
 
 
 def test_a_killed_run_started_again_holds_each_clip_once(tmp_path, model):
   clips, output = write_clips(tmp_path / "clips", 24), tmp_path / "out"
-  command = [sys.executable, "-c", RUN, str(clips), str(output), model]
-  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
-  killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+  run = partial(Running, tmp_path, encode_in_shards_of_four, clips, output, model)
+  killed = run(2)
   deadline = time.monotonic() + 120
   while len(list(output.glob("tiny/*.array_record-*-of-00006"))) < 2:
     assert killed.poll() is None and time.monotonic() < deadline
     time.sleep(0.01)
-  killed.send_signal(signal.SIGKILL)
-  killed.wait()
+  killed.kill()
   assert not (output / "tiny" / "index.npz").exists()
-  subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+  assert run(math.inf).wait().code == 0
   assert sorted(sources(output)) == sorted(f"{index:03d}" for index in range(24)) or sorted(
     sources(output)
   ) == sorted(f"{index:03d}.mp4" for index in range(24))

@@ -1,36 +1,33 @@
 """Encoding by several processes, as on several hosts: the same bytes, whoever dies on the way."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import pytest
-from test_precompute import ROOT, make_encoders, write_clips
+from commands import OWN_DEVICES, Running
+from test_precompute import make_encoders, small_config, wait_to_be_killed, write_clips
+from typed_config import typed
 
 from cogvideox_jax import hosts
 from cogvideox_jax.errors import UserError
-
-RUN = """
-import sys
-from cogvideox_jax import hosts
-from cogvideox_jax.config.read import read
 from cogvideox_jax.precompute import encode_clips
-from cogvideox_jax.config.schema import TrainConfig
-from configs import tiny
-encode_clips.SHARD_ITEMS, hosts.HEARTBEAT = 4, 3
-clips, output, model, port, count, index = sys.argv[1:]
-if int(count) > 1:
-  hosts.join(hosts.Group(f"127.0.0.1:{port}", int(count), int(index)))
-config = tiny.get_config()
-config.model.text_length = 6
-config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
-print(encode_clips.encode(read(TrainConfig, config), clips, output, model, workers=1))
-"""
+
+TWO_DEVICES = f"{OWN_DEVICES} --xla_force_host_platform_device_count=2"
+
+
+def encode_here(
+  clips: Path, output: Path, model: str, port: int, count: int, index: int, victim: int | None
+) -> None:
+  """What each process does; the victim is to be killed when there is a shard."""
+  if index == victim:
+    wait_to_be_killed(output, 1)
+  encode_clips.SHARD_ITEMS, hosts.HEARTBEAT = 4, 3
+  if count > 1:
+    hosts.join(hosts.Group(f"127.0.0.1:{port}", count, index))
+  print(encode_clips.encode(typed(small_config()), clips, output, model, workers=1))
 
 
 def free_port() -> int:
@@ -39,26 +36,28 @@ def free_port() -> int:
     return free.getsockname()[1]
 
 
-def start(clips: Path, output: Path, model: str, count: int) -> list[subprocess.Popen]:
-  environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2"}
-  command = [sys.executable, "-c", RUN, str(clips), str(output), model, str(free_port())]
-  return [
-    subprocess.Popen(
-      [*command, str(count), str(index)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      text=True,
-    )
-    for index in range(count)
-  ]
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, clips, model):
+  """Starts so many processes that write to a folder together."""
+
+  def call(output: Path, count: int, victim: int | None = None) -> list[Running]:
+    port = free_port()
+    return [
+      Running(
+        tmp_path_factory.mktemp("said"), encode_here, clips, output, model, port, count, index,
+        victim,
+        xla_flags=TWO_DEVICES,
+      )
+      for index in range(count)
+    ]  # fmt: skip
+
+  return call
 
 
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def finish(processes: list[Running]) -> list[tuple[int | None, str]]:
   """Exit code and last line of each; Gloo has lines of its own."""
-  outputs = [process.communicate(timeout=120)[0] for process in processes]
-  lines = [output.splitlines()[-1] if output else "" for output in outputs]
-  return [(process.returncode, line) for process, line in zip(processes, lines, strict=True)]
+  ended = [process.wait() for process in processes]
+  return [(result.code, "".join(result.output.splitlines()[-1:])) for result in ended]
 
 
 def contents(output: Path) -> dict[str, bytes]:
@@ -78,26 +77,26 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, clips, model):
+def alone(tmp_path_factory, start):
   """What one process writes."""
   output = tmp_path_factory.mktemp("alone") / "out"
-  [(code, text)] = finish(start(clips, output, model, 1))
+  [(code, text)] = finish(start(output, 1))
   assert (code, text) == (0, "Counts(clips=25, refused=1)")
   return contents(output)
 
 
-def test_two_processes_write_what_one_does(tmp_path, clips, model, alone):
-  ended = finish(start(clips, tmp_path / "out", model, 2))
+def test_two_processes_write_what_one_does(tmp_path, start, alone):
+  ended = finish(start(tmp_path / "out", 2))
   assert ended == [(0, "Counts(clips=25, refused=1)")] * 2
   assert contents(tmp_path / "out") == alone
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_job_which_goes_on_when_started_again(
-  tmp_path, clips, model, alone, victim
+  tmp_path, start, alone, victim
 ):
   output = tmp_path / "out"
-  processes = start(clips, output, model, 2)
+  processes = start(output, 2, victim)
   deadline = time.monotonic() + 120
   while len(list(output.glob("tiny/*.array_record-*-of-00007"))) < 1:
     assert processes[victim].poll() is None and time.monotonic() < deadline
@@ -106,7 +105,7 @@ def test_a_killed_process_ends_the_job_which_goes_on_when_started_again(
   codes = [code for code, _ in finish(processes)]
   assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0
   assert not (output / "tiny" / "index.npz").exists()
-  assert [code for code, _ in finish(start(clips, output, model, 2))] == [0, 0]
+  assert [code for code, _ in finish(start(output, 2))] == [0, 0]
   assert contents(output) == alone
 
 

@@ -1,33 +1,31 @@
 """A killed run, started again, ends as one that was never killed: bit for bit."""
 
+import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from commands import OWN_DEVICES, start_command
 from etils import epath
-from small_run import make_inputs, settings
+from small_run import config_flags_of, make_inputs, settings
 
-ROOT = Path(__file__).parent.parent
 STEPS = 40
 
 
 @pytest.fixture
 def start(tmp_path):
-  """Starts the command line on a workdir, on one device."""
+  """Starts the command on a workdir, on as many devices as its config says."""
   inputs = make_inputs(epath.Path(tmp_path))
-  values = settings(inputs, train__steps=STEPS, checkpoint__every=5, validation__every=0)
-  environment = os.environ | {"XLA_FLAGS": ""}
+  values = settings(inputs, train__steps=STEPS, validation__every=0)
+  runs = itertools.count()
 
-  def run(workdir):
-    command = [sys.executable, "-m", "cogvideox_jax.train", "--config=configs/tiny.py"]
-    command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in values.items())]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+  def run(workdir, save_every=STEPS // 2):
+    said = tmp_path / f"said_{next(runs)}"
+    said.mkdir()
+    changes = config_flags_of({**values, "checkpoint.every": save_every})
+    flags = ["--config=configs/tiny.py", f"--workdir={workdir}", *changes]
+    return start_command(said, "train", *flags, xla_flags=OWN_DEVICES)
 
   return run
 
@@ -48,19 +46,18 @@ def kill_once_saved(process, workdir):
   while not saved(workdir) and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
+  assert process.wait().code == -signal.SIGKILL
 
 
 def finish(process):
-  out, errors = process.communicate(timeout=300)
-  assert process.returncode == 0, errors
-  return out
+  ended = process.wait()
+  assert ended.code == 0, ended.errors
+  return ended.output
 
 
 def test_a_run_killed_and_started_again_ends_as_one_never_killed(start, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  kill_once_saved(start(killed), killed)
+  kill_once_saved(start(killed, save_every=5), killed)
   last = max(saved(killed))
   printed = finish(start(killed))
   finish(start(whole))

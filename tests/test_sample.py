@@ -1,12 +1,11 @@
 """The command line, from prompt to mp4."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from commands import run_command
 from drawn import make_pipeline
 
 from cogvideox_jax import __version__, sample
@@ -116,11 +115,10 @@ def test_mistakes_are_explained(run, values, message):
 
 
 def test_a_missing_model_ends_with_2_and_how_to_get_one(tmp_path):
-  arguments = ["--model=nowhere", "--prompt=a", f"--output={tmp_path / 'video.mp4'}"]
-  ended = subprocess.run(
-    [sys.executable, "-m", "cogvideox_jax.sample", *arguments], capture_output=True, text=True
-  )
-  assert ended.returncode == 2
-  assert "nowhere" in ended.stderr and "tiny" in ended.stderr
-  assert "Traceback" not in ended.stderr
-  assert not list(tmp_path.iterdir())
+  (tmp_path / "out").mkdir()
+  output = f"--output={tmp_path / 'out' / 'video.mp4'}"
+  ended = run_command(tmp_path, "sample", "--model=nowhere", "--prompt=a", output)
+  assert ended.code == 2
+  assert "nowhere" in ended.errors and "tiny" in ended.errors
+  assert "Traceback" not in ended.errors
+  assert not list((tmp_path / "out").iterdir())

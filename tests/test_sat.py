@@ -36,6 +36,7 @@ def test_a_round_trip_gives_the_same_tensors(name):
     np.testing.assert_array_equal(tensor, stored[key], key)
 
 
+@pytest.mark.usefixtures("forked_torch")
 def test_a_written_torch_file_is_read_again_bit_by_bit(tmp_path):
   component, config = component_of("vae")
   halves = {name: x.astype(ml_dtypes.bfloat16) for name, x in load_file(FILES["vae"]).items()}
@@ -62,6 +63,7 @@ def test_what_is_missing_or_not_known_is_named(tmp_path, change, message):
     sat.load_vae(tmp_path / "vae.safetensors", FOLDER.model("pvae")[0])
 
 
+@pytest.mark.usefixtures("forked_torch")
 @pytest.mark.parametrize("container", [None, "module", "state_dict"])
 def test_a_torch_file_is_read_without_what_is_not_ours(tmp_path, container):
   stored = {name: torch.from_numpy(x) for name, x in load_file(FILES["vae"]).items()}
@@ -81,7 +83,7 @@ class Evil:
     return os.mkdir, (self.mark,)
 
 
-def test_a_torch_file_cannot_run_code(tmp_path):
+def test_a_torch_file_cannot_run_code(tmp_path):  # In the very process that users have.
   mark = tmp_path / "ran"
   torch.save({"module": {"x": Evil(str(mark))}}, tmp_path / "evil.pt")
   with pytest.raises(UserError, match=r"evil.pt cannot be read"):
@@ -89,6 +91,7 @@ def test_a_torch_file_cannot_run_code(tmp_path):
   assert not mark.exists()
 
 
+@pytest.mark.usefixtures("forked_torch")
 def test_without_tensors_the_reader_says_so(tmp_path):
   torch.save({"epoch": 3}, tmp_path / "none.pt")
   with pytest.raises(UserError, match=r"none.pt cannot be read: it holds no tensors"):

@@ -1,10 +1,10 @@
 """Training by two real processes, as on two hosts: what one does, whoever must stop or dies."""
 
 import signal
-import subprocess
 import time
 
 import pytest
+from commands import PATIENCE, Running
 from host_processes import end_all, finish, lines, start_job
 from small_run import config_flags_of, make_inputs, settings
 
@@ -23,13 +23,13 @@ def inputs(tmp_path_factory):
   return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def start(inputs, workdir, count, **changes) -> list[subprocess.Popen]:
+def start(inputs, workdir, count, **changes) -> list[Running]:
   """So many processes that train in one workdir, of two devices in all."""
   values = settings(
     inputs,
     train__steps=STEPS,
     cpu_devices=2 // count,
-    checkpoint__every=4,
+    checkpoint__every=4 if count > 1 else STEPS // 2,
     validation__every=0,
     **changes,
   )
@@ -42,7 +42,7 @@ def losses(workdir) -> dict[int, float]:
 
 
 def wait_for_step(workdir, step, processes) -> None:
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + PATIENCE
   while max(losses(workdir), default=0) < step:
     assert all(process.poll() is None for process in processes), finish(processes)
     assert time.monotonic() < deadline

@@ -49,7 +49,7 @@ def metrics(workdir, *names):
 
 @pytest.mark.slow
 def test_two_processes_train_the_vae_as_one_stop_together_and_one_goes_on(tmp_path):
-  codes, outputs = finish(start(tmp_path / "alone", 1), timeout=600)
+  codes, outputs = finish(start(tmp_path / "alone", 1))
   assert codes == [0], outputs
   processes = start(tmp_path / "two", 2)
   deadline = time.monotonic() + 600
@@ -58,9 +58,9 @@ def test_two_processes_train_the_vae_as_one_stop_together_and_one_goes_on(tmp_pa
     assert time.monotonic() < deadline
     time.sleep(0.05)
   processes[1].send_signal(signal.SIGTERM)
-  codes, outputs = finish(processes, timeout=600)
+  codes, outputs = finish(processes)
   assert codes == [83, 83], outputs
-  codes, outputs = finish(start(tmp_path / "two", 1), timeout=600)
+  codes, outputs = finish(start(tmp_path / "two", 1))
   assert codes == [0] and "resumed at step" in outputs[0], outputs
   names = "loss", "grad_norm", "validation_psnr", "epoch", "frames"
   expected = metrics(tmp_path / "alone", *names)
