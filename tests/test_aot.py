@@ -2,12 +2,9 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import Result, run_command
 from typed_config import typed
 
 from cogvideox_jax.aot import fixes, hlo, topology
@@ -16,7 +13,6 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.size import Size, check_size
 from cogvideox_jax.models.vae_config import VAEConfig
 
-ROOT = Path(__file__).parent.parent
 KEYS = {
   "program", "stage", "devices", "num_frames", "height", "width", "fits", "hbm_bytes",
   "bytes_per_chip", "parameters", "model_flops", "roofline_seconds", "estimated_seconds",
@@ -116,30 +112,37 @@ def test_a_name_of_no_topology_is_refused_and_repeated(name):
     topology.open_topology(name)
 
 
-def compiled(*args: str) -> tuple[int, str, str]:
-  """Runs a module in its own process, because it changes which devices JAX sees.
+@pytest.fixture
+def run(tmp_path):
+  """Runs a command in a process of its own, since compiling for TPUs changes what JAX sees."""
 
-  Returns exit code, output and errors.
-  """
-  environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-  result = subprocess.run(
-    [sys.executable, "-m", *args],
-    cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-  )  # fmt: skip
-  return result.returncode, result.stdout, result.stderr
+  def call(verb: str, *args: str) -> Result:
+    return run_command(tmp_path, verb, *args, xla_flags="")
+
+  return call
 
 
-SMALL = (
-  "--config=configs/2b.py",
-  "--config.model.depth=2",
-  "--config.stages.stage1.rows=4",
-  "--config.stages.stage1.row_tokens=1024",
-  "--config.stages.stage1.max_clips=1",
-)
+MODELS = {
+  "tiny": (
+    "--config=configs/tiny.py",
+    "--config.model.depth=2",
+    "--config.stages.tiny.rows=4",
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=-1",
+  ),
+  "2b": (
+    "--config=configs/2b.py",
+    "--config.model.depth=2",
+    "--config.stages.stage1.rows=4",
+    "--config.stages.stage1.row_tokens=1024",
+    "--config.stages.stage1.max_clips=1",
+  ),
+}
 
 
-def test_two_layers_of_the_2b_fit_a_small_pod():
-  code, output, errors = compiled("cogvideox_jax.compile", *SMALL, "--topology=v5p:2x2x1", "--json")
+@pytest.mark.parametrize("model", ["tiny", pytest.param("2b", marks=pytest.mark.slow)])
+def test_two_layers_fit_a_small_pod(run, model):
+  code, output, errors = run("compile", *MODELS[model], "--topology=v5p:2x2x1", "--json")
   assert code == 0, errors
   result = json.loads(output.splitlines()[-1])
   assert result.keys() >= KEYS
@@ -186,21 +189,21 @@ def test_the_vae_alone_takes_sizes_that_no_patch_divides():
     check_size(Size(49, 240, 360), VAEConfig(), patch=(1, 2, 2))
 
 
-def test_the_5b_does_not_fit_one_small_chip_and_three_fixes_say_what_would():
+def test_the_5b_does_not_fit_one_small_chip_and_three_fixes_say_what_would(run):
   args = "--config=configs/5b.py", "--config.stages.stage1.rows=1"
-  code, output, errors = compiled("cogvideox_jax.compile", *args, "--topology=v5e:1x1", "--json")
+  code, output, errors = run("compile", *args, "--topology=v5e:1x1", "--json")
   assert code == 1, errors
   result = json.loads(output.splitlines()[-1])
   assert result.keys() >= KEYS and not result["fits"] and len(result["fixes"]) == 3
   assert result["parameters"] == 5_570_283_072
   assert result["bytes_per_chip"]["state"] > result["hbm_bytes"]
-  code, _, _ = compiled("cogvideox_jax.train", *args, "--dry_run=v5e:1x1")
+  code, _, _ = run("train", *args, "--dry_run=v5e:1x1")
   assert code == 1
 
 
 @pytest.mark.parametrize("mistake", ["--topology=v9:2x2", "--stage=7", "--program=fly"])
-def test_mistakes_leave_with_code_2_and_are_named(mistake):
+def test_mistakes_leave_with_code_2_and_are_named(run, mistake):
   args = ["--config=configs/2b.py", "--topology=v5p:2x2x1"]
-  code, _, errors = compiled("cogvideox_jax.compile", *args, mistake)
+  code, _, errors = run("compile", *args, mistake)
   assert code == 2
   assert mistake.split("=")[1] in errors and "Traceback" not in errors
