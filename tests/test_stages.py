@@ -44,14 +44,6 @@ ROWS = {"stage1": (16, 32), "stage2": (8, 40), "stage3": (8, 64), "stage4": (8, 
 ENDS = {"stage1": 2, "stage2": 4, "stage3": 6, "stage4": 8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-  """What is compiled here runs for a few steps only."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
   """FOLDER/data, a dataset of each stage but the last, and FOLDER/model, of drawn weights."""
