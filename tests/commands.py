@@ -25,7 +25,7 @@ FORKS.set_forkserver_preload(
 OWN_DEVICES = " ".join(
   flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag
 )
-PATIENCE = 300  # Seconds, on a machine with much else to do.
+PATIENCE = 1200  # Seconds, because the machine may have much else to do.
 
 
 class Result(NamedTuple):

@@ -300,7 +300,7 @@ def test_a_killed_run_started_again_holds_each_clip_once(tmp_path, model):
   clips, output = write_clips(tmp_path / "clips", 24), tmp_path / "out"
   run = partial(Running, tmp_path, encode_in_shards_of_four, clips, output, model)
   killed = run(2)
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + PATIENCE
   while len(list(output.glob("tiny/*.array_record-*-of-00006"))) < 2:
     assert killed.poll() is None and time.monotonic() < deadline
     time.sleep(0.01)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from commands import OWN_DEVICES, Running
+from commands import OWN_DEVICES, PATIENCE, Running
 from test_precompute import make_encoders, small_config, wait_to_be_killed, write_clips
 from typed_config import typed
 
@@ -97,7 +97,7 @@ def test_a_killed_process_ends_the_job_which_goes_on_when_started_again(
 ):
   output = tmp_path / "out"
   processes = start(output, 2, victim)
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + PATIENCE
   while len(list(output.glob("tiny/*.array_record-*-of-00007"))) < 1:
     assert processes[victim].poll() is None and time.monotonic() < deadline
     time.sleep(0.01)

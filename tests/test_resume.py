@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from commands import OWN_DEVICES, start_command
+from commands import OWN_DEVICES, PATIENCE, start_command
 from etils import epath
 from small_run import config_flags_of, make_inputs, settings
 
@@ -42,7 +42,7 @@ def saved(workdir):
 
 
 def kill_once_saved(process, workdir):
-  deadline = time.monotonic() + 300
+  deadline = time.monotonic() + PATIENCE
   while not saved(workdir) and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
