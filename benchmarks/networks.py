@@ -104,7 +104,7 @@ def draw_inputs(case: Case) -> Inputs:
   return Inputs(latents, text, weight)
 
 
-def draw_params(network: type, config: Any) -> state.Params:
+def draw_params(network: type, config: Any) -> Params:
   """Draws weights, none of them zero, so that every path of the model affects the output."""
   rng = np.random.default_rng(0)
 
@@ -115,7 +115,7 @@ def draw_params(network: type, config: Any) -> state.Params:
   return jax.tree.map_with_path(leaf, abstract_params(network, config))
 
 
-def our_programs(case: Case, inputs: Inputs, params: state.Params) -> dict[str, Run]:
+def our_programs(case: Case, inputs: Inputs, params: Params) -> dict[str, Run]:
   """Compiles `forward`, and `backward`: a forward pass, then the gradients of all parameters."""
   network = _network(case)
   params = jax.tree.map(lambda x: jnp.asarray(x, case.dtype), params)
@@ -138,7 +138,7 @@ def our_programs(case: Case, inputs: Inputs, params: state.Params) -> dict[str, 
   }
 
 
-def train_program(case: Case, inputs: Inputs, params: state.Params) -> Run:
+def train_program(case: Case, inputs: Inputs, params: Params) -> Run:
   """The whole training step, on fp32 masters. Each run continues from the state of the last."""
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, b2=0.95))
   updates = state.Updates(tx, ema_decay=0.9999)
@@ -167,7 +167,7 @@ def train_program(case: Case, inputs: Inputs, params: state.Params) -> Run:
   return run
 
 
-def hand_over(case: Case, params: state.Params) -> CogVideoXTransformer3DModel:
+def hand_over(case: Case, params: Params) -> CogVideoXTransformer3DModel:
   """Builds the reference with our weights, through the files that our conversion writes."""
   with tempfile.TemporaryDirectory() as folder:
     diffusers.save_transformer(folder, case.config, params)

@@ -1,10 +1,10 @@
-"""Writes a model in another layout, and LoRA files too.
+"""Converts a model or a LoRA file to another layout.
 
 python -m cogvideox_jax.convert --source=MODEL --target=DIR --format={orbax,diffusers,sat}
 
-MODEL is a model folder (safetensors or Orbax), a shipped name, a training workdir, a release of
-SAT's or one of its .pt files (both with the extra `convert`), or a LoRA file. Weights keep their
-bits unless --dtype or --lora is given, and configs what they say.
+MODEL is a model folder (safetensors or Orbax), a shipped name, a training workdir, a release of SAT
+or one of its .pt files (both need the extra `convert`), or a LoRA file. Weights keep their bits
+unless --dtype or --lora is given; configs keep their fields.
 """
 
 import contextlib
@@ -14,9 +14,10 @@ from absl import flags
 from etils import epath
 
 from cogvideox_jax import command, model_flags
-from cogvideox_jax.conversion import lora, model_layouts
+from cogvideox_jax.conversion import lora, model_contents, model_layouts, sat_release
 from cogvideox_jax.conversion.folder import SHIPPED, resolve
-from cogvideox_jax.conversion.model_layouts import LAYOUTS, Model
+from cogvideox_jax.conversion.model_contents import Model
+from cogvideox_jax.conversion.model_layouts import LAYOUTS
 from cogvideox_jax.conversion.safetensors_file import DTYPES
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.model_flags import LORA, LORA_WEIGHT, WEIGHTS
@@ -41,52 +42,52 @@ def main() -> None:
       if LORA.value:
         fuse(model, epath.Path(LORA.value))
       if DTYPE.value != "keep":
-        model.map_params(lambda network: model_layouts.cast(network, TYPES[DTYPE.value]))
+        model.map_params(lambda network: model_contents.cast(network, TYPES[DTYPE.value]))
       model_layouts.write(model, target, FORMAT.value)
   print(f"Wrote {target}.")
 
 
 @contextlib.contextmanager
 def opened(source: str) -> Iterator[Model]:
-  """The model of whatever kind of source."""
+  """The contents of a source of any kind; lazy parameters can be read inside the context only."""
   path = epath.Path(source)
   if workdir.is_workdir(path):
     yield workdir.model(path, WEIGHTS.value)
-  elif source not in SHIPPED and path.exists() and model_layouts.is_sat(path):
-    with model_layouts.of_sat(path) as model:
+  elif source not in SHIPPED and path.exists() and sat_release.is_release(path):
+    with sat_release.opened(path) as model:
       yield model
   else:
-    yield model_layouts.of_folder(resolve(source))
+    yield model_layouts.read_folder(resolve(source))
 
 
 def fuse(model: Model, path: epath.Path) -> None:
-  """Makes a LoRA file part of the transformer."""
+  """Adds the updates of a LoRA file to the transformer's weights."""
   transformer = model.networks.get("transformer")
   if transformer is None:
     raise UserError(f"--lora={path}: {SOURCE.value} has no transformer for it to change.")
-  loaded = lora.load(path)
+  loaded = lora.read(path)
   transformer.params = lora.fuse(transformer.params, transformer.config, loaded, LORA_WEIGHT.value)
   note = f" With the LoRA `{path.name}` at weight {LORA_WEIGHT.value:g}."
   model.origin = model.origin._replace(note=model.origin.note + note)
 
 
 def is_lora(path: epath.Path) -> bool:
-  """Whether a path is a LoRA file, or a folder with nothing but diffusers' one."""
+  """Whether a path is a LoRA file, or a folder with diffusers' LoRA file and no transformer."""
   if path.is_dir():
     return (path / lora.FILE).exists() and not (path / "transformer").exists()
   return path.is_file() and lora.is_lora(path)
 
 
 def write_lora(source: epath.Path, target: epath.Path) -> None:
-  """Writes a LoRA file under the other kind's names."""
+  """Writes a LoRA file in the layout of --format."""
   if FORMAT.value == "orbax":
     raise UserError("A LoRA is kept in diffusers' or SAT's files: give --format=diffusers or sat.")
-  loaded = lora.load(source)
+  loaded = lora.read(source)
   target.mkdir(parents=True, exist_ok=True)
   if FORMAT.value == "sat":
-    lora.save_sat(target / lora.SAT_FILE, loaded)
+    lora.write_sat(target / lora.SAT_FILE, loaded)
   else:
-    lora.save(target / lora.FILE, loaded)
+    lora.write(target / lora.FILE, loaded)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Float32, UInt8
 from cogvideox_jax import sharding
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import ModelFolder
-from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.models.t5 import T5Encoder, encode_text
 from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.types import Params
 
 # The VAE takes at most BATCH_CLIPS clips of one bucket at once, and about BATCH_PIXELS pixels on
 # each device, but always at least one clip on each device.

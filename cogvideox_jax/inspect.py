@@ -1,22 +1,23 @@
-"""Shows what an encoded dataset holds, and what a training on it reads.
+"""Shows what an encoded dataset holds and which rows a training makes of it.
 
 python -m cogvideox_jax.inspect DATASET [--config=FILE] [--config.KEY=VALUE]
 
-DATASET is the folder that `encode` wrote, or that of one stage in it. Prints a table for each
-stage, and writes two pictures beside it: packing.png, rows as bars of clips, and clips.png, the
-first frames of some clips, decoded by the VAE of --model. Without a model, clips.png shows the
-latents in false colours.
+DATASET is the folder that `encode` wrote, or the folder of one stage in it. Prints a table for
+each stage, and writes two pictures into the stage's folder: packing.png shows rows as bars of
+clips, and clips.png shows the first frames of some clips, decoded by the VAE of --model. Without a
+model, clips.png shows the latents in false colours.
 
-Without --config, the config is the one that `encode` kept, or that of the workdir it is in. A
-dataset is read by the stage of its name; --stage=NAME tells of another that reads it, as the last
-of the published stages reads the best clips of the one before.
+Without --config, the config is that of the dataset's `encode` or of the workdir around it. The
+stage with the dataset's name reads the dataset. --stage=NAME names another stage that reads it; for
+example, the last published stage reads the best clips of the stage before.
 
---rows=START:STOP --hosts=N --json prints instead which clips stand in those rows of a training on
-this dataset alone, by the code that reads them, as one JSON object:
+--rows=START:STOP --hosts=N --json prints instead which clips are in these rows of a training on
+this dataset alone. The code of the training computes it. The output is one JSON object:
 {"rows": [{"row": number, "epoch": number, "host": number, "clips": [their ids in order]}]}.
 """
 
 import json
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from absl import flags
@@ -33,23 +34,27 @@ from cogvideox_jax.training import dataset_report
 
 CONFIG = command.config_flag(TrainConfig, required=False)
 MODEL = flags.DEFINE_string(
-  "model", None, "Whose VAE decodes clips.png; by default the config's components. Empty: none."
+  "model",
+  None,
+  "The model whose VAE decodes clips.png; default: the config's components. Empty: none.",
 )
-OUTPUT = flags.DEFINE_string("output", "", "Where the pictures go; by default beside the clips.")
+OUTPUT = flags.DEFINE_string("output", "", "The folder for the pictures; default: the stage's.")
 STAGE = flags.DEFINE_string(
-  "stage", "", "Stage of the config to tell of; by default each that has a dataset here."
+  "stage", "", "The stage of the config to show; default: each stage that has a dataset here."
 )
-ROWS = flags.DEFINE_string("rows", "", "START:STOP, rows of a training, from 0, to list.")
-HOSTS = flags.DEFINE_integer("hosts", 1, "That share each batch of the rows.", lower_bound=1)
+ROWS = flags.DEFINE_string("rows", "", "START:STOP, the rows of a training to list, from 0.")
+HOSTS = flags.DEFINE_integer(
+  "hosts", 1, "The number of hosts that share each batch of rows.", lower_bound=1
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
 
 class Stage(NamedTuple):
-  """A dataset, and the rows that a stage of a training reads of it, if a config says."""
+  """A dataset, and the rows that a stage of a training reads from it."""
 
-  name: str  # Of the stage; of the dataset, where no stage is known.
+  name: str  # Name of the stage, or of the dataset if no stage is known to read it.
   dataset: Dataset
-  rows: Rows | None
+  rows: Rows | None  # None if there is no config, or none of its stages reads the dataset.
 
 
 def main(dataset: str) -> None:
@@ -60,16 +65,7 @@ def main(dataset: str) -> None:
     check(cfg, "")
   if STAGE.value and not cfg:
     raise UserError(f"--stage={STAGE.value} is a stage of a config: give a --config=FILE.")
-  read_by = dataset_report.readers(cfg, found, STAGE.value) if cfg else {}
-  stages = [
-    Stage(
-      read_by.get(name, name),
-      data,
-      dataset_report.training_rows(cfg, read_by[name], data) if cfg and name in read_by else None,
-    )
-    for name, data in found.items()
-    if name in read_by or not STAGE.value
-  ]
+  stages = make_stages(cfg, found)
   if ROWS.value:
     result = {"rows": list_rows(cfg, stages, parse_range(ROWS.value))}
     if not JSON.value:
@@ -78,6 +74,19 @@ def main(dataset: str) -> None:
     result = {"stages": {stage.name: show(cfg, stage) for stage in stages}}
   if JSON.value:
     print(json.dumps(result))
+
+
+def make_stages(cfg: TrainConfig | None, found: Mapping[str, Dataset]) -> list[Stage]:
+  """The datasets by name, with the rows of the stages that read them; of --stage alone if given."""
+  read_by = dataset_report.readers(cfg, found, STAGE.value) if cfg else {}
+  stages = []
+  for name, data in found.items():
+    if cfg and name in read_by:
+      rows = dataset_report.training_rows(cfg, read_by[name], data)
+      stages.append(Stage(read_by[name], data, rows))
+    elif not STAGE.value:
+      stages.append(Stage(name, data, None))
+  return stages
 
 
 def show(cfg: TrainConfig | None, stage: Stage) -> dict:
@@ -100,7 +109,11 @@ def show(cfg: TrainConfig | None, stage: Stage) -> dict:
 
 
 def list_rows(cfg: TrainConfig | None, stages: list[Stage], wanted: range) -> list[dict]:
-  """The rows of the one stage that the config can train on."""
+  """The rows of the one stage here that reads a dataset.
+
+  Raises:
+    UserError: there is no such stage, or there are several.
+  """
   known = [(stage.name, stage.rows) for stage in stages if stage.rows]
   if not cfg or len(known) != 1:
     raise UserError(
@@ -112,7 +125,11 @@ def list_rows(cfg: TrainConfig | None, stages: list[Stage], wanted: range) -> li
 
 
 def parse_range(text: str) -> range:
-  """START:STOP, with 0 <= START < STOP."""
+  """Reads START:STOP, where 0 <= START < STOP.
+
+  Raises:
+    UserError: the text has another form.
+  """
   start, _, stop = text.partition(":")
   if start.isdecimal() and stop.isdecimal() and int(start) < int(stop):
     return range(int(start), int(stop))

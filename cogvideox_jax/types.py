@@ -18,6 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+# The parameters of a network: a tree of dicts, as from `nnx.to_pure_dict`, whose leaves are arrays,
+# `conversion.tensors.Lazy` ones, or shapes.
+Params = dict[str, Any]
+
 VISION, TEXT = 0, 1  # The two experts, in the order their weights are stored.
 
 

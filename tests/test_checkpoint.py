@@ -13,7 +13,9 @@ from etils import epath
 from cogvideox_jax import sharding
 from cogvideox_jax.data import digests
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.training import checkpoint, state
+from cogvideox_jax.training import checkpoint
+from cogvideox_jax.training.state import Updates, create
+from cogvideox_jax.training.state import abstract as abstract_state
 
 FSDP = sharding.rules_named("fsdp")
 
@@ -24,29 +26,29 @@ def make_state(mesh_sizes, seed=0):
     return {"blocks": {"mlp": {"up": {"kernel": kernel, "bias": jnp.full((2, 2048), 0.5)}}}}
 
   mesh = sharding.make_mesh({"context": 1, "tensor": 1, **mesh_sizes})
-  updates = state.Updates(optax.adamw(1e-3), ema_decay=0.9)
-  return state.create(params, seed, updates, state.abstract(params(seed), updates, mesh, FSDP))
+  updates = Updates(optax.adamw(1e-3), ema_decay=0.9)
+  return create(params, seed, updates, abstract_state(params(seed), updates, mesh, FSDP))
 
 
-def abstract(value):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
+def abstract(state):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 @jax.jit
-def moved(value, step):
+def moved(state, step):
   """Another state, so that no two steps hold the same arrays."""
-  other = jax.tree.map(lambda x: x * 1.5 if x.dtype == jnp.float32 else x, value)
-  return other._replace(step=step, ema=jax.tree.map(lambda x: x + 0.25, value.params))
+  other = jax.tree.map(lambda x: x * 1.5 if x.dtype == jnp.float32 else x, state)
+  return other._replace(step=step, ema=jax.tree.map(lambda x: x + 0.25, state.params))
 
 
 def save_steps(folder, steps, keep=3):
   saved = {}
   checkpoints = checkpoint.Checkpoints(folder, keep=keep, on_saved=saved.__setitem__)
   states = {}
-  value = make_state({"data": 1, "fsdp": 8})
+  state = make_state({"data": 1, "fsdp": 8})
   for step in steps:
-    value = states[step] = moved(value, step)
-    checkpoints.save(step, value)
+    state = states[step] = moved(state, step)
+    checkpoints.save(step, state)
   checkpoints.wait()
   return checkpoints, states, saved
 
@@ -90,12 +92,12 @@ def test_the_digest_is_of_the_values_and_not_of_the_mesh(tmp_path):
 
 def test_a_saved_state_may_be_donated_at_once(tmp_path):
   checkpoints = checkpoint.Checkpoints(epath.Path(tmp_path), keep=1, on_saved=lambda *_: None)
-  value = make_state({"data": 1, "fsdp": 8})
-  before = jax.tree.map(np.array, value)
-  shapes = abstract(value)
+  state = make_state({"data": 1, "fsdp": 8})
+  before = jax.tree.map(np.array, state)
+  shapes = abstract(state)
   overwrite = jax.jit(lambda x: jax.tree.map(lambda y: y * 0 - 1, x), donate_argnums=0)
-  checkpoints.save(0, value)
-  jax.block_until_ready(overwrite(value))
+  checkpoints.save(0, state)
+  jax.block_until_ready(overwrite(state))
   checkpoints.wait()
   assert_same(checkpoints.restore(shapes).state, before)
 
@@ -160,13 +162,13 @@ def test_a_run_with_no_good_checkpoint_is_not_started_again_from_nothing(tmp_pat
   assert checkpoint.good_steps(folder) == [1]  # Left where it was.
 
 
-@pytest.mark.parametrize("weights, part", [("ema", "ema"), ("raw", "params")])
-def test_weights_are_read_without_the_optimizer(tmp_path, weights, part):
+@pytest.mark.parametrize("weights, tree", [("ema", "ema"), ("raw", "params")])
+def test_weights_are_read_without_the_optimizer(tmp_path, weights, tree):
   _, states, _ = save_steps(epath.Path(tmp_path) / "checkpoints", [1, 2])
   flip_a_bit_of_the_arrays(epath.Path(tmp_path) / "checkpoints" / "2")
   loaded = checkpoint.load_weights(tmp_path, weights)
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(loaded))
-  newest_good = getattr(states[1], part)
+  newest_good = getattr(states[1], tree)
   assert jax.tree.structure(loaded) == jax.tree.structure(newest_good)
 
 

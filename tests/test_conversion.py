@@ -283,12 +283,12 @@ def test_models_and_parts_that_are_not_there_are_named(tmp_path):
 def model_folder(tmp_path_factory):
   """A whole model of ours, with drawn weights."""
   folder = tmp_path_factory.mktemp("model")
-  parts = {
+  components = {
     "transformer": (DiT, DIT, diffusers.save_transformer),
     "vae": (VAE, AUTOENCODER, diffusers.save_vae),
     "text_encoder": (T5Encoder, TEXT, diffusers.save_text_encoder),
   }
-  for seed, (name, (model, config, save)) in enumerate(parts.items()):
+  for seed, (name, (model, config, save)) in enumerate(components.items()):
     save(folder / name, config, drawn(model, config, seed))
   diffusers.save_scheduler(folder / "scheduler", NOISE)
   diffusers.save_tokenizer(folder / "tokenizer", Tokenizer(TOKENIZER))

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from small_run import make_config, make_inputs
 
 from cogvideox_jax import convert
-from cogvideox_jax.conversion import diffusers, lora, model_layouts, orbax, tensors
+from cogvideox_jax.conversion import diffusers, lora, orbax, sat_release, tensors
 from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import digests
@@ -158,7 +158,7 @@ def test_a_release_of_sats_without_configs_of_ours_is_known_by_its_shapes(tmp_pa
 
 def test_one_file_of_sats_becomes_its_part_of_a_folder(model, tmp_path):
   there = run(model, tmp_path / "there", "sat")
-  file = shutil.copy(there / model_layouts.SAT_TRANSFORMER, tmp_path / "transformer.pt")
+  file = shutil.copy(there / sat_release.TRANSFORMER_FILE, tmp_path / "transformer.pt")
   back = run(file, tmp_path / "back", "diffusers")
   assert [path.name for path in back.iterdir() if path.is_dir()] == ["transformer"]
   expected = {k: v for k, v in weights(model).items() if k.startswith("transformer/")}
@@ -172,8 +172,8 @@ def test_weights_in_another_type(model, tmp_path):
 
 
 def test_parts_alone_are_converted(model, tmp_path):
-  shutil.copytree(model / "transformer", tmp_path / "part" / "transformer")
-  there = run(tmp_path / "part", tmp_path / "there", "orbax")
+  shutil.copytree(model / "transformer", tmp_path / "partial" / "transformer")
+  there = run(tmp_path / "partial", tmp_path / "there", "orbax")
   assert open_model(there).transformer()[0] == DIT_CONFIG
   expected = {k: v for k, v in weights(model).items() if k.startswith("transformer/")}
   assert_same_bits(weights(run(there, tmp_path / "back", "diffusers")), expected)
@@ -183,8 +183,8 @@ def test_a_training_run_is_written_with_the_average_of_its_weights(model, tmp_pa
   inputs = make_inputs(tmp_path)
   config = make_config(inputs, components=str(model), train__steps=3)
   assert transformer_run.train(config, epath.Path(tmp_path / "run")) == 0
-  for weights_flag, part in (("ema", "ema"), ("raw", "params")):
-    there = run(tmp_path / "run", tmp_path / part, "diffusers", weights=weights_flag)
+  for weights_flag, tree in (("ema", "ema"), ("raw", "params")):
+    there = run(tmp_path / "run", tmp_path / tree, "diffusers", weights=weights_flag)
     _, found = open_model(there).transformer()
     stored = checkpoint.load_weights(tmp_path / "run", weights_flag)
     assert_same_bits(tensors.flatten(found), tensors.flatten(stored))
@@ -244,7 +244,7 @@ def test_the_card_says_source_licence_and_true_digests(model, tmp_path):
 
 def test_damage_of_an_orbax_folder_is_found_and_named(model, tmp_path):
   there = run(model, tmp_path / "there", "orbax")
-  state = there / "vae" / "orbax" / "state"  # Of arrays: digests.json guards itself.
+  state = there / "vae" / "orbax" / "state"  # Files of arrays; digests.json guards itself.
   file = max(state.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
   data = bytearray(file.read_bytes())
   data[len(data) // 2] ^= 1
@@ -264,7 +264,7 @@ def test_damage_of_an_orbax_folder_is_found_and_named(model, tmp_path):
 def test_orbax_arrays_of_another_model_are_named(spoil, message, tmp_path):
   config, params = draw(DiT, DIT_CONFIG)
   spoil(params)
-  orbax.save(epath.Path(tmp_path), params)
+  orbax.write_weights(epath.Path(tmp_path), params)
   with pytest.raises(UserError, match=message):
     orbax.open_weights(TRANSFORMER, epath.Path(tmp_path), config)
 

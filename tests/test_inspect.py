@@ -114,7 +114,7 @@ def test_a_dataset_is_shown_with_the_config_kept_beside_it_or_with_none(inputs, 
   kept = make_config(inputs, components="")
   (tmp_path / "data" / "config.json").write_text(to_json(kept))
   told = last_object(run_command(tmp_path, "inspect", str(tmp_path / "data"), "--json"))
-  assert told["stages"]["tiny"]["packing"]["row_tokens"] == kept.stages.tiny.row_tokens
+  assert told["stages"]["tiny"]["packing"]["row_tokens"] == kept.stages["tiny"].row_tokens
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def write(path, metadata=None, seed=0, **more):
 
 def test_only_the_named_weights_change_by_the_product(tmp_path):
   config, params = draw(DiT, DIT_CONFIG)
-  updates = lora.load(write(tmp_path / "a.safetensors"))
+  updates = lora.read(write(tmp_path / "a.safetensors"))
   fused = tensors.materialize(lora.fuse(params, config, updates, weight=0.5))
   a, b, scale = updates[MODULES[0]]
   assert scale == 1.0
@@ -58,14 +58,14 @@ def test_only_the_named_weights_change_by_the_product(tmp_path):
 def test_the_header_says_the_scale(tmp_path, fields, scale):
   stored = json.dumps({f"transformer.{name}": value for name, value in fields.items()})
   path = write(tmp_path / "a.safetensors", {"lora_adapter_metadata": stored} if fields else None)
-  assert lora.load(path)[MODULES[0]].scale == pytest.approx(scale)
+  assert lora.read(path)[MODULES[0]].scale == pytest.approx(scale)
 
 
 def test_a_saved_lora_has_the_same_effect(tmp_path):
   stored = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 8})
-  updates = lora.load(write(tmp_path / "a.safetensors", {"lora_adapter_metadata": stored}))
-  lora.save(tmp_path / "b.safetensors", updates)
-  again = lora.load(tmp_path / "b.safetensors")
+  updates = lora.read(write(tmp_path / "a.safetensors", {"lora_adapter_metadata": stored}))
+  lora.write(tmp_path / "b.safetensors", updates)
+  again = lora.read(tmp_path / "b.safetensors")
   for module in MODULES:
     a, b, scale = updates[module]
     np.testing.assert_allclose(again[module].b @ again[module].a, scale * b @ a, rtol=1e-6)
@@ -84,20 +84,20 @@ ZEROS = np.zeros((2, 2), np.float32)
 )
 def test_what_is_no_lora_is_refused_by_name(tmp_path, more, message):
   with pytest.raises(UserError, match=message):
-    lora.load(write(tmp_path / "a.safetensors", **more))
+    lora.read(write(tmp_path / "a.safetensors", **more))
 
 
 def test_keys_of_other_networks_are_passed_over_with_a_warning(tmp_path):
   path = write(tmp_path / "a.safetensors", **{"text_encoder.q.lora_A.weight": ZEROS})
   with pytest.warns(UserWarning, match="1 tensors do not begin with"):
-    assert set(lora.load(path)) == set(MODULES)
+    assert set(lora.read(path)) == set(MODULES)
   tensors = {name.removeprefix("transformer."): x for name, x in load_file(path).items()}
   save_file(tensors, path)
   with (
     pytest.warns(UserWarning, match="do not begin with"),
     pytest.raises(UserError, match="changes nothing"),
   ):
-    lora.load(path)
+    lora.read(path)
 
 
 def test_a_module_or_a_shape_that_the_transformer_lacks_is_named(tmp_path):

@@ -8,16 +8,17 @@ import pytest
 from etils import epath
 from test_checkpoint import files_of, save_steps
 
+from cogvideox_jax.conversion import tensors
 from cogvideox_jax.data import digests
 from cogvideox_jax.data.digests import UnusableError
-from cogvideox_jax.training import checkpoint, shard_digests
+from cogvideox_jax.training import shard_digests
 
 
 @pytest.fixture
 def saved(tmp_path):
   """A checkpoint of one process, and copies of what it held."""
   _, states, _ = save_steps(epath.Path(tmp_path), [1])
-  return epath.Path(tmp_path) / "1", shard_digests.copies(checkpoint.flatten(states[1]))
+  return epath.Path(tmp_path) / "1", shard_digests.copies(tensors.flatten(states[1]))
 
 
 def become(monkeypatch, index, count=3):

@@ -1,4 +1,4 @@
-"""The model card: README.md of a written model, with its source, licence and digests."""
+"""Writes the model card: README.md of a converted model, with its source, licence and digests."""
 
 import math
 import re
@@ -16,7 +16,7 @@ NAME = "README.md"
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 _LICENCE_LINE = re.compile(r"^license(?:_name|_link)?:.*$", re.MULTILINE)
 
-# (depth, heads) of a published transformer -> what its release says of its licence.
+# (depth, heads) of a published transformer -> its name, and the licence lines of its release.
 _PUBLISHED = {
   (30, 30): ("2B", "license: apache-2.0"),
   (42, 48): ("5B", "license: other\nlicense_name: cogvideox-license"),
@@ -24,16 +24,16 @@ _PUBLISHED = {
 
 
 class Origin(NamedTuple):
-  """Where a model is from."""
+  """Where a model comes from."""
 
-  name: str  # Of the folder or file.
-  licence: str  # Lines of its card's head that say the licence; empty if it has none.
-  files: tuple[epath.Path, ...]  # With the licence's text, to be copied.
-  note: str = ""  # What else there is to say: a step, adapters.
+  name: str  # Name of the source folder or file.
+  licence: str  # The licence lines in the head of the source's card; empty if there are none.
+  files: tuple[epath.Path, ...]  # Files with the licence's text, which are copied.
+  note: str = ""  # Further sentences of the card, such as the LoRA that was fused.
 
   @classmethod
   def of(cls, path: epath.Path) -> "Origin":
-    """Of a model in a folder, or in a file of one."""
+    """The origin of a model that is read from a folder or a file; the card is beside the file."""
     folder = path if path.is_dir() else path.parent
     card = folder / NAME
     head = _head(card.read_text()) if card.exists() else ""
@@ -42,15 +42,17 @@ class Origin(NamedTuple):
 
 
 def _head(text: str) -> str:
-  """The YAML between the lines of dashes that begin a card."""
+  """The YAML head of a card, between its first two lines of dashes."""
   match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
   return match[1] if match else ""
 
 
 def write(folder: epath.Path, origin: Origin, configs: Mapping[str, Any], layout: str) -> None:
-  """Writes the card of a model whose other files are all there, and copies the licence's text.
+  """Writes the card and copies the licence's text. All other files must be there already.
 
-  configs: of the networks that it has, by name.
+  Args:
+    configs: network's name -> its config.
+    layout: the `--format` that the files have.
   """
   for file in origin.files:
     (folder / file.name).write_bytes(file.read_bytes())
@@ -90,7 +92,7 @@ Written by cogvideox_jax (`convert --format={layout}`) from `{origin.name}`.{ori
 
 
 def _licence(origin: Origin, config: DiTConfig | None) -> tuple[str, str]:
-  """Lines of the card's head, and how they are known."""
+  """The licence lines of the card's head, and a sentence that says their source."""
   if origin.licence:
     return origin.licence, "As the card of the source says, see above."
   known = _PUBLISHED.get((config.depth, config.heads)) if config else None
@@ -104,6 +106,7 @@ def _licence(origin: Origin, config: DiTConfig | None) -> tuple[str, str]:
 
 
 def _sizes(configs: Mapping[str, Any]) -> str:
+  """Rows of a table: each network and the number of its parameters."""
   lines = []
   for name, config in configs.items():
     shapes = tensors.flatten(COMPONENTS[name].shapes(config)).values()

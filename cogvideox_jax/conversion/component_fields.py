@@ -1,8 +1,8 @@
-"""Our frozen configs <-> the `config.json` of diffusers and transformers.
+"""Converts our frozen configs to the `config.json` of diffusers and transformers, and back.
 
-Fields that our models do not vary are written with the one value that they support, and read with a
-check of it: a model that needs another value is refused, naming the field. What does not change
-the numbers (versions, sizes of tiles, training-only settings) is not checked.
+Our models support one value only of some fields. Such a field is written with that value, and a
+file with another value is refused by an error that names the field. Fields that do not change the
+computed numbers (versions, tile sizes, training-only settings) are not checked.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ from cogvideox_jax.models.vae_config import VAEConfig
 
 Fields = Mapping[str, Any]
 
-VERSION = "0.42.1"  # Of diffusers, whose folders these are.
+VERSION = "0.42.1"  # The diffusers release whose folder layout is written.
 
-# Our field -> theirs, where both hold the same value.
+# Our field -> their field with the same value.
 TRANSFORMER_NAMES = {
   "depth": "num_layers",
   "heads": "num_attention_heads",
@@ -47,7 +47,8 @@ TRANSFORMER_FIXED = {
   "temporal_compression_ratio": 4,
   "timestep_activation_fn": "silu",
 }
-# Ours: which rule makes the positions, where diffusers' fields do not say it. diffusers ignores it.
+# Our own field. It names the position rule where diffusers' fields do not determine it; diffusers
+# ignores it.
 POSITION_RULE = "position_rule"
 
 VAE_NAMES = {
@@ -94,7 +95,7 @@ NOISE_NAMES = {
   "steps_offset": "steps_offset",
   "ends_clean": "set_alpha_to_one",
 }
-NOISE_DEFAULTS = {  # Of both of diffusers' classes, for fields that a file leaves out.
+NOISE_DEFAULTS = {  # The defaults of both scheduler classes, for fields that a file leaves out.
   "num_train_timesteps": 1000,
   "beta_start": 0.00085,
   "beta_end": 0.012,
@@ -106,19 +107,25 @@ NOISE_DEFAULTS = {  # Of both of diffusers' classes, for fields that a file leav
   "set_alpha_to_one": True,
 }
 NOISE_FIXED = {"beta_schedule": "scaled_linear", "trained_betas": None}
-NOISE_UNREAD = {"clip_sample": False}  # Neither class ever clips.
+NOISE_UNREAD = {"clip_sample": False}  # Neither scheduler class clips, whatever this says.
 
 
 def read_transformer(fields: Fields, where: str) -> DiTConfig:
-  """DiTConfig of a `CogVideoXTransformer3DModel`'s fields; `where` names the file in errors."""
+  """Reads the fields of a `CogVideoXTransformer3DModel`.
+
+  where: names the file in errors.
+
+  Raises:
+    UserError: a field is missing, or has a value that our model does not support.
+  """
   _check_fixed(fields, TRANSFORMER_FIXED, where)
   patch_frames, patch = fields.get("patch_size_t"), fields.get("patch_size", 2)
   if patch_frames is None:
-    _check_fixed(fields, {"patch_bias": True}, where)  # With patch_size_t it is always there.
+    _check_fixed(fields, {"patch_bias": True}, where)  # With patch_size_t there always is a bias.
   positions = fields.get(POSITION_RULE, _implied_positions(fields))
   if positions not in RULES:
     raise UserError(f"{where}: {POSITION_RULE} is {positions!r}, not one of {RULES}.")
-  fields = {"use_learned_positional_embeddings": False, **fields}  # Absent in files of 1.0.
+  fields = {"use_learned_positional_embeddings": False, **fields}  # CogVideoX 1.0 leaves it out.
   return DiTConfig(
     **_ours(fields, TRANSFORMER_NAMES, where),
     ofs_width=fields.get("ofs_embed_dim") or 0,
@@ -128,6 +135,11 @@ def read_transformer(fields: Fields, where: str) -> DiTConfig:
 
 
 def write_transformer(config: DiTConfig) -> dict[str, Any]:
+  """The fields that diffusers reads the same transformer from.
+
+  Raises:
+    UserError: diffusers has no field for the config's patch.
+  """
   frames, height, width = config.patch
   if height != width:
     raise UserError(f"diffusers has no field for a patch that is not square: {config.patch}.")
@@ -148,13 +160,14 @@ def write_transformer(config: DiTConfig) -> dict[str, Any]:
 
 
 def _implied_positions(fields: Fields) -> str:
+  """The position rule that diffusers applies to a model with these fields."""
   if not fields.get("use_rotary_positional_embeddings", False):
     return "sincos"
   return "rope" if fields.get("patch_size_t") is None else "rope_index"
 
 
 def read_vae(fields: Fields, where: str) -> VAEConfig:
-  """VAEConfig of an `AutoencoderKLCogVideoX`'s fields."""
+  """Reads the fields of an `AutoencoderKLCogVideoX`; see `read_transformer`."""
   _check_fixed(fields, VAE_FIXED, where)
   channels = fields.get("block_out_channels", VAEConfig().channels)
   sizes = {"sample_height": 480, "sample_width": 720}  # diffusers' defaults.
@@ -163,6 +176,7 @@ def read_vae(fields: Fields, where: str) -> VAEConfig:
 
 
 def write_vae(config: VAEConfig) -> dict[str, Any]:
+  """The fields that diffusers reads the same VAE from."""
   levels = len(config.channels)
   return {
     "_class_name": "AutoencoderKLCogVideoX",
@@ -177,14 +191,15 @@ def write_vae(config: VAEConfig) -> dict[str, Any]:
 
 
 def read_text_encoder(fields: Fields, where: str) -> T5Config:
-  """T5Config of a `T5EncoderModel`'s fields."""
+  """Reads the fields of a `T5EncoderModel`; see `read_transformer`."""
   _check_fixed(fields, TEXT_FIXED, where)
-  # Files of before 2022 leave this out and mean 128.
+  # Files from before 2022 leave this field out and mean 128.
   fields = {"relative_attention_max_distance": 128, **fields}
   return T5Config(**_ours(fields, TEXT_NAMES, where))
 
 
 def write_text_encoder(config: T5Config) -> dict[str, Any]:
+  """The fields that transformers reads the same encoder from."""
   return {
     "architectures": ["T5EncoderModel"],
     **_theirs(config, TEXT_NAMES),
@@ -200,9 +215,10 @@ def write_text_encoder(config: T5Config) -> dict[str, Any]:
 
 
 def read_noise(fields: Fields, where: str) -> NoiseConfig:
-  """NoiseConfig of a `CogVideoXDDIMScheduler`'s or `CogVideoXDPMScheduler`'s fields.
+  """Reads the fields of a `CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`.
 
-  What a file leaves out is as in both classes' defaults, an snr_shift_scale of 3 among them.
+  A field that the file leaves out has the default of both classes, such as snr_shift_scale 3.
+  `where` and errors are as in `read_transformer`.
   """
   _check_fixed(fields, NOISE_FIXED, where)
   config = NoiseConfig(**_ours({**NOISE_DEFAULTS, **fields}, NOISE_NAMES, where))
@@ -216,6 +232,7 @@ def read_noise(fields: Fields, where: str) -> NoiseConfig:
 
 
 def write_noise(config: NoiseConfig) -> dict[str, Any]:
+  """The fields that diffusers reads the same noise schedule from."""
   return {
     "_class_name": "CogVideoXDDIMScheduler",
     "_diffusers_version": VERSION,
@@ -226,6 +243,7 @@ def write_noise(config: NoiseConfig) -> dict[str, Any]:
 
 
 def _ours(fields: Fields, names: Mapping[str, str], where: str) -> dict[str, Any]:
+  """The values of `names`' fields under our names."""
   missing = [theirs for theirs in names.values() if theirs not in fields]
   if missing:
     raise UserError(f"{where} lacks {', '.join(missing)}: it is damaged, or of another model.")
@@ -233,11 +251,12 @@ def _ours(fields: Fields, names: Mapping[str, str], where: str) -> dict[str, Any
 
 
 def _theirs(config, names: Mapping[str, str]) -> dict[str, Any]:
+  """The values of a config under their names."""
   return {theirs: getattr(config, ours) for ours, theirs in names.items()}
 
 
 def _check_fixed(fields: Fields, fixed: Fields, where: str):
-  """Refuses a file that asks for what our models do not do; an absent field is as it should be."""
+  """Refuses a field with another value than the supported one. An absent field passes."""
   for name, value in fixed.items():
     if name in fields and fields[name] != value:
       raise UserError(

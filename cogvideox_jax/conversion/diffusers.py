@@ -1,7 +1,7 @@
-"""Component folders as diffusers and transformers write them: `config.json` and safetensors.
+"""Reads and writes component folders of diffusers and transformers: `config.json`, safetensors.
 
-`load_*` and `save_*` take the component's own folder, such as MODEL/transformer. Weights keep the
-dtype of the file in both directions, bfloat16 included.
+`load_*` and `save_*` take the component's own folder, such as MODEL/transformer, and keep the dtype
+of the weights, bfloat16 included.
 """
 
 import json
@@ -20,10 +20,11 @@ from cogvideox_jax.conversion.components import (
   Component,
 )
 from cogvideox_jax.conversion.safetensors_file import SafetensorsFiles
-from cogvideox_jax.conversion.tensors import Params, Tensors
+from cogvideox_jax.conversion.tensors import Tensors
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.types import Params
 
 CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
@@ -32,7 +33,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def open_weights(component: Component, folder: epath.PathLike, config: Any) -> Params:
-  """The parameters of a component in a folder, lazy.
+  """The lazy parameters of a component in its folder.
 
   Raises:
     UserError: a file is missing or damaged, or the weights are not those of a model of the config.
@@ -41,18 +42,20 @@ def open_weights(component: Component, folder: epath.PathLike, config: Any) -> P
   return component.read(SafetensorsFiles(files, component.aliases), config)
 
 
-def load(component: Component, folder: epath.PathLike) -> tuple[Any, Params]:
-  """Config and parameters (host arrays) of the component in a folder.
+def load_component(component: Component, folder: epath.PathLike) -> tuple[Any, Params]:
+  """Config and parameters (host arrays) of a component in its folder.
 
   Raises:
-    UserError: as `open_weights`, or the config asks for what our model does not do.
+    UserError: as in `open_weights`; or our model does not support the config.
   """
   config = component.read_config(*read_fields(folder, CONFIG))
   return config, tensors.materialize(open_weights(component, folder, config))
 
 
-def save(component: Component, folder: epath.PathLike, config: Any, params: Params) -> None:
-  """Writes a component so that diffusers or transformers reads it, and `load`.
+def save_component(
+  component: Component, folder: epath.PathLike, config: Any, params: Params
+) -> None:
+  """Writes a folder that diffusers or transformers reads, and `load_component`.
 
   Raises:
     UserError: the parameters are not those of a model of the config.
@@ -61,29 +64,31 @@ def save(component: Component, folder: epath.PathLike, config: Any, params: Para
   write_fields(folder, CONFIG, component.write_config(config))
 
 
-load_transformer = partial(load, TRANSFORMER)
-load_vae = partial(load, AUTOENCODER)
-load_text_encoder = partial(load, TEXT_ENCODER)
-save_transformer = partial(save, TRANSFORMER)
-save_vae = partial(save, AUTOENCODER)
-save_text_encoder = partial(save, TEXT_ENCODER)
+load_transformer = partial(load_component, TRANSFORMER)
+load_vae = partial(load_component, AUTOENCODER)
+load_text_encoder = partial(load_component, TEXT_ENCODER)
+save_transformer = partial(save_component, TRANSFORMER)
+save_vae = partial(save_component, AUTOENCODER)
+save_text_encoder = partial(save_component, TEXT_ENCODER)
 
 
 def load_scheduler(folder: epath.PathLike) -> NoiseConfig:
-  """The noise schedule in a `scheduler` folder, whichever solver it names."""
+  """The noise schedule in a `scheduler` folder of either solver."""
   return component_fields.read_noise(*read_fields(folder, SCHEDULER_CONFIG))
 
 
 def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
+  """The tokenizer in a `tokenizer` folder."""
   return Tokenizer(folder)
 
 
 def save_scheduler(folder: epath.PathLike, config: NoiseConfig) -> None:
+  """Writes a `scheduler` folder."""
   write_fields(folder, SCHEDULER_CONFIG, component_fields.write_noise(config))
 
 
 def save_tokenizer(folder: epath.PathLike, tokenizer: Tokenizer) -> None:
-  """Copies the tokenizer's files: the pieces, and what transformers wants beside them."""
+  """Copies the files of a tokenizer: its pieces, and the settings that transformers reads."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / tokenizer.file.name).write_bytes(tokenizer.file.read_bytes())
@@ -93,6 +98,7 @@ def save_tokenizer(folder: epath.PathLike, tokenizer: Tokenizer) -> None:
 
 
 def _weight_files(folder: epath.PathLike, stem: str) -> list[epath.Path]:
+  """The safetensors files in a folder: one, or those that an index lists."""
   folder = epath.Path(folder)
   index = folder / f"{stem}.safetensors.index.json"
   if index.exists():
@@ -110,7 +116,11 @@ def _weight_files(folder: epath.PathLike, stem: str) -> list[epath.Path]:
 
 
 def read_fields(folder: epath.PathLike, name: str) -> tuple[dict[str, Any], str]:
-  """The fields of a JSON file, and its path for errors."""
+  """The fields of a JSON file, and its path, which errors name.
+
+  Raises:
+    UserError: the file is missing, or is no JSON object.
+  """
   path = epath.Path(folder) / name
   if not path.exists():
     raise UserError(f"There is no {path}.\nIs {folder} a folder of a diffusers model?")
@@ -124,16 +134,16 @@ def read_fields(folder: epath.PathLike, name: str) -> tuple[dict[str, Any], str]
 
 
 def write_fields(folder: epath.PathLike, name: str, fields: Mapping[str, Any]) -> None:
-  """Writes a JSON file of a model folder, making the folder."""
+  """Writes a JSON file, and makes its folder if there is none."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def write_weights(folder: epath.PathLike, stem: str, found: Tensors) -> None:
-  """Writes files of at most MAX_SHARD_BYTES, holding one tensor at a time; an index if many.
+  """Writes weights in files of at most MAX_SHARD_BYTES, and an index if there are several files.
 
-  What the folder held before stays until the new files are complete.
+  One tensor at a time is in memory. Former weight files stay until the new ones are complete.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +167,7 @@ def write_weights(folder: epath.PathLike, stem: str, found: Tensors) -> None:
 
 
 def _shards(found: Tensors) -> list[list[str]]:
-  """The names of the tensors of each file."""
+  """The names of each file's tensors."""
   shards, size = [[]], 0
   for name in found:
     nbytes = found.spec(name).nbytes

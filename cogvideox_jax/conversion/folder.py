@@ -1,8 +1,8 @@
-"""A model folder: diffusers' layout, with what a sampler needs to know beside it.
+"""Reads and writes model folders: diffusers' layout, with our settings for sampling in the index.
 
-MODEL/model_index.json names the parts; transformer/, vae/, text_encoder/, tokenizer/ and scheduler/
-hold them. A folder may lack parts, until one is asked for. The weights of a part are safetensors,
-or Orbax arrays.
+MODEL/model_index.json names the components; transformer/, vae/, text_encoder/, tokenizer/ and
+scheduler/ hold them. A missing component is an error only when it is asked for. Weights are
+safetensors or Orbax arrays.
 """
 
 import dataclasses
@@ -12,19 +12,19 @@ from etils import epath
 
 from cogvideox_jax.conversion import component_fields, diffusers, orbax, tensors
 from cogvideox_jax.conversion.components import COMPONENTS
-from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.t5 import T5Config
 from cogvideox_jax.models.vae_config import IMAGE_SCALES, VAEConfig
+from cogvideox_jax.types import Params
 
 SHIPPED = ("tiny",)  # Models in the package's assets.
 INDEX = "model_index.json"
-SETTINGS = "cogvideox_jax"  # Our key in the index; diffusers passes over it.
+SETTINGS = "cogvideox_jax"  # Our key in the index; diffusers ignores it.
 TEXT_DROPS = ("zeros", "empty")
-PARTS = {  # Library and class of each, as diffusers' index has them.
+CLASSES = {  # Component -> its library and class, as diffusers' index names them.
   "scheduler": ("diffusers", "CogVideoXDDIMScheduler"),
   "text_encoder": ("transformers", "T5EncoderModel"),
   "tokenizer": ("transformers", "T5Tokenizer"),
@@ -35,26 +35,26 @@ PARTS = {  # Library and class of each, as diffusers' index has them.
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How a model is best sampled; the defaults are what a folder of diffusers' means."""
+  """The best settings for sampling a model; the defaults hold for folders without our key."""
 
-  text_drop: str = "empty"  # What stands for no caption: the encoded "" or zeros.
+  text_drop: str = "empty"  # Text states without a caption: `empty` is the encoded "", or `zeros`.
   guidance_scale: float = 6.0
   num_inference_steps: int = 50
   solver: str = "ddim"  # One of solvers.SOLVERS.
   fps: float = 8.0
-  image_scale: str = "diffusers"  # Of an image's latents, in image to video; IMAGE_SCALES.
+  image_scale: str = "diffusers"  # One of vae_config.IMAGE_SCALES: scales an image's latents.
 
 
 class ModelFolder(NamedTuple):
-  """Loads the parts of a model folder, each when asked for.
+  """Loads components of a model folder on request.
 
-  Every method raises UserError, naming the file, when its part is missing or damaged.
+  Every method raises a UserError that names the file if the component is missing or damaged.
   """
 
   path: epath.Path
 
   def settings(self) -> Settings:
-    """Of the index; those of diffusers where a folder does not say."""
+    """The settings in the index; a missing one is as in diffusers."""
     fields, where = diffusers.read_fields(self.path, INDEX)
     stored = {"solver": self._solver(), **fields.get(SETTINGS, {})}
     known = {field.name for field in dataclasses.fields(Settings)}
@@ -67,16 +67,16 @@ class ModelFolder(NamedTuple):
     return settings
 
   def _solver(self) -> str:
-    """That of the scheduler's class, as diffusers' pipelines take it."""
-    part = self.path / "scheduler"
-    if not part.is_dir():
+    """The solver of the scheduler's class, which diffusers' pipelines use."""
+    folder = self.path / "scheduler"
+    if not folder.is_dir():
       return Settings.solver
-    fields, _ = diffusers.read_fields(part, "scheduler_config.json")
+    fields, _ = diffusers.read_fields(folder, diffusers.SCHEDULER_CONFIG)
     return "dpm" if fields.get("_class_name") == "CogVideoXDPMScheduler" else "ddim"
 
   def open(self, name: str) -> tuple[Any, Params]:
-    """Config and lazy parameters of a network (of COMPONENTS)."""
-    return open_network(name, self._part(name))
+    """Config and lazy parameters of a network, one of COMPONENTS."""
+    return open_network(name, self._component(name))
 
   def transformer(self) -> tuple[DiTConfig, Params]:
     return self._load("transformer")
@@ -91,29 +91,39 @@ class ModelFolder(NamedTuple):
     config, params = self.open(name)
     return config, tensors.materialize(params)
 
-  def has(self, part: str) -> bool:
-    """Whether the index says that the model has this part: some are given text states."""
+  def has(self, component: str) -> bool:
+    """Whether the index says that the model has a component.
+
+    A model whose prompts are given as text states may lack text encoder and tokenizer.
+    """
     fields, _ = diffusers.read_fields(self.path, INDEX)
-    return fields.get(part) != [None, None]
+    return fields.get(component) != [None, None]
 
   def tokenizer(self) -> Tokenizer:
-    return diffusers.load_tokenizer(self._part("tokenizer"))
+    return diffusers.load_tokenizer(self._component("tokenizer"))
 
   def scheduler(self) -> NoiseConfig:
-    return diffusers.load_scheduler(self._part("scheduler"))
+    return diffusers.load_scheduler(self._component("scheduler"))
 
-  def _part(self, name: str) -> epath.Path:
-    part = self.path / name
-    if not part.is_dir():
+  def _component(self, name: str) -> epath.Path:
+    """The folder of a component."""
+    folder = self.path / name
+    if not folder.is_dir():
       raise UserError(
-        f"The model {self.path} has no {name}/.\nA model folder needs {', '.join(PARTS)}: fetch or "
-        "write it again, or name another one."
+        f"The model {self.path} has no {name}/.\nA model folder needs {', '.join(CLASSES)}: fetch "
+        "or write it again, or name another one."
       )
-    return part
+    return folder
 
 
 def open_network(name: str, folder: epath.Path) -> tuple[Any, Params]:
-  """Config and lazy parameters of the network of that name (of COMPONENTS) in its folder."""
+  """Config and lazy parameters of a network in its folder.
+
+  name: one of COMPONENTS.
+
+  Raises:
+    UserError: the config or the weights are missing, damaged or not supported.
+  """
   component = COMPONENTS[name]
   config = component.read_config(*diffusers.read_fields(folder, diffusers.CONFIG))
   library = orbax if orbax.is_in(folder) else diffusers
@@ -121,7 +131,7 @@ def open_network(name: str, folder: epath.Path) -> tuple[Any, Params]:
 
 
 def open_model(name: epath.PathLike) -> ModelFolder:
-  """The model of a shipped name or a path."""
+  """The model of a shipped name or in a folder."""
   return ModelFolder(resolve(name))
 
 
@@ -144,15 +154,15 @@ def resolve(name: epath.PathLike) -> epath.Path:
 
 
 def index_fields(settings: Settings, takes_image: bool = False) -> dict[str, Any]:
-  """What model_index.json says of a whole model."""
+  """The fields of model_index.json for a model that has all components."""
   return {
     "_class_name": "CogVideoXImageToVideoPipeline" if takes_image else "CogVideoXPipeline",
     "_diffusers_version": component_fields.VERSION,
-    **{part: list(where) for part, where in PARTS.items()},
+    **{component: list(where) for component, where in CLASSES.items()},
     SETTINGS: dataclasses.asdict(settings),
   }
 
 
 def write_index(folder: epath.PathLike, settings: Settings):
-  """Writes model_index.json, last of all parts: a folder that has it is whole."""
+  """Writes model_index.json. Call it last: a folder that has the file is complete."""
   diffusers.write_fields(folder, INDEX, index_fields(settings))

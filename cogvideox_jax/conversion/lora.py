@@ -1,7 +1,8 @@
-"""LoRA (arXiv:2106.09685): low-rank changes of a transformer's weights, in files of two kinds.
+"""Reads, writes and fuses LoRA files (arXiv:2106.09685): low-rank updates of a transformer.
 
-A file, diffusers' or SAT's, holds for each module that it changes `A` [r, in] and `B` [out, r]; the
-weight becomes `W + scale * B @ A`. Kept apart from the weights, so that the base stays as it was.
+A file of diffusers or SAT holds matrices `A` [r, in] and `B` [out, r] for each module that it
+changes; the weight becomes `W + scale * B @ A`. Fusing makes new parameters and leaves the base
+unchanged.
 """
 
 import json
@@ -19,19 +20,20 @@ from etils import epath
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
-from cogvideox_jax.conversion import sat, tensors, torch_files
+from cogvideox_jax.conversion import sat_names, tensors, torch_files
 from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.conversion.names import Row
-from cogvideox_jax.conversion.tensors import Lazy, Params, Place
+from cogvideox_jax.conversion.tensors import Layer, Lazy
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.sharding import path_name
+from cogvideox_jax.types import Params
 
 PREFIX = "transformer."
-METADATA = "lora_adapter_metadata"  # diffusers' key of the file's header.
+METADATA = "lora_adapter_metadata"  # diffusers' key in the header of the file.
 FILE = "pytorch_lora_weights.safetensors"
 SAT_FILE = "lora.pt"
-# Names of before PEFT, which diffusers still reads, and today's.
+# Names from before PEFT, which diffusers still reads -> today's names.
 _OLDER = (
   (re.compile(r"\.processor\."), "."),
   (re.compile(r"(to_q|to_k|to_v)_lora\.down\."), r"\1.lora_A."),
@@ -44,34 +46,36 @@ _OLDER = (
 
 
 class Update(NamedTuple):
-  """The change of one module's weight."""
+  """The low-rank update of one module's weight."""
 
   a: Float[np.ndarray, "r in"]
   b: Float[np.ndarray, "out r"]
-  scale: float  # alpha / r.
+  scale: float  # alpha / r
 
 
-LoRA = dict[str, Update]  # By the module's name in diffusers, without PREFIX.
+LoRA = dict[str, Update]  # Name of the module in diffusers, without PREFIX -> its update.
 
 
-def load(path: epath.PathLike) -> LoRA:
-  """The updates of a LoRA file, or of the one that diffusers names in a folder.
+def read(path: epath.PathLike) -> LoRA:
+  """The updates of a LoRA file.
 
-  The rank is read off each module. The header may say alpha; where it does not, as in SAT's files,
-  alpha is the rank and the scale 1, whatever the file was trained with: set the adapter's weight to
+  The rank follows from the shapes. The header may say alpha. If it does not, as in SAT's files, the
+  scale is 1, whatever alpha the file was trained with; then set the adapter's weight to
   alpha / rank.
 
-  path: safetensors, or a .pt file (with the extra `convert`).
+  path: safetensors, a .pt file (needs the extra `convert`), or a folder with diffusers' FILE.
 
   Raises:
-    UserError: the file is damaged, has tensors that are no LoRA's, or none for the transformer.
+    UserError: the file is damaged, holds tensors of no LoRA, or none for the transformer.
   """
   path = epath.Path(path)
   path = path / FILE if path.is_dir() else path
   if not path.exists():
     raise UserError(f"There is no LoRA file at {path}.")
   with torch_files.opened(path) as stored:
-    found = {PREFIX + name: stored[of_sat] for name, of_sat in sat.lora_names(stored).items()}
+    found = {
+      PREFIX + name: stored[sat_name] for name, sat_name in sat_names.lora_names(stored).items()
+    }
     if not found:
       found = {name: stored[name] for name in stored}
     header = json.loads(stored.metadata.get(METADATA, "{}"))
@@ -85,19 +89,20 @@ def load(path: epath.PathLike) -> LoRA:
 
 
 def is_lora(path: epath.Path) -> bool:
-  """Whether a safetensors or .pt file holds a LoRA, and nothing of a whole model."""
+  """Whether a safetensors or .pt file holds nothing but LoRA tensors."""
   with torch_files.opened(path) as stored:
-    return all("lora" in name or sat.lora_names([name]) for name in stored)
+    return all("lora" in name or sat_names.lora_names([name]) for name in stored)
 
 
 def _today(name: str) -> str:
+  """A tensor's name in today's files."""
   for pattern, replacement in _OLDER:
     name = pattern.sub(replacement, name)
   return name
 
 
-def save(path: epath.PathLike, lora: LoRA) -> None:
-  """Writes a file that diffusers' `load_lora_weights` reads, to the same effect."""
+def write(path: epath.PathLike, lora: LoRA) -> None:
+  """Writes a safetensors file that diffusers' `load_lora_weights` reads, with the same effect."""
   stored = {}
   for name, update in lora.items():
     stored[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(update.a)
@@ -105,41 +110,42 @@ def save(path: epath.PathLike, lora: LoRA) -> None:
   save_file(stored, os.fspath(path), metadata={"format": "pt"})
 
 
-def save_sat(path: epath.PathLike, lora: LoRA) -> None:
-  """Writes a .pt file (with the extra `convert`) of SAT's names.
+def write_sat(path: epath.PathLike, lora: LoRA) -> None:
+  """Writes a .pt file with SAT's names.
 
   Raises:
-    UserError: torch is not there, or the LoRA changes what SAT's does not.
+    UserError: torch is not installed, or the LoRA changes a module that SAT's LoRA does not.
   """
   stored = {}
   for name, update in lora.items():
-    stored[sat.lora_name(f"{name}.lora_A.weight")] = np.ascontiguousarray(update.a)
-    stored[sat.lora_name(f"{name}.lora_B.weight")] = _scaled_b(update)
+    stored[sat_names.lora_name(f"{name}.lora_A.weight")] = np.ascontiguousarray(update.a)
+    stored[sat_names.lora_name(f"{name}.lora_B.weight")] = _scaled_b(update)
   torch_files.write(path, "module", tensors.InMemory(stored))
 
 
 def _scaled_b(update: Update) -> np.ndarray:
-  """B times the scale: diffusers' header can hold one alpha for all modules, SAT's files none."""
+  """B times the scale: diffusers' header holds one alpha for all modules, a SAT file none."""
   return (update.b * np.asarray(update.scale, update.b.dtype)).astype(update.b.dtype)
 
 
 def fuse(params: Params, config: DiTConfig, lora: LoRA, weight: float = 1.0) -> Params:
-  """The parameters with the updates added, times `weight`, made as they are read (`Lazy`).
+  """The parameters plus `weight` times the updates, computed lazily; `params` do not change.
 
-  Those given are not changed. Sums are made in fp32 and rounded to the parameters' type.
+  The sum is computed in fp32 and rounded to the dtype of the parameters.
 
   Raises:
-    UserError: the LoRA changes a module that this transformer does not have, or of another shape.
+    UserError: the transformer does not have a module that the LoRA changes, or has another shape
+      there.
   """
   rows = TRANSFORMER.rows(config), TRANSFORMER.shapes(config)
   slots = {slot.name: slot for slot in tensors.slots(*rows)}
-  changes: dict[str, dict[Place, list[_Change]]] = defaultdict(lambda: defaultdict(list))
+  changes: dict[str, dict[Layer, list[_Change]]] = defaultdict(lambda: defaultdict(list))
   for module, update in lora.items():
     slot = slots.get(f"{module}.weight")
     if slot is None or len(slot.shape) != 2:
       raise UserError(f"The LoRA changes {module}, which this transformer does not have.")
     tensors.check_shape(module, (len(update.b), update.a.shape[1]), slot.shape)
-    changes[slot.path][slot.place].append(_Change(update, slot.row, weight))
+    changes[slot.path][slot.layer].append(_Change(update, slot.row, weight))
 
   def leaf(path, old):
     found = changes.get(path_name(path))
@@ -149,37 +155,43 @@ def fuse(params: Params, config: DiTConfig, lora: LoRA, weight: float = 1.0) -> 
 
 
 class _Change(NamedTuple):
+  """An update and the weight that it changes."""
+
   update: Update
-  row: Row  # Of the weight that it changes.
+  row: Row  # The row of the weight in its table of names.
   weight: float
 
-  def value(self) -> Float[np.ndarray, "..."]:
-    """What is added, laid out as our parameter."""
+  def delta(self) -> Float[np.ndarray, "..."]:
+    """The summand, with the axes of our parameter."""
     a, b, scale = self.update
     delta = b.astype(np.float32) @ a.astype(np.float32)
     return self.row.to_ours(delta * np.float32(scale * self.weight))
 
 
 class _Fused(Lazy):
-  """A parameter with changes added to some of its layers."""
+  """A parameter with updates of some of its layers."""
 
-  def __init__(self, base: Any, changes: Mapping[Place, Sequence[_Change]]):
+  def __init__(self, base: Any, changes: Mapping[Layer, Sequence[_Change]]):
     self.shape, self.dtype = base.shape, np.dtype(base.dtype)
-    self.places = [...] if ... in changes else range(self.shape[0])
+    self.layers = [...] if ... in changes else range(self.shape[0])
     self._base, self._changes = base, changes
 
-  def __getitem__(self, place: Place) -> np.ndarray:
-    base = np.asarray(self._base[place])
+  def __getitem__(self, layer: Layer) -> np.ndarray:
+    base = np.asarray(self._base[layer])
     total = base.astype(np.float32)
-    for change in self._changes.get(place, ()):
-      total += change.value()
+    for change in self._changes.get(layer, ()):
+      total += change.delta()
     return total.astype(base.dtype)
 
 
 def _updates(
   found: Mapping[str, np.ndarray], path: epath.Path
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """A and B of each module."""
+  """Name of a module -> its A and B.
+
+  Raises:
+    UserError: one of the two is missing, a tensor is of another kind, or there is none.
+  """
   if others := sorted(name for name in found if not name.startswith(PREFIX)):
     warnings.warn(
       f"{path}: {len(others)} tensors do not begin with {PREFIX!r} and are passed over, as in "
@@ -205,7 +217,7 @@ def _updates(
 def _scales(
   metadata: Mapping[str, object], updates: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, float]:
-  """alpha / r of each module: of the header, by PEFT's rules, or 1."""
+  """Name of a module -> alpha / r, by PEFT's rules from the header; 1 if it does not say alpha."""
   fields = {name.removeprefix(PREFIX): value for name, value in metadata.items()}
   if fields.get("lora_alpha") is None:
     return dict.fromkeys(updates, 1.0)

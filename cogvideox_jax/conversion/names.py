@@ -1,8 +1,8 @@
-"""What each weight is called in diffusers' and transformers' files, and how its axes lie there.
+"""Tables of weight names: our parameters and the tensors of diffusers' and transformers' files.
 
-One table for each model, used in both directions: a row names our parameter, the file's tensor, and
-as an einops pattern the way from the file's axes to ours; the way back is the same pattern read
-from right to left. Every parameter of a model must be in one row, and every tensor of a file too.
+Each model has one table, used for reading and writing. A row names our parameter and the file's
+tensor, and gives an einops pattern from the file's axes to ours; writing reads the pattern from
+right to left. Every parameter of a model and every tensor of its file must match exactly one row.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,45 +16,51 @@ from cogvideox_jax.models.vae_config import VAEConfig
 
 
 class Row(NamedTuple):
-  """One or many parameters. `{i}` in path and name stands for one and the same part of both.
+  """One or several parameters of a kind.
 
-  `{layer}` in the name alone counts the layers that are stacked along our first axis.
+  A field such as `{i}` stands in the path and the name for the same text. `{layer}` stands in the
+  name only: it counts the layers, which our parameter stacks along its first axis.
   """
 
-  path: str  # Of our parameter, its parts joined by "/".
-  name: str  # Of the tensor in the file.
-  pattern: str  # einops: axes in the file -> our axes, without that of stacked layers.
-  sizes: Mapping[str, int] = {}  # Of the pattern's axes which the shapes alone do not tell.
+  path: str  # Path of our parameter; keys are joined by "/".
+  name: str  # Name of the tensor in the file.
+  pattern: str  # einops: axes in the file -> our axes, without the axis of stacked layers.
+  sizes: Mapping[str, int] = {}  # Sizes of the pattern's axes that the shapes do not determine.
 
   def to_ours(self, tensor):
+    """A tensor of the file, with its axes as our parameter (of one layer) has them."""
     return rearrange(tensor, self.pattern, **self.sizes)
 
   def to_theirs(self, tensor):
+    """Undoes `to_ours`."""
     source, target = self.pattern.split(" -> ")
     return rearrange(tensor, f"{target} -> {source}", **self.sizes)
 
 
 def linear(path: str, name: str) -> tuple[Row, Row]:
+  """A torch `Linear`: kernel and bias."""
   return Row(f"{path}/kernel", f"{name}.weight", "o i -> i o"), bias(path, name)
 
 
 def norm(path: str, name: str) -> tuple[Row, Row]:
+  """A torch `LayerNorm` or `GroupNorm`: scale and bias."""
   return Row(f"{path}/scale", f"{name}.weight", "d -> d"), bias(path, name)
 
 
 def bias(path: str, name: str) -> Row:
+  """The bias of a torch module."""
   return Row(f"{path}/bias", f"{name}.bias", "d -> d")
 
 
 def transformer(config: DiTConfig) -> tuple[Row, ...]:
-  """diffusers `CogVideoXTransformer3DModel`.
+  """The table of diffusers `CogVideoXTransformer3DModel`.
 
-  The modulations' outputs lie in the same order in both: (vision, text) x (shift, scale, gate).
+  The outputs of a modulation have the same order in both: (vision, text) x (shift, scale, gate).
   """
   layer = "transformer_blocks.{layer}"
   frames, height, width = config.patch
   patch = Row("vision_in/kernel", "patch_embed.proj.weight", "d p -> p d")
-  if frames == 1:  # A 2-D convolution of each frame; with several, a linear layer.
+  if frames == 1:  # diffusers has a 2-D convolution of each frame; for more frames, a linear layer.
     sizes = {"h": height, "w": width}
     patch = patch._replace(pattern="d c h w -> (c h w) d", sizes=sizes)
 
@@ -87,7 +93,10 @@ def transformer(config: DiTConfig) -> tuple[Row, ...]:
 
 
 def vae(config: VAEConfig) -> tuple[Row, ...]:
-  """diffusers `AutoencoderKLCogVideoX`; `up_blocks.0` is the coarsest level, as is our `up/0`."""
+  """The table of diffusers `AutoencoderKLCogVideoX`.
+
+  `up_blocks.0` is the coarsest level, as is our `up/0`.
+  """
 
   def conv(path: str, name: str, pattern: str) -> tuple[Row, Row]:
     return Row(f"{path}/kernel", f"{name}.weight", pattern), bias(path, name)
@@ -133,7 +142,7 @@ def vae(config: VAEConfig) -> tuple[Row, ...]:
 
 
 def text_encoder(config: T5Config) -> tuple[Row, ...]:
-  """transformers `T5EncoderModel`; the relative bias is stored in its first layer."""
+  """The table of transformers `T5EncoderModel`; its first layer stores the relative bias."""
   layer = "encoder.block.{layer}.layer"
 
   def weight(path: str, name: str, pattern: str = "o i -> i o") -> Row:

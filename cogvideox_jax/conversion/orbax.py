@@ -1,9 +1,9 @@
-"""Parameters as Orbax arrays, in FOLDER/orbax beside the component's `config.json`.
+"""Writes and reads parameters as Orbax arrays, in FOLDER/orbax beside a component's `config.json`.
 
-Arrays lie there by our own paths, layers stacked, so that `orbax.checkpoint.v1.load` puts them onto
-any mesh; `digests.json` tells of damage, which Orbax would restore. Written without a copy in
-memory, and read by parts through TensorStore, which Orbax keeps its arrays with and cannot read
-less of than a whole one.
+The arrays have the paths of our parameters, with layers stacked, so `orbax.checkpoint.v1.load` can
+load them onto any mesh. `digests.json` holds their digests, because Orbax restores damaged arrays
+without an error. Writing copies no array in memory. Reading uses
+TensorStore, the storage library under Orbax, because Orbax can only read whole arrays.
 """
 
 import functools
@@ -24,42 +24,44 @@ from orbax.checkpoint import v1 as ocp
 
 from cogvideox_jax.conversion import tensors
 from cogvideox_jax.conversion.components import Component
-from cogvideox_jax.conversion.tensors import Lazy, Params, Place
+from cogvideox_jax.conversion.tensors import Layer, Lazy
 from cogvideox_jax.data import digests
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import path_name
+from cogvideox_jax.types import Params
 
-FOLDER = "orbax"  # In that of a component.
+FOLDER = "orbax"  # Subfolder of a component's folder.
 CHUNK_BYTES = 2**26  # The most that is read or written at once.
-SLICE_BYTES = 2**20  # Arrays are cut along their first axis, of layers, where this leaves as much.
+# An array is stored in slices of its first axis (its layers) if a slice has at least this size.
+SLICE_BYTES = 2**20
 CONCURRENT_BYTES = 2**28
-_ARRAYS = "state"  # Where Orbax puts the arrays of a checkpoint.
+_ARRAYS = "state"  # The subfolder in which Orbax stores the arrays of a checkpoint.
 
 
 def is_in(folder: epath.Path) -> bool:
-  """Whether the weights of a component's folder are Orbax arrays."""
+  """Whether the weights in a component's folder are Orbax arrays."""
   return (folder / FOLDER).is_dir()
 
 
-def save(folder: epath.Path, params: Params) -> None:
-  """Writes a component's parameters, lazy ones by way of files beside them."""
+def write_weights(folder: epath.Path, params: Params) -> None:
+  """Writes the parameters of a component; lazy ones pass through temporary files in the folder."""
   quieten()
   target = folder / FOLDER
   folder.mkdir(parents=True, exist_ok=True)
   context = ocp.Context()
-  context.array.saving.use_ocdbt = False  # A folder for each array, so that parts can be read.
+  context.array.saving.use_ocdbt = False  # A folder for each array, so that slices can be read.
   context.array.saving.scoped_storage_options_creator = _chunks
   context.memory.deepcopy_host_arrays = False
   context.memory.write_concurrent_bytes = CONCURRENT_BYTES
   with _mapped_files(folder) as allocate, context:
     arrays = tensors.materialize(params, allocate)
     ocp.save(target, arrays)
-    flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(arrays)}
+    flat = {path: np.asarray(x) for path, x in tensors.flatten(arrays).items()}
     digests.write(target, digests.describe(flat))
 
 
 def _chunks(key: Any, value: np.ndarray) -> Any:
-  """How the array at a key is cut: one layer can then be read without the others."""
+  """How the array of a key is split, so that one layer can be read without the others."""
   layers = value.ndim > 1 and value.nbytes >= SLICE_BYTES * value.shape[0]
   options = ocp.options.ArrayOptions.Saving.StorageOptions
   return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if layers else None)
@@ -67,7 +69,7 @@ def _chunks(key: Any, value: np.ndarray) -> Any:
 
 @contextmanager
 def _mapped_files(beside: epath.Path) -> Iterator[Callable[..., np.ndarray]]:
-  """Makes arrays that lie in files for the while, which memory need not hold."""
+  """Allocates arrays in temporary memory-mapped files, so that they need not fit in memory."""
   with tempfile.TemporaryDirectory(dir=beside, prefix=".arrays-") as scratch:
     numbers = itertools.count()
 
@@ -80,10 +82,10 @@ def _mapped_files(beside: epath.Path) -> Iterator[Callable[..., np.ndarray]]:
 
 
 def open_weights(component: Component, folder: epath.Path, config: Any) -> Params:
-  """The parameters of a component in a folder, lazy.
+  """The lazy parameters of a component in its folder.
 
   Raises:
-    UserError: they are damaged, or not those of a model of the config.
+    UserError: the arrays are damaged, or are not those of a model of the config.
   """
   try:
     found = open_arrays(folder / FOLDER)
@@ -95,41 +97,41 @@ def open_weights(component: Component, folder: epath.Path, config: Any) -> Param
 
 
 def open_arrays(checkpoint: epath.Path) -> dict[str, Lazy]:
-  """Path -> array of a checkpoint, once its files are found to be as they were written.
+  """The arrays of a checkpoint by path, after a check that its files are as they were written.
 
   Raises:
-    UnusableError: names the first file that is not.
+    UnusableError: a file is missing or damaged; the error names it.
   """
   return stored(checkpoint, digests.read(checkpoint))
 
 
 def stored(checkpoint: epath.Path, paths: Iterable[str]) -> dict[str, Lazy]:
-  """Path -> array of a checkpoint, whose files are not looked at first."""
+  """The arrays of a checkpoint by path, without a check of its files."""
   return {path: _Stored(checkpoint / _ARRAYS / path.replace("/", ".")) for path in paths}
 
 
 class _Stored(Lazy):
-  """An array of a checkpoint."""
+  """An array of a checkpoint, which can also be indexed by a tuple of slices."""
 
-  places = (...,)
+  layers = (...,)
 
   def __init__(self, path: epath.Path):
-    place = os.fspath(path)  # Of a bucket, a URL.
-    store = place if "://" in place else {"driver": "file", "path": os.path.abspath(place)}
+    location = os.fspath(path)  # A URL if it is in a bucket.
+    store = location if "://" in location else {"driver": "file", "path": os.path.abspath(location)}
     spec = {"driver": "zarr3", "kvstore": store}
     self._array = tensorstore.open(spec, read=True).result()
     self.shape, self.dtype = tuple(self._array.shape), self._array.dtype.numpy_dtype
 
-  def __getitem__(self, place: Place | tuple[slice, ...]) -> np.ndarray:
-    return self._array[place].read().result()
+  def __getitem__(self, layer: Layer | tuple[slice, ...]) -> np.ndarray:
+    return self._array[layer].read().result()
 
 
 @functools.cache
 def quieten() -> None:
-  """Keeps Orbax's log off the terminal: what matters is raised too, and said in our words.
+  """Keeps Orbax's log off the terminal, because what matters is also raised as an error.
 
-  When one of its writes fails it closes its event loop under the others, which Python reports,
-  each with a traceback.
+  If a write fails, Orbax closes its event loop while other writes run. Python then reports each of
+  them with a traceback, which this hides too.
   """
   logging.getLogger("absl").addFilter(_not_from_orbax)
   report = sys.unraisablehook

@@ -1,7 +1,7 @@
-"""Safetensors files, read and written one tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-The library's own writer takes all tensors of a file at once, and copies them; the format is a
-header of JSON and the tensors one after the other, so ours writes it as it goes.
+The library's writer needs all tensors of a file in memory, and copies them. The format is a JSON
+header followed by the tensors, so our writer holds one tensor at a time.
 """
 
 import json
@@ -25,20 +25,22 @@ DTYPES = {
   "I32": np.dtype(np.int32),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-ALIGNMENT = 8  # Of the first tensor, in bytes.
+ALIGNMENT = 8  # Bytes; the first tensor starts at a multiple.
 
 
 class SafetensorsFiles(Tensors):
-  """All tensors of some files, under their own names or under what those stand for."""
+  """The tensors of one or several files."""
 
   def __init__(self, paths: Iterable[epath.PathLike], aliases: Mapping[str, str] | None = None):
-    """aliases: other names of tensors -> the names under which they are looked up.
+    """Opens the files.
+
+    aliases: name of a tensor in a file -> the name under which it is looked up instead.
 
     Raises:
       UserError: a file is damaged.
     """
     self._files = {}
-    self.metadata: dict[str, str] = {}  # Of all headers together.
+    self.metadata: dict[str, str] = {}  # The entries of all headers.
     for path in paths:
       file = _open(path)
       self.metadata.update(file.metadata() or {})
@@ -75,7 +77,7 @@ def _open(path: epath.PathLike):
 
 
 def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
-  """The head of a file that holds such tensors in turn."""
+  """The header of a file with these tensors, in this order."""
   entries: dict[str, object] = {"__metadata__": dict(metadata)}
   start = 0
   for name, spec in specs.items():
@@ -92,7 +94,7 @@ def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
 
 
 def write(path: epath.Path, tensors: Tensors, names: Iterable[str] | None = None) -> None:
-  """Writes the tensors, or those of these names, holding one at a time."""
+  """Writes a file of all the tensors, or of those named, with one at a time in memory."""
   specs = {name: tensors.spec(name) for name in (tensors if names is None else names)}
   with path.open("wb") as file:
     file.write(header(specs, {"format": "pt"}))

@@ -1,12 +1,12 @@
-"""The config of a SAT checkpoint, which does not say it: read off the shapes of its tensors.
+"""Derives the config of a SAT checkpoint, which does not store it, from the shapes of its tensors.
 
-What shapes do not tell is as in the published models: SAT's yaml files and the presets of
+What shapes do not determine is as in the published models: SAT's yaml files and the presets of
 diffusers' converter (`convert_cogvideox_to_diffusers.py`).
 """
 
 import re
 
-from cogvideox_jax.conversion.sat import PREFIX
+from cogvideox_jax.conversion.sat_names import PREFIX
 from cogvideox_jax.conversion.tensors import Tensors
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
@@ -19,10 +19,10 @@ SCALING_2B, SCALING = 1.15258426, 0.7
 
 
 def transformer(stored: Tensors) -> DiTConfig:
-  """Of a published transformer, or one of other sizes.
+  """The config of a transformer, a published one or one of other sizes.
 
   Raises:
-    UserError: it lacks a tensor that every transformer of SAT's has.
+    UserError: a tensor is missing that every transformer of SAT's has.
   """
 
   def shape(name: str) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ def transformer(stored: Tensors) -> DiTConfig:
     return stored.spec(PREFIX + name).shape
 
   patch = shape("mixins.patch_embed.proj.weight")
-  frames = 1 if len(patch) == 4 else 2  # A convolution of each frame, or a linear layer of two.
+  frames = 1 if len(patch) == 4 else 2  # A 2-D convolution of each frame, or a linear layer.
   height = patch[2] if frames == 1 else 2
   area = frames * height * height
   in_channels = patch[1] if frames == 1 else patch[1] // area
@@ -63,7 +63,7 @@ def transformer(stored: Tensors) -> DiTConfig:
 
 
 def _positions(stored: Tensors, frames: int, sees_image: bool) -> str:
-  """SAT keeps the tables of its rotations in the file; 2B, which has none, rotates nothing."""
+  """The position rule. SAT's file holds its rotary tables; 2B has none, and uses sincos."""
   if frames > 1:
     return "rope_index"
   rotates = sees_image or any(name.endswith("pos_embed.freqs_cos") for name in stored)
@@ -71,7 +71,7 @@ def _positions(stored: Tensors, frames: int, sees_image: bool) -> str:
 
 
 def vae(config: DiTConfig) -> VAEConfig:
-  """That of the published VAE, which is one, with the scale that goes with a transformer."""
+  """The config of the one published VAE, with the latent scale of a transformer."""
   return VAEConfig(
     scaling_factor=SCALING_2B if config.positions == "sincos" else SCALING,
     invert_scale_latents=config.patch[0] > 1,
@@ -79,7 +79,7 @@ def vae(config: DiTConfig) -> VAEConfig:
 
 
 def noise(config: DiTConfig) -> NoiseConfig:
-  """The schedule that goes with a transformer."""
+  """The noise schedule of a transformer."""
   return NoiseConfig(
     steps=1000,
     beta_start=0.00085,

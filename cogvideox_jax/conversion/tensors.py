@@ -1,8 +1,8 @@
-"""A model's parameters <-> the named tensors of a file, by one of the tables in names.py.
+"""Converts a model's parameters to the named tensors of a file, and back, by a table of names.py.
 
-Both sides are views: a tensor, or one layer of a parameter, is read from disk when it is asked for
-and not kept. So a model passes from any kind of file to any other with no more of it in memory than
-one layer; `materialize` makes arrays of a view.
+Both sides are lazy: a tensor, or one layer of a parameter, is read from disk when it is indexed and
+is not kept. So a conversion between any two kinds of files holds one layer in memory. `materialize`
+makes arrays of lazy parameters.
 """
 
 import abc
@@ -21,33 +21,35 @@ from cogvideox_jax.conversion.names import Row
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import graphs
 from cogvideox_jax.sharding import path_name
+from cogvideox_jax.types import Params
 
-Params = dict[Any, Any]  # Nested, as of `nnx.to_pure_dict`; leaves are arrays, or `Lazy`.
-Place = int | EllipsisType  # A layer of a parameter that stacks them, or all of another one.
-LISTED = 10  # How many tensors an error names.
+# The index of a layer in a parameter that stacks layers, or `...` for all of another parameter.
+Layer = int | EllipsisType
+LISTED = 10  # The most tensors that an error names.
 
 
 class Spec(NamedTuple):
-  """What is known of a tensor before it is read."""
+  """The dtype and shape of a tensor, known before it is read."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
 
   @property
   def nbytes(self) -> int:
+    """The size of the tensor's data in bytes."""
     return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
 class Tensors(Mapping[str, np.ndarray]):
-  """The tensors of a file by their names, each read when it is looked up."""
+  """The tensors of a file by name. A tensor is read whenever it is looked up."""
 
   @abc.abstractmethod
   def spec(self, name: str) -> Spec:
-    """KeyError if there is no such tensor."""
+    """The dtype and shape of a tensor; raises KeyError if the file has none of that name."""
 
 
 class InMemory(Tensors):
-  """Arrays by their names, as a file that holds them would be."""
+  """Arrays in memory by name, used like a file that holds them."""
 
   def __init__(self, arrays: Mapping[str, np.ndarray]):
     self._arrays = arrays
@@ -66,62 +68,69 @@ class InMemory(Tensors):
 
 
 class Lazy(abc.ABC):
-  """A parameter that is read when it is indexed, as an array: by a layer if it stacks them."""
+  """A parameter that is read whenever it is indexed by one of `layers`."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
-  places: Sequence[Place]  # What it is best read by; all together are the whole.
+  layers: Sequence[Layer]  # Together they are the whole parameter.
 
   @abc.abstractmethod
-  def __getitem__(self, place: Place) -> np.ndarray: ...
+  def __getitem__(self, layer: Layer) -> np.ndarray:
+    """The array of one layer, or of a parameter that stacks no layers."""
 
 
 def materialize(params: Params, allocate: Callable[..., np.ndarray] = np.empty) -> Params:
-  """The parameters with an array for each that is lazy, made by `allocate(shape, dtype)`."""
+  """Reads the lazy parameters into arrays that `allocate(shape, dtype)` makes."""
   return jax.tree.map(functools.partial(whole, allocate=allocate), params)
 
 
 def whole(leaf: Any, allocate: Callable[..., np.ndarray] = np.empty) -> Any:
-  """One parameter, as `materialize` makes it."""
+  """The array of one parameter, lazy or not; see `materialize`."""
   if not isinstance(leaf, Lazy):
     return leaf
   array = allocate(leaf.shape, leaf.dtype)
-  for place in leaf.places:
-    array[place] = leaf[place]
+  for layer in leaf.layers:
+    array[layer] = leaf[layer]
   return array
 
 
 class Slot(NamedTuple):
-  """One tensor of a file, and where in our parameters it lives."""
+  """A tensor of a file, and the parameter (or the layer of one) that it holds."""
 
-  name: str
-  shape: tuple[int, ...]  # In the file.
-  path: str
-  place: Place
+  name: str  # Name in the file.
+  shape: tuple[int, ...]  # Shape in the file.
+  path: str  # Path of the parameter.
+  layer: Layer
   row: Row
 
 
 def abstract_params(model: Callable[..., nnx.Module], config) -> Params:
-  """The shapes of a model's parameters; allocates nothing. Not to be changed: it is kept."""
+  """The shapes and dtypes of a model's parameters; allocates nothing.
+
+  The caller must not change the result, because it is cached.
+  """
   return graphs.abstract(model, config)[1]
 
 
 def slots(rows: Sequence[Row], params: Params) -> list[Slot]:
-  """Every tensor that a file of these parameters (arrays, or their shapes) holds."""
+  """The tensors that a file of these parameters holds.
+
+  params: arrays, or their shapes.
+  """
   return [
     slot for path, leaf in flatten(params).items() for slot in _slots_of(path, leaf.shape, rows)
   ]
 
 
 def read(tensors: Tensors, rows: Sequence[Row], shapes: Params) -> Params:
-  """The parameters that `tensors` holds, lazy, in the dtypes in which it holds them.
+  """The lazy parameters that `tensors` holds, in the dtypes of the tensors.
 
   Args:
     rows: the model's table.
-    shapes: of the parameters, from `abstract_params`.
+    shapes: the shapes of the parameters, from `abstract_params`.
 
   Raises:
-    UserError: a tensor is missing, is of another shape than the config says, or is not in the
+    UserError: a tensor is missing, has another shape than the config implies, or is not in the
       table; the error names it.
   """
   groups = {path: _slots_of(path, leaf.shape, rows) for path, leaf in flatten(shapes).items()}
@@ -135,33 +144,37 @@ def read(tensors: Tensors, rows: Sequence[Row], shapes: Params) -> Params:
       check_shape(slot.name, spec.shape, slot.shape)
       if spec.dtype != first.dtype:
         raise UserError(f"{slot.name} is {spec.dtype}, but {group[0].name} is {first.dtype}.")
-    return _FromFile(shape.shape, first.dtype, [slot.place for slot in group], tensors, group)
+    return _FromFile(shape.shape, first.dtype, [slot.layer for slot in group], tensors, group)
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _FromFile(Lazy):
+  """A parameter that one tensor of a file holds, or one tensor for each layer."""
+
   shape: tuple[int, ...]
   dtype: np.dtype
-  places: Sequence[Place]
+  layers: Sequence[Layer]
   tensors: Tensors
   slots: Sequence[Slot]
 
-  def __getitem__(self, place: Place) -> np.ndarray:
-    slot = self.slots[0 if place is ... else place]
+  def __getitem__(self, layer: Layer) -> np.ndarray:
+    slot = self.slots[0 if layer is ... else layer]
     return slot.row.to_ours(self.tensors[slot.name])
 
 
 class AsFile(Tensors):
-  """The tensors of a file of these parameters; undoes `read`."""
+  """The tensors of a file that holds these parameters. Undoes `read`."""
 
   def __init__(self, params: Params, rows: Sequence[Row], shapes: Params):
-    """shapes: from `abstract_params`.
+    """Checks the parameters.
+
+    shapes: the shapes of the model's parameters, from `abstract_params`.
 
     Raises:
-      UserError: a parameter is missing, is none of the model's, or is of another shape than
-        `shapes` says; the error names it.
+      UserError: a parameter is missing, is not one of the model's, or has another shape than in
+        `shapes`; the error names it.
     """
     self._arrays = flatten(params)
     check_params(self._arrays, flatten(shapes))
@@ -173,7 +186,7 @@ class AsFile(Tensors):
 
   def __getitem__(self, name: str) -> np.ndarray:
     slot = self._slots[name]
-    array = np.asarray(self._arrays[slot.path][slot.place])
+    array = np.asarray(self._arrays[slot.path][slot.layer])
     return np.ascontiguousarray(slot.row.to_theirs(array))
 
   def __iter__(self) -> Iterator[str]:
@@ -183,42 +196,50 @@ class AsFile(Tensors):
     return len(self._slots)
 
 
-def flatten(params: Params) -> dict[str, Any]:
-  """Path -> leaf."""
-  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+def flatten(tree: Any) -> dict[str, Any]:
+  """The leaves of a tree (parameters, a train state) by path; see `sharding.path_name`."""
+  return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _slots_of(path: str, shape: tuple[int, ...], rows: Sequence[Row]) -> list[Slot]:
+  """The tensors of one parameter: one, or one for each layer that it stacks."""
   matches = [(row, match) for row in rows if (match := _template(row.path).fullmatch(path))]
   if len(matches) != 1:
     raise ValueError(f"{path} must match one row of its table in names.py, not {len(matches)}")
   row, match = matches[0]
-  parts = match.groupdict()
+  fields = match.groupdict()
   stacked = "{layer}" in row.name
-  one = np.broadcast_to(np.uint8(0), shape[1:] if stacked else shape)  # Takes no memory.
+  one = np.broadcast_to(
+    np.uint8(0), shape[1:] if stacked else shape
+  )  # A view, which takes no memory.
   theirs = row.to_theirs(one).shape
   if not stacked:
-    return [Slot(row.name.format(**parts), theirs, path, ..., row)]
+    return [Slot(row.name.format(**fields), theirs, path, ..., row)]
   return [
-    Slot(row.name.format(layer=layer, **parts), theirs, path, layer, row)
+    Slot(row.name.format(layer=layer, **fields), theirs, path, layer, row)
     for layer in range(shape[0])
   ]
 
 
 @functools.cache
 def _template(path: str) -> re.Pattern:
+  """The pattern of a row's path; each of its fields matches one key."""
   return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path))
 
 
 def check_params(found: Mapping[str, Any], expected: Mapping[str, Any]):
-  """Raises UserError, naming it, if a parameter (by path) is missing, unknown or misshapen."""
+  """Checks parameters by path against the shapes of a model's.
+
+  Raises:
+    UserError: a parameter is missing, not known or of another shape; the error names it.
+  """
   check_names(found.keys(), expected.keys())
   for path, leaf in expected.items():
     check_shape(path, found[path].shape, leaf.shape)
 
 
 def check_shape(name: str, shape: Sequence[int], expected: Sequence[int]):
-  """Raises UserError, naming the tensor, if a shape is not the one that a model has there."""
+  """Raises a UserError that names the tensor if its shape is not the one that a model expects."""
   if tuple(shape) != tuple(expected):
     raise UserError(
       f"{name} has shape {list(shape)}; a model of this config has {list(expected)} there.\n"
@@ -227,7 +248,7 @@ def check_shape(name: str, shape: Sequence[int], expected: Sequence[int]):
 
 
 def check_names(found: Set[str], expected: Set[str]):
-  """Raises UserError, naming the first of them, if tensors are missing or not known."""
+  """Raises a UserError that names the first few tensors that are missing or not known."""
   problems = [f"missing: {name}" for name in sorted(expected - found)]
   problems += [f"not known: {name}" for name in sorted(found - expected)]
   if problems:

@@ -3,8 +3,8 @@
 python -m cogvideox_jax.conversion.torch_file read FILE.pt FOLDER
 python -m cogvideox_jax.conversion.torch_file write FILE.safetensors FILE.pt CONTAINER
 
-A process of its own, with the extra `convert`: torch's restricted loader builds tensors and nothing
-else from the pickle, and what it takes of memory ends with it.
+Needs the extra `convert`. torch's restricted loader builds nothing but tensors from the pickle.
+`torch_files` runs this as a process of its own, so that its memory is freed at the end.
 """
 
 import json
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 try:
-  import torch  # pyright: ignore[reportMissingImports] - of the extra, absent where it is linted.
+  import torch  # pyright: ignore[reportMissingImports] - in the extra, not installed for linting.
   from safetensors.torch import save_file
 except ImportError as error:
   raise SystemExit("PyTorch is needed for it: pip install -e '.[convert]'") from error
 
-CONTAINERS = ("model", "module", "state_dict")  # Where a file may keep its tensors.
-MAX_BYTES = 2**29  # Of one file; what it holds is in memory at once, and a copy of it.
+CONTAINERS = ("model", "module", "state_dict")  # Keys under which a file may keep its tensors.
+MAX_BYTES = 2**29  # The size of a written file, which is in memory twice.
 TYPES = {
   "F64": torch.float64,
   "F32": torch.float32,
@@ -32,6 +32,7 @@ TYPES = {
 
 
 def read(source: Path, folder: Path) -> None:
+  """Copies the tensors of a .pt file into safetensors files in a folder."""
   content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
   for name in CONTAINERS:
     content = content.get(name, content) if isinstance(content, dict) else content
@@ -45,13 +46,16 @@ def read(source: Path, folder: Path) -> None:
     if batch and size + x.nbytes > MAX_BYTES:
       save_file(batch, folder / f"{number:05d}.safetensors")
       batch, size, number = {}, 0, number + 1
-    batch[name] = x.clone(memory_format=torch.contiguous_format)  # Names may share memory.
+    batch[name] = x.clone(memory_format=torch.contiguous_format)  # Tensors may share memory.
     size += x.nbytes
   save_file(batch, folder / f"{number:05d}.safetensors")
 
 
 def write(source: Path, target: Path, container: str) -> None:
-  """Each tensor is a window on the source, so that torch copies from disk to disk."""
+  """Copies a safetensors file into a .pt file of {container: tensors}.
+
+  Each tensor is a memory map of the source, so that torch copies from disk to disk.
+  """
   with source.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
     entries = json.loads(file.read(length))

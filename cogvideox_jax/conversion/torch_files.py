@@ -1,7 +1,7 @@
-"""PyTorch's files, read and written by a process of its own (the extra `convert`).
+"""Reads and writes PyTorch files by a process of its own, which needs the extra `convert`.
 
-A .pt file is a pickle: what it holds is read by torch's restricted loader alone, and torch is no
-part of the core.
+A .pt file is a pickle, so only torch's restricted loader may read it; and the core does not depend
+on torch.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ HELPER = "cogvideox_jax.conversion.torch_file"
 def opened(path: epath.PathLike) -> Iterator[SafetensorsFiles]:
   """The tensors of a .pt or safetensors file.
 
-  Those of a .pt file are copied beside it for the while.
+  Inside the context, a safetensors copy of a .pt file lies beside it.
 
   Raises:
-    UserError: torch is not there, or the file is damaged or holds more than tensors.
+    UserError: torch is not installed, or the file is damaged or holds more than tensors.
   """
   path = epath.Path(path)
   if path.suffix == ".safetensors":
@@ -44,7 +44,7 @@ def write(path: epath.PathLike, container: str, found: Tensors) -> None:
   """Writes a .pt file of {container: tensors}.
 
   Raises:
-    UserError: torch is not there.
+    UserError: torch is not installed.
   """
   path = epath.Path(path)
   with _scratch(path.parent) as folder:
@@ -56,14 +56,14 @@ def write(path: epath.PathLike, container: str, found: Tensors) -> None:
 
 @contextlib.contextmanager
 def _scratch(beside: epath.Path) -> Iterator[epath.Path]:
-  """A folder on the same disk, which is likely to have room for a second copy."""
-  place = beside if os.access(beside, os.W_OK) else None
-  with tempfile.TemporaryDirectory(dir=place, prefix=".torch-") as folder:
+  """A temporary folder on the same disk if that is writable: it likely has room for a copy."""
+  parent = beside if os.access(beside, os.W_OK) else None
+  with tempfile.TemporaryDirectory(dir=parent, prefix=".torch-") as folder:
     yield epath.Path(folder)
 
 
 def _failure(*arguments: str | epath.Path) -> str:
-  """Runs the helper; returns why it failed, or nothing."""
+  """Runs the helper; returns why it failed, or an empty string."""
   command = [sys.executable, "-m", HELPER, *map(str, arguments)]
   result = subprocess.run(command, capture_output=True, text=True)
   if not result.returncode:

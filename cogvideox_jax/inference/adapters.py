@@ -9,10 +9,10 @@ from etils import epath
 
 from cogvideox_jax.conversion import lora, tensors
 from cogvideox_jax.conversion.lora import LoRA
-from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.offload import on_devices
 from cogvideox_jax.models.dit_config import DiTConfig
+from cogvideox_jax.types import Params
 
 
 class Adapters:
@@ -33,7 +33,7 @@ class Adapters:
     """Adds an adapter with weight 1.
 
     Args:
-      path: a LoRA file, or a folder that holds one; see `conversion.lora.load`.
+      path: a LoRA file, or a folder that holds one; see `conversion.lora.read`.
       adapter_name: for `set_adapters`.
 
     Raises:
@@ -41,7 +41,7 @@ class Adapters:
     """
     if adapter_name in self._adapters:
       raise UserError(f"There is an adapter {adapter_name!r} already; give another adapter_name.")
-    loaded = lora.load(path)
+    loaded = lora.read(path)
     self._apply({**self._adapters, adapter_name: (loaded, 1.0)})
 
   def set_adapters(self, names: Sequence[str], weights: Sequence[float] | float = 1.0) -> None:

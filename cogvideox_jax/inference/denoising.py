@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.diffusion.guidance import classifier_free
 from cogvideox_jax.diffusion.solvers import Solver, Weights, solver_step
 from cogvideox_jax.inference.noise_draws import INITIAL
@@ -21,6 +20,7 @@ from cogvideox_jax.inference.packed_rows import pack_videos, unpack_videos
 from cogvideox_jax.inference.step_sharding import StepSharding
 from cogvideox_jax.models.dit import timestep_sinusoid
 from cogvideox_jax.models.dit_config import DiTConfig
+from cogvideox_jax.types import Params
 from cogvideox_jax.xla import compiler_options
 
 

@@ -10,7 +10,6 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Float32
 
 from cogvideox_jax.conversion import tensors
-from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.inference import out_of_memory
 from cogvideox_jax.inference.noise_draws import POSTERIOR
 from cogvideox_jax.inference.offload import loaded_for, put
@@ -21,6 +20,7 @@ from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.tiling import Tiling
 from cogvideox_jax.models.vae import VAE, decode, encode, sample_posterior
 from cogvideox_jax.models.vae_config import VAEConfig
+from cogvideox_jax.types import Params
 
 
 class FrameCoder:

@@ -15,9 +15,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from cogvideox_jax.conversion import tensors
-from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.inference import out_of_memory
 from cogvideox_jax.inference.step_sharding import shard_step
+from cogvideox_jax.types import Params
 
 HOST, DEVICE = "pinned_host", "device"  # JAX's kinds of memory.
 

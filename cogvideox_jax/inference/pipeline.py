@@ -20,7 +20,6 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from cogvideox_jax.conversion.folder import Settings, open_model
-from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.errors import UserError
@@ -43,6 +42,7 @@ from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.models.t5 import T5Config
 from cogvideox_jax.models.vae_config import VAEConfig
+from cogvideox_jax.types import Params
 
 Kind = TypeVar("Kind", bound="Pipeline")
 

@@ -8,7 +8,6 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cogvideox_jax.conversion.tensors import Params
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import out_of_memory
@@ -18,6 +17,7 @@ from cogvideox_jax.inference.request import Request
 from cogvideox_jax.inference.videos import chunks
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.t5 import T5Config, T5Encoder, encode_text
+from cogvideox_jax.types import Params
 
 
 class PromptEncoder:

@@ -20,9 +20,9 @@ from cogvideox_jax.conversion import orbax, tensors
 from cogvideox_jax.data import digests
 from cogvideox_jax.data.digests import Described, UnusableError
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.sharding import path_name
 from cogvideox_jax.training import shard_digests
-from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.state import TrainState
+from cogvideox_jax.types import Params
 
 T = TypeVar("T")
 Arrays = dict[str, Any]  # Path -> array.
@@ -61,7 +61,7 @@ class Checkpoints:
     self.wait()
     hosts.wait("saved before")
     orbax.quieten()
-    arrays = flatten(state.saved())
+    arrays = tensors.flatten(state.saved())
     held = _host_copies(arrays) if _alone() else shard_digests.copies(arrays)
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     context = ocp.Context()
@@ -180,11 +180,6 @@ def load_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
   return tensors.materialize(open_weights(workdir, weights).params)
 
 
-def flatten(tree: Any) -> Arrays:
-  """Path -> leaf."""
-  return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
 def good_steps(folder: epath.Path) -> list[int]:
   """The steps that were completed, oldest first; whether their arrays hold is not checked."""
   return [step for step in _steps(folder) if (folder / str(step) / digests.NAME).exists()]
@@ -192,7 +187,7 @@ def good_steps(folder: epath.Path) -> list[int]:
 
 def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
   share = slice(jax.process_index(), None, jax.process_count())
-  described, targets = _agreed(lambda: digests.read(path, share)), flatten(abstract)
+  described, targets = _agreed(lambda: digests.read(path, share)), tensors.flatten(abstract)
   if odd := sorted(described.keys() ^ targets.keys()):
     raise UnusableError(
       f"its arrays are not this model's: {', '.join(odd[:3])} ({len(odd)} in all)"
@@ -204,7 +199,7 @@ def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
 def _load(path: epath.Path, targets: Arrays, described: Described) -> Arrays:
   """Arrays by path, placed as `targets`, that are what was saved."""
   orbax.quieten()
-  arrays = flatten(ocp.load(path, traverse_util.unflatten_dict(targets, sep="/")))
+  arrays = tensors.flatten(ocp.load(path, traverse_util.unflatten_dict(targets, sep="/")))
 
   def check() -> None:
     found = (

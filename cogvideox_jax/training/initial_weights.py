@@ -6,10 +6,11 @@ import jax
 import numpy as np
 from etils import epath
 
+from cogvideox_jax.conversion import tensors
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import checkpoint
-from cogvideox_jax.training.state import Params
+from cogvideox_jax.types import Params
 
 
 def load_initial(source: str, wanted: Params) -> Params:
@@ -22,7 +23,7 @@ def load_initial(source: str, wanted: Params) -> Params:
     params = checkpoint.load_weights(source)
   else:
     params = open_model(source).transformer()[1]
-  found, shapes_wanted = map(checkpoint.flatten, (params, wanted))
+  found, shapes_wanted = map(tensors.flatten, (params, wanted))
   for name in sorted(found.keys() | shapes_wanted.keys()):
     has = found[name].shape if name in found else None
     wants = shapes_wanted[name].shape if name in shapes_wanted else None

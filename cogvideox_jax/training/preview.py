@@ -18,8 +18,8 @@ from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
 from cogvideox_jax.models.dit_config import DiTConfig
-from cogvideox_jax.training.state import Params
 from cogvideox_jax.training.workdir import load_frozen, with_transformer
+from cogvideox_jax.types import Params
 
 
 class Previewer:

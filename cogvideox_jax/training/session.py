@@ -12,8 +12,9 @@ from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.interrupts import Interrupts
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import RunLog
-from cogvideox_jax.training.state import NOTHING, Params, TrainState, with_frozen
+from cogvideox_jax.training.state import NOTHING, TrainState, with_frozen
 from cogvideox_jax.training.stopping import Stopping
+from cogvideox_jax.types import Params
 
 
 class Session(NamedTuple):

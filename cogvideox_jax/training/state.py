@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from cogvideox_jax import sharding
+from cogvideox_jax.types import Params
 
-Params = dict[str, Any]  # Nested by the keys of a parameter's path; see nnx.to_pure_dict.
 # One for all parameters, or several by the names of the subtrees of the parameters they move.
 Optimizer = optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
 NOTHING: Params = {}

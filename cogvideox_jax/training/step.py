@@ -19,8 +19,8 @@ from cogvideox_jax.diffusion.objective import (
   vision_tokens,
 )
 from cogvideox_jax.models.dit import timestep_sinusoid
-from cogvideox_jax.training.state import Params, TrainState, Updates
-from cogvideox_jax.types import Batch
+from cogvideox_jax.training.state import TrainState, Updates
+from cogvideox_jax.types import Batch, Params
 
 
 class Network(NamedTuple):

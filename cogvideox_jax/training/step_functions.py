@@ -19,8 +19,9 @@ from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.training import components, initial_weights, stages, state
-from cogvideox_jax.training.state import Params, TrainState, Updates
+from cogvideox_jax.training.state import TrainState, Updates
 from cogvideox_jax.training.step import Accumulation, Network, train_step, validation_step
+from cogvideox_jax.types import Params
 from cogvideox_jax.xla import compiler_options
 
 

@@ -38,9 +38,9 @@ from cogvideox_jax.training.metrics import Numbers, Report
 from cogvideox_jax.training.preview import Previewer
 from cogvideox_jax.training.session import Session, opened, say
 from cogvideox_jax.training.stages import Stage
-from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.state import TrainState
 from cogvideox_jax.training.step_functions import jit_train
-from cogvideox_jax.types import Batch
+from cogvideox_jax.types import Batch, Params
 
 # Where on the noise schedule the validation loss is taken, as fractions of its steps; ours.
 VALIDATION_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)

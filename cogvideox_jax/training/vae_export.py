@@ -13,8 +13,8 @@ from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.models.vae_config import VAEConfig
-from cogvideox_jax.training.state import Params
 from cogvideox_jax.training.vae_step import latent_sums
+from cogvideox_jax.types import Params
 
 DECIMALS = 6  # Of the scaling factor.
 

@@ -14,9 +14,10 @@ from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training import optimizer, state
-from cogvideox_jax.training.state import Params, TrainState, Updates
+from cogvideox_jax.training.state import TrainState, Updates
 from cogvideox_jax.training.step_functions import Functions
 from cogvideox_jax.training.vae_step import LossWeights, Network, vae_step, validation_metrics
+from cogvideox_jax.types import Params
 
 
 def make_vae_functions(config: VAETrainConfig, mesh: Mesh, rules: sharding.Rules) -> Functions:

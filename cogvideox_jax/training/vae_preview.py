@@ -15,8 +15,9 @@ from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.models.vae_config import VAEConfig
-from cogvideox_jax.training.state import Params, TrainState
+from cogvideox_jax.training.state import TrainState
 from cogvideox_jax.training.vae_step import to_float
+from cogvideox_jax.types import Params
 
 CLIPS = 4
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.vae import VAE
-from cogvideox_jax.training.state import Params, TrainState, Updates
+from cogvideox_jax.training.state import TrainState, Updates
+from cogvideox_jax.types import Params
 
 Metrics = dict[str, Float[Array, ""]]
 SMALLEST_ERROR = 1e-10  # So that the PSNR of an exact reconstruction is a number, 106 dB.

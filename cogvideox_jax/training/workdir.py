@@ -8,6 +8,7 @@ from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion import model_layouts
 from cogvideox_jax.conversion.component_fields import write_noise
 from cogvideox_jax.conversion.folder import Settings, index_fields, open_model
+from cogvideox_jax.conversion.model_contents import Model, Network
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
@@ -17,7 +18,7 @@ from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training import stages
 from cogvideox_jax.training.checkpoint import open_weights
 from cogvideox_jax.training.resume import read_config
-from cogvideox_jax.training.state import Params
+from cogvideox_jax.types import Params
 
 
 def load(
@@ -59,16 +60,16 @@ def _transformer(
   return stages.stage_model(config, stage.name), found.params
 
 
-def model(workdir: epath.Path, weights: str) -> model_layouts.Model:
+def model(workdir: epath.Path, weights: str) -> Model:
   """What `convert` writes of a workdir: its transformer, and the rest that its config names.
 
   Raises:
     UserError: it has no good checkpoint, or a part is missing or damaged.
   """
   config = read_config(workdir)
-  written = model_layouts.of_folder(open_model(config.components).path)
+  written = model_layouts.read_folder(open_model(config.components).path)
   transformer = _transformer(config, workdir, weights)
-  written.networks["transformer"] = model_layouts.Network("transformer", *transformer, None)
+  written.networks["transformer"] = Network("transformer", *transformer, None)
   written.scheduler = write_noise(config.noise)
   takes_image = written.networks["transformer"].config.takes_image
   written.index = index_fields(_settings(config), takes_image)

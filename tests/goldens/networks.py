@@ -151,6 +151,6 @@ def low_rank(case: Case) -> Iterator[Compared]:
     changed = params
     if key != "out.base":
       file, how = key.removeprefix("out.").split(".", 1)
-      updates = lora.load(case.folder.path / "lora" / f"{file}.safetensors")
+      updates = lora.read(case.folder.path / "lora" / f"{file}.safetensors")
       changed = tensors.materialize(lora.fuse(params, config, updates, LORA_WEIGHTS[how]))
     yield Compared(key, run_transformer(config, changed, stored, stored["aux.time_proj"]), NETWORK)

@@ -1,1 +1,1 @@
-"""The parts of `tests/make_goldens.py`, one file for each kind of case."""
+"""The library of `tests/make_goldens.py`, one file for each kind of case."""

@@ -69,7 +69,7 @@ def run_transformer(
   if debug:
     layers = range(len(model.transformer_blocks))
     blocks = [f"transformer_blocks.{i}" for i in layers]
-    of_block = [f"{block}.{part}" for block in blocks for part in ("norm1", "attn1")]
+    of_block = [f"{block}.{module}" for block in blocks for module in ("norm1", "attn1")]
     names = ("patch_embed", "time_embedding", *blocks, *of_block, "norm_final", "norm_out")
     keys |= {f"dbg.{name}": name for name in names}
   with recorded(model, keys) as found:

@@ -63,7 +63,7 @@ def cases(frames: int, odd_frames: int) -> dict[str, Case]:
   guided = {"num_frames": frames, "num_inference_steps": 4, "guidance_scale": 6.0}
   unguided = {"num_frames": frames, "num_inference_steps": 3, "guidance_scale": 1.0}
   less = {"num_frames": odd_frames, "num_inference_steps": 4, "guidance_scale": 5.0}
-  part = {**dynamic, "num_inference_steps": 5, "strength": 0.8}
+  shortened = {**dynamic, "num_inference_steps": 5, "strength": 0.8}
   normal, odd = {"num_frames": frames, **dynamic}, {"num_frames": odd_frames, **dynamic}
   whole = {"writes_folder": True, "decodes": True}
   return {
@@ -73,7 +73,7 @@ def cases(frames: int, odd_frames: int) -> dict[str, Case]:
     "t2v_15_dpm_padded": Case(text, "15", dpm, odd, invert=True, decodes=True),
     "i2v_5b_dpm": Case(image, "5b_i2v", dpm, normal),
     "i2v_15_ddim_padded": Case(image, "15_i2v", ddim, less, invert=True, **whole),
-    "v2v_5b_dpm": Case(video, "5b", dpm, part),
+    "v2v_5b_dpm": Case(video, "5b", dpm, shortened),
   }
 
 

@@ -1,0 +1,97 @@
+"""A model on its way from one layout to another: its networks, tokenizer, scheduler and index.
+
+Parameters are lazy, so that a conversion holds about one layer in memory.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from cogvideox_jax.conversion import diffusers
+from cogvideox_jax.conversion.card import Origin
+from cogvideox_jax.conversion.components import COMPONENTS, Component
+from cogvideox_jax.conversion.folder import INDEX
+from cogvideox_jax.conversion.tensors import Layer, Lazy
+from cogvideox_jax.types import Params
+
+
+class Network:
+  """A network that is to be written."""
+
+  def __init__(self, name: str, config: Any, params: Params, fields: Mapping[str, Any] | None):
+    """A network of a model.
+
+    Args:
+      name: one of COMPONENTS.
+      fields: the fields of the source's config.json, which the target keeps as they are; None if
+        the source has no such file.
+    """
+    self.component: Component = COMPONENTS[name]
+    self.config, self.params = config, params
+    self.fields = self.component.write_config(config) if fields is None else fields
+
+
+@dataclasses.dataclass
+class Model:
+  """The contents of a model; any of them may be missing."""
+
+  origin: Origin
+  networks: dict[str, Network] = dataclasses.field(default_factory=dict)  # By name in COMPONENTS.
+  tokenizer: epath.Path | None = None  # The tokenizer's folder.
+  scheduler: Mapping[str, Any] | None = None  # The fields of the scheduler's config.
+  index: Mapping[str, Any] | None = None  # The fields of model_index.json.
+
+  def map_params(self, change: Callable[[Network], Params]) -> None:
+    """Replaces the parameters of every network."""
+    for network in self.networks.values():
+      network.params = change(network)
+
+  def add_files(self, path: epath.Path, tokenizer: epath.Path) -> None:
+    """Adds the tokenizer, the scheduler and the index of a model folder, as far as it has them."""
+    if tokenizer.is_dir():
+      self.tokenizer = tokenizer
+    if (path / "scheduler").is_dir():
+      self.scheduler, _ = diffusers.read_fields(path / "scheduler", diffusers.SCHEDULER_CONFIG)
+    if (path / INDEX).exists():
+      self.index, _ = diffusers.read_fields(path, INDEX)
+
+  def copy_tokenizer(self, target: epath.Path) -> None:
+    """Copies the tokenizer's files.
+
+    The weights and the config of a text encoder in the same folder, as in SAT's releases, are left
+    out.
+    """
+    if self.tokenizer is None:
+      return
+    target.mkdir(parents=True, exist_ok=True)
+    for file in self.tokenizer.iterdir():
+      if file.is_file() and file.name != diffusers.CONFIG and ".safetensors" not in file.name:
+        (target / file.name).write_bytes(file.read_bytes())
+
+
+def cast(network: Network, dtype: np.dtype) -> Params:
+  """The network's parameters, lazily cast to another dtype."""
+  return jax.tree.map(lambda leaf: _Cast(leaf, dtype), network.params)
+
+
+class _Cast(Lazy):
+  """A parameter in another dtype."""
+
+  def __init__(self, base: Any, dtype: np.dtype):
+    self.shape, self.dtype = base.shape, dtype
+    self.layers = base.layers if isinstance(base, Lazy) else (...,)
+    self._base = base
+
+  def __getitem__(self, layer: Layer) -> np.ndarray:
+    return np.asarray(self._base[layer]).astype(self.dtype)
+
+
+def write_safetensors(network: Network, folder: epath.Path) -> None:
+  """Writes a component's folder as diffusers or transformers does."""
+  found = network.component.as_file(network.params, network.config)
+  diffusers.write_weights(folder, network.component.weights, found)
+  diffusers.write_fields(folder, diffusers.CONFIG, network.fields)
