@@ -14,7 +14,7 @@ def requirements() -> list[str]:
 
 
 def version() -> str:
-  text = (FOLDER / "cogvideox_jax" / "__init__.py").read_text()
+  text = (FOLDER / "cogvideox_jax" / "version.py").read_text()
   return re.findall(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)[0]
 
 

@@ -7,11 +7,12 @@ Names are looked up on first use (PEP 562), so that a process that decodes video
 import importlib
 from typing import TYPE_CHECKING
 
+from cogvideox_jax.version import __version__
+
 if TYPE_CHECKING:
   from cogvideox_jax.inference.pipeline import Pipeline
   from cogvideox_jax.training.workdir import load
 
-__version__ = "0.1.0"
 __all__ = ["Pipeline", "__version__", "load"]
 
 _HOMES = {

@@ -12,7 +12,7 @@ PACKAGE = "cogvideox_jax"
 
 # From the bottom up. What stands on one line may not import one another, except within a folder.
 LAYERS = (
-  ("errors", "types", "config_keys"),
+  ("errors", "types", "config_keys", "version"),
   ("sharding", "hosts", "interrupts", "xla"),
   ("data", "models", "diffusion"),
   ("conversion",),

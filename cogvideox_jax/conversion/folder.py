@@ -122,10 +122,12 @@ def open_network(name: str, folder: epath.Path) -> tuple[Any, Params]:
   name: one of COMPONENTS.
 
   Raises:
-    UserError: the config or the weights are missing, damaged or not supported.
+    UserError: the config or the weights are missing, damaged or not supported. If Orbax arrays do
+      not fit, the error names the version that wrote them.
   """
   component = COMPONENTS[name]
-  config = component.read_config(*diffusers.read_fields(folder, diffusers.CONFIG))
+  with orbax.naming_writer(folder / orbax.FOLDER):
+    config = component.read_config(*diffusers.read_fields(folder, diffusers.CONFIG))
   library = orbax if orbax.is_in(folder) else diffusers
   return config, library.open_weights(component, folder, config)
 

@@ -2,7 +2,7 @@
 
 The arrays have the paths of our parameters, with layers stacked, so `orbax.checkpoint.v1.load` can
 load them onto any mesh. `digests.json` holds their digests, because Orbax restores damaged arrays
-without an error. Writing copies no array in memory. Reading uses
+without an error, and the version that wrote them. Writing copies no array in memory. Reading uses
 TensorStore, the storage library under Orbax, because Orbax can only read whole arrays.
 """
 
@@ -29,6 +29,7 @@ from cogvideox_jax.data import digests
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import path_name
 from cogvideox_jax.types import Params
+from cogvideox_jax.version import name_writer
 
 FOLDER = "orbax"  # Subfolder of a component's folder.
 CHUNK_BYTES = 2**26  # The most that is read or written at once.
@@ -85,15 +86,35 @@ def open_weights(component: Component, folder: epath.Path, config: Any) -> Param
   """The lazy parameters of a component in its folder.
 
   Raises:
-    UserError: the arrays are damaged, or are not those of a model of the config.
+    UserError: the arrays are damaged, or are not those of a model of the config. In the second case
+      the error names the version that wrote them, if it is another one.
   """
   try:
     found = open_arrays(folder / FOLDER)
   except digests.UnusableError as error:
     raise UserError(f"{folder / FOLDER} cannot be used: {error}; write it again.") from error
   shapes = component.shapes(config)
-  tensors.check_params(found, tensors.flatten(shapes))
+  with naming_writer(folder / FOLDER):
+    tensors.check_params(found, tensors.flatten(shapes))
   return jax.tree.map_with_path(lambda path, _: found[path_name(path)], shapes)
+
+
+@contextmanager
+def naming_writer(checkpoint: epath.Path) -> Iterator[None]:
+  """Adds to a UserError raised inside which version wrote a checkpoint, if it is another one.
+
+  checkpoint: may be missing; then errors stay as they are.
+  """
+  try:
+    yield
+  except UserError as error:
+    try:
+      line = name_writer(digests.version(checkpoint))
+    except digests.UnusableError:  # There is no checkpoint, or nothing is known about it.
+      line = ""
+    if not line:
+      raise
+    raise UserError(f"{error}\n{line}") from error
 
 
 def open_arrays(checkpoint: epath.Path) -> dict[str, Lazy]:

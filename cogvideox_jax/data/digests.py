@@ -1,7 +1,8 @@
 """Digests (sha256) of a checkpoint: of its arrays as they were in memory, and of its files.
 
-`digests.json` holds both and is written last. Files are checked before Orbax reads them, because
-Orbax restores flipped bits silently and raises many kinds of errors for other damage.
+`digests.json` holds both and the package's version, and is written last. Files are checked before
+Orbax reads them, because Orbax restores flipped bits silently and raises many kinds of errors for
+other damage.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from cogvideox_jax.data.files import write_atomically
+from cogvideox_jax.version import __version__
 
 NAME = "digests.json"
 INCOMPLETE = "the run was stopped before it was completely written"
@@ -50,7 +52,7 @@ def write(folder: epath.Path, arrays: Described, files: dict[str, str] | None = 
   """
   if files is None:
     files = describe_files(folder, list(files_in(folder)))
-  record = {"arrays": arrays, "files": files}
+  record = {"version": __version__, "arrays": arrays, "files": files}
   text = json.dumps({"sha256": _hash_json(record), **record}, indent=1)
   write_atomically(folder / NAME, text.encode())
 
@@ -70,15 +72,7 @@ def read(folder: epath.Path, share: slice = slice(None)) -> Described:
   Raises:
     UnusableError: names the first file that is not as it was written.
   """
-  if not (folder / NAME).exists():
-    raise UnusableError(INCOMPLETE)
-  try:
-    record = json.loads((folder / NAME).read_bytes())
-    intact = record.pop("sha256") == _hash_json(record)
-  except (ValueError, KeyError, AttributeError) as error:
-    raise UnusableError(f"{NAME} is damaged: {error}") from error
-  if not intact:
-    raise UnusableError(f"{NAME} is damaged: its own sha256 differs")
+  record = _read_record(folder)
   names = list(record["files"])[share]
   files = [folder / name for name in names]
   for name, file in zip(names, files, strict=True):
@@ -88,6 +82,28 @@ def read(folder: epath.Path, share: slice = slice(None)) -> Described:
     if digest != record["files"][name]:
       raise UnusableError(f"{name} is damaged: its sha256 differs")
   return record["arrays"]
+
+
+def version(folder: epath.Path) -> str | None:
+  """The package's version that wrote a checkpoint; None if the checkpoint does not say it.
+
+  Raises:
+    UnusableError: digests.json is missing or damaged.
+  """
+  return _read_record(folder).get("version")
+
+
+def _read_record(folder: epath.Path) -> dict[str, Any]:
+  if not (folder / NAME).exists():
+    raise UnusableError(INCOMPLETE)
+  try:
+    record = json.loads((folder / NAME).read_bytes())
+    intact = record.pop("sha256") == _hash_json(record)
+  except (ValueError, KeyError, AttributeError) as error:
+    raise UnusableError(f"{NAME} is damaged: {error}") from error
+  if not intact:
+    raise UnusableError(f"{NAME} is damaged: its own sha256 differs")
+  return record
 
 
 def files_in(folder: epath.Path) -> Iterator[epath.Path]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cogvideox_jax import hosts
 from cogvideox_jax.config.checks import check
-from cogvideox_jax.config.read import to_json
+from cogvideox_jax.config.read import to_dict
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data.buckets import Bucket
@@ -41,6 +41,7 @@ from cogvideox_jax.precompute.stage_shards import (
   by_line,
   image_noise,
 )
+from cogvideox_jax.version import __version__
 
 SHARD_ITEMS = 128  # A killed run repeats at most these items. A shard of 49x480x720 has 0.8 GB.
 SHARD_BYTES = 2**28  # Bytes of a shard's files: long videos give many clips each.
@@ -174,6 +175,7 @@ def _finish(
     text = "".join(json.dumps(line._asdict()) + "\n" for line in sorted(lines, key=by_line))
     with disk_errors(output):
       write_atomically(output / "quarantine.jsonl", text.encode())
-      write_atomically(output / "config.json", to_json(config).encode())
+      kept = json.dumps({**to_dict(config), "version": __version__})
+      write_atomically(output / "config.json", kept.encode())
   hosts.wait("encoded")
   return Counts(sum(stage.writer.counts().clips for stage in stages), len(lines))

@@ -23,6 +23,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import shard_digests
 from cogvideox_jax.training.state import TrainState
 from cogvideox_jax.types import Params
+from cogvideox_jax.version import name_writer
 
 T = TypeVar("T")
 Arrays = dict[str, Any]  # Path -> array.
@@ -188,10 +189,12 @@ def good_steps(folder: epath.Path) -> list[int]:
 def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
   share = slice(jax.process_index(), None, jax.process_count())
   described, targets = _agreed(lambda: digests.read(path, share)), tensors.flatten(abstract)
-  if odd := sorted(described.keys() ^ targets.keys()):
-    raise UnusableError(
-      f"its arrays are not this model's: {', '.join(odd[:3])} ({len(odd)} in all)"
-    )
+  shapes = {name: tuple(about["shape"]) for name, about in described.items()}
+  wanted = {name: target.shape for name, target in targets.items()}
+  names = sorted(shapes.keys() | wanted.keys())
+  if odd := [name for name in names if shapes.get(name) != wanted.get(name)]:
+    reason = f"its arrays are not this model's: {', '.join(odd[:3])} ({len(odd)} in all)"
+    raise UnusableError(". ".join(filter(None, [reason, name_writer(digests.version(path))])))
   arrays = _load(path, targets, described)
   return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in targets])
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from cogvideox_jax.conversion import tensors
+from cogvideox_jax.conversion import orbax, tensors
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import checkpoint
@@ -20,9 +20,19 @@ def load_initial(source: str, wanted: Params) -> Params:
     UserError: there is none, or its arrays are not those `wanted`.
   """
   if (epath.Path(source) / "checkpoints").is_dir():
-    params = checkpoint.load_weights(source)
+    weights = checkpoint.open_weights(source)
+    params = tensors.materialize(weights.params)
+    stored = epath.Path(source) / "checkpoints" / str(weights.step)
   else:
-    params = open_model(source).transformer()[1]
+    model = open_model(source)
+    params = model.transformer()[1]
+    stored = model.path / "transformer" / orbax.FOLDER
+  with orbax.naming_writer(stored):
+    _check_shapes(source, params, wanted)
+  return jax.tree.map(partial(np.asarray, dtype=np.float32), params)
+
+
+def _check_shapes(source: str, params: Params, wanted: Params) -> None:
   found, shapes_wanted = map(tensors.flatten, (params, wanted))
   for name in sorted(found.keys() | shapes_wanted.keys()):
     has = found[name].shape if name in found else None
@@ -32,4 +42,3 @@ def load_initial(source: str, wanted: Params) -> Params:
         f"config.init_from={source} has another transformer than config.model: {name} is "
         f"{has or 'absent'} there and {wants or 'absent'} here.\nMake config.model the same as its."
       )
-  return jax.tree.map(partial(np.asarray, dtype=np.float32), params)

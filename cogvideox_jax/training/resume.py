@@ -11,9 +11,12 @@ from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import write_atomically
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.version import __version__, name_writer
 
 NAME, MIXTURE = "config.json", "mixture.json"
-DIGESTS = "data_digests"  # In that file, beside the config's keys.
+# Keys of that file beside those of the config: digests of the datasets by name, and the version of
+# the package that wrote the file last.
+DIGESTS, VERSION = "data_digests", "version"
 # Keys that do not change what is trained beyond rounding, or are compared by other means.
 FREE = (
   "log_every",
@@ -43,6 +46,7 @@ def check_config(workdir: epath.Path, config: TrainConfig | VAETrainConfig) -> N
       f"{workdir / NAME} is damaged ({error}).\nRestore it, or start in a new workdir."
     ) from error
   stored.pop(DIGESTS, None)
+  version = stored.pop(VERSION, None)
   before, now = _flat(stored), _flat(json.loads(to_json(config)))
   changed = [
     f"  config.{key}: was {_text(before, key)}, is {_text(now, key)}"
@@ -52,16 +56,18 @@ def check_config(workdir: epath.Path, config: TrainConfig | VAETrainConfig) -> N
   if changed[MOST_LINES:]:
     changed[MOST_LINES - 1 :] = [f"  and {len(changed) - MOST_LINES + 1} more keys"]
   if changed:
-    raise UserError(
-      "\n".join([f"{workdir} was begun with another config:", *changed, _way_out(workdir)])
-    )
+    other_keys = any(not _is_free(key) for key in before.keys() ^ now.keys())
+    writer = name_writer(version) if other_keys else ""
+    lines = [f"{workdir} was begun with another config:", *changed, writer, _way_out(workdir)]
+    raise UserError("\n".join(filter(None, lines)))
 
 
 def read_config(folder: epath.Path) -> TrainConfig:
   """The config that `store` or `encode` wrote into a folder.
 
   Raises:
-    UserError: it is damaged, or of another version.
+    UserError: it is damaged, or its keys are not those of this version; then the error names the
+      version that wrote it.
   """
   path = folder / NAME
   try:
@@ -69,10 +75,11 @@ def read_config(folder: epath.Path) -> TrainConfig:
   except ValueError as error:
     raise UserError(f"{path} is damaged ({error}).\nRestore it.") from error
   fields.pop(DIGESTS, None)
+  version = fields.pop(VERSION, None)
   try:
     return read(TrainConfig, fields)
   except UserError as error:
-    raise UserError(f"{path}: {error}") from error
+    raise UserError("\n".join(filter(None, [f"{path}: {error}", name_writer(version)]))) from error
 
 
 def check_data(workdir: epath.Path, digests: dict[str, str]) -> None:
@@ -90,8 +97,9 @@ def check_data(workdir: epath.Path, digests: dict[str, str]) -> None:
 def store(
   workdir: epath.Path, config: TrainConfig | VAETrainConfig, digests: dict[str, str]
 ) -> None:
-  """Writes config.json: the config as JSON, and under `data_digests` what it was trained on."""
-  fields = {**json.loads(to_json(config)), DIGESTS: _digests(workdir) | digests}
+  """Writes config.json: the config, digests of all datasets that it was trained on, the version."""
+  digests = _digests(workdir) | digests
+  fields = {**json.loads(to_json(config)), DIGESTS: digests, VERSION: __version__}
   write_atomically(workdir / NAME, (json.dumps(fields, indent=2) + "\n").encode())
 
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 from etils import epath
 
 from cogvideox_jax.config.schema import TrainConfig
-from cogvideox_jax.conversion import model_layouts
+from cogvideox_jax.conversion import model_layouts, orbax, tensors
 from cogvideox_jax.conversion.component_fields import write_noise
+from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.conversion.folder import Settings, index_fields, open_model
 from cogvideox_jax.conversion.model_contents import Model, Network
 from cogvideox_jax.data.tokenizer import Tokenizer
@@ -57,7 +58,11 @@ def _transformer(
   """The newest good one, lazy, with the positions of the stage that it was trained in."""
   found = open_weights(workdir, weights)
   stage = stages.trained_last(stages.plan(config), found.step)
-  return stages.stage_model(config, stage.name), found.params
+  model = stages.stage_model(config, stage.name)
+  with orbax.naming_writer(workdir / "checkpoints" / str(found.step)):
+    shapes = TRANSFORMER.shapes(model)
+    tensors.check_params(tensors.flatten(found.params), tensors.flatten(shapes))
+  return model, found.params
 
 
 def model(workdir: epath.Path, weights: str) -> Model:
