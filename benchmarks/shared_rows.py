@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cogvideox_jax import sharding
 from cogvideox_jax.aot.report import compile_lowered
 from cogvideox_jax.aot.topology import open_topology
+from cogvideox_jax.sharded_attention import shard_attention
 
 TOKENS, HEADS, HEAD_DIM = 75_776, 30, 64
 TOPOLOGIES = ("v5e:2x2", "v5e:2x4", "v5e:4x4")
@@ -32,7 +33,7 @@ def stand_in(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -
 
 
 def filled_up(mesh: Mesh) -> Callable[..., jax.Array]:
-  return sharding.shard_attention(stand_in, mesh, sharding.rules_named("fsdp"))
+  return shard_attention(stand_in, mesh, sharding.rules_named("fsdp"))
 
 
 def gathered(mesh: Mesh) -> Callable[..., jax.Array]:

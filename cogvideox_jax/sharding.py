@@ -1,14 +1,14 @@
-"""Where arrays live on a mesh: parameter path -> logical axes -> mesh axes.
+"""Decides how arrays are split over a mesh: parameter path -> logical axes -> mesh axes.
 
 Models carry no annotation, and nothing else in the package names a mesh axis. One table serves
-parameters, their moving average and the optimizer's state alike, since optax keeps the endings
-of the paths: `opt_state/1/0/mu/blocks/mlp/up/kernel` is placed as `params/blocks/mlp/up/kernel`.
+parameters, their moving average and the optimizer's state alike, because optax keeps the endings of
+the paths: `opt_state/1/0/mu/blocks/mlp/up/kernel` is split as `params/blocks/mlp/up/kernel`.
 """
 
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +21,13 @@ from cogvideox_jax.errors import UserError
 
 Rules = Mapping[str, tuple[str, ...]]  # Logical axis -> the mesh axes that split it.
 
-TILE = 16  # Tokens of a device's part of a row are a multiple of this,
-LANES = 128  # and on TPUs of this: the compiler lays them along the registers' lanes.
+# If a row is split, each device's tokens are a multiple of TILE. On TPUs they are always a multiple
+# of LANES, because the compiler lays tokens along the lanes of the registers.
+TILE, LANES = 16, 128
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
-# The end of a path -> the logical axes of that array. Stacked layers add an axis in front.
+# The end of a parameter's path -> its logical axes. Stacked layers add an axis in front.
 PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"(query|key|value)/kernel": ("embed", "heads"),
   r"attention/out/kernel": ("heads", "embed"),
@@ -43,8 +44,8 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"(bias|scale|count|step)": (),
 }
 
-# Fields of a batch -> their logical axes, from the first on; the axes after them are not split.
-# Attention needs the segments of whole rows.
+# Field of a batch -> its first logical axes; the axes after these are not split. Segments are split
+# by rows only, because attention compares all tokens of a row.
 BATCH_AXES: dict[str, tuple[str, ...]] = {
   "vision": ("rows", "tokens"),
   "mean": ("rows", "tokens"),
@@ -58,7 +59,7 @@ BATCH_AXES: dict[str, tuple[str, ...]] = {
   "image": ("rows", "tokens"),
 }
 
-# Devices that share a row share the parameters, too: each holds a part.
+# Devices that share a row also share the parameters: each holds a shard of them.
 _FSDP: Rules = {
   "rows": ("data", "fsdp"),
   "tokens": ("context",),
@@ -73,24 +74,25 @@ RULES: dict[str, Rules] = {
 
 
 def split_cpu(devices: int) -> None:
-  """Has JAX count the CPU as several devices, unless the environment says how many it is.
+  """Makes JAX count the CPU as several devices, unless the environment sets their number.
 
-  XLA keeps one core busy for much of a program; devices with a share of the rows each keep as many.
-  Changes nothing for other hardware. Call it before JAX looks at its devices.
+  XLA keeps a single core busy during much of a program. Several devices, each with a share of the
+  rows, keep as many cores busy. This changes nothing on other hardware. Call it before JAX looks at
+  its devices.
   """
-  said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-  if not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
+  is_set = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if not is_set and "JAX_NUM_CPU_DEVICES" not in os.environ:
     jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over all devices of the job, or over those given.
+  """Returns a mesh over all devices of the job, or over those given.
 
   Args:
-    sizes: devices along each of MESH_AXES; at most one is -1 and takes all that are left. Where
-      the devices are of several slices, the sizes are those in a slice, and `data` spans the
-      slices, whose network is slow: gradients are all that it carries.
-    devices: as many as the product of the sizes, times the slices.
+    sizes: devices along each of MESH_AXES; at most one is -1 and takes all that are left. If the
+      devices belong to several slices, the sizes are those within a slice and `data` spans the
+      slices, because the network between slices is slow and `data` carries only gradients.
+    devices: as many as the product of the sizes, times the number of slices.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
@@ -102,11 +104,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   shape = [in_slice // fixed if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES]
   if min(shape) < 1 or math.prod(shape) * slices != len(devices):
     raise UserError(
-      f"config.mesh ({_text(sizes)}) does not fit the {in_slice} devices here.\n"
+      f"config.mesh ({describe_sizes(sizes)}) does not fit the {in_slice} devices here.\n"
       "The sizes must multiply to that number; one of them may be -1, for all that are left."
     )
   types = (AxisType.Auto,) * len(MESH_AXES)
-  # An axis of a pod may have to be shared by two of ours, such as 8 by 4 and 2.
+  # Two mesh axes may have to share one axis of a pod: 4 and 2 on an axis of 8 devices.
   if slices == 1:
     array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   else:
@@ -118,9 +120,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def with_context(sizes: Mapping[str, int], most: int, devices: Sequence[Any]) -> dict[str, int]:
-  """The sizes of a mesh whose `context` is 0, for the largest up to `most` that fits the devices.
+  """Returns the sizes with `context`, if it is 0, set to the largest up to `most` that fits.
 
-  So that a stage of long rows names how many devices share one, whatever the pod.
+  So a stage of long rows can say how many devices may share a row, whatever the pod.
   """
   if sizes["context"]:
     return dict(sizes)
@@ -131,8 +133,11 @@ def with_context(sizes: Mapping[str, int], most: int, devices: Sequence[Any]) ->
 
 
 def mesh_of_rows(rows: int, devices: Sequence[Any]) -> Mesh:
-  """A mesh over the devices, in their order, for so many rows: one for each as far as they divide,
-  and where devices are left, several to a row."""
+  """Returns a mesh over the devices, in their order, for a batch of so many rows.
+
+  `data` is the greatest common divisor of rows and devices; `context` takes the devices that are
+  left, so that several share a row.
+  """
   data = math.gcd(rows, len(devices))
   shape = [{"data": data, "context": len(devices) // data}.get(axis, 1) for axis in MESH_AXES]
   types = (AxisType.Auto,) * len(MESH_AXES)
@@ -140,26 +145,30 @@ def mesh_of_rows(rows: int, devices: Sequence[Any]) -> Mesh:
 
 
 def local_mesh() -> Mesh:
-  """This host's devices alone, to share out the rows of a batch, for work that hosts do apart."""
+  """Returns a mesh over this host's devices that splits rows, for work that hosts do separately."""
   return make_mesh({axis: -1 if axis == "data" else 1 for axis in MESH_AXES}, jax.local_devices())
 
 
 def share_out(params: Any) -> Any:
-  """Parameters on this host's devices alone, each with a part, for work that hosts do apart."""
+  """Returns parameters sharded over this host's devices, for work that hosts do separately."""
   sizes = {axis: -1 if axis == "fsdp" else 1 for axis in MESH_AXES}
   mesh = make_mesh(sizes, jax.local_devices())
   return jax.device_put(params, shardings(params, mesh, RULES["fsdp"]))
 
 
 def rules_named(name: str) -> Rules:
-  """The row of RULES that `config.sharding` names; else a UserError lists the names there are."""
+  """Returns the row of RULES that `config.sharding` names.
+
+  Raises:
+    UserError: there is no such row; the message lists those that exist.
+  """
   if name not in RULES:
     raise UserError(f"config.sharding is {name!r}; it must be one of {', '.join(RULES)}.")
   return RULES[name]
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-  """The sharding of every array of `tree`: parameters, optimizer state, or a whole train state.
+  """Returns the sharding of each array of parameters, an optimizer's state or a whole train state.
 
   Args:
     tree: arrays, or their shapes (`jax.eval_shape`).
@@ -169,65 +178,67 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     UserError: a size does not divide over the mesh.
   """
 
-  def place(path, leaf) -> NamedSharding:
+  def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     name = path_name(path)
     axes = [rules.get(axis, ()) for axis in _logical_axes(name, leaf.ndim)]
     for size, split in zip(leaf.shape, axes, strict=True):
-      if size % _size(mesh, split):
+      if size % shard_count(mesh, split):
         raise UserError(
-          f"{name}, of shape {leaf.shape}, does not divide over the mesh ({_text(mesh.shape)}): "
-          f"{size} is not a multiple of {_size(mesh, split)}.\n"
+          f"{name}, of shape {leaf.shape}, does not divide over the mesh "
+          f"({describe_sizes(mesh.shape)}): "
+          f"{size} is not a multiple of {shard_count(mesh, split)}.\n"
           f"Change the mesh along {', '.join(split)}, or config.sharding."
         )
     return NamedSharding(mesh, PartitionSpec(*(split or None for split in axes)))
 
-  return jax.tree.map_with_path(place, tree)
+  return jax.tree.map_with_path(sharding, tree)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-  """The path of a leaf as text, its keys joined by slashes: blocks/mlp/up/kernel."""
+  """Returns the path of a leaf as text, its keys joined by slashes: blocks/mlp/up/kernel."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def row_sharding(mesh: Mesh, rules: Rules, rows: int) -> NamedSharding:
-  """Of arrays whose first axis is the rows of a batch; the others are not split.
+  """Returns the sharding of an array whose first axis is the rows of a batch; others are not split.
 
   Raises:
     UserError: a global batch of `rows` does not divide over the mesh.
   """
-  shards = _size(mesh, rules["rows"])
+  shards = shard_count(mesh, rules["rows"])
   if rows % shards:
     raise UserError(
       f"a batch of {rows} rows does not divide over {' x '.join(rules['rows'])} of the mesh "
-      f"({_text(mesh.shape)}).\nMake the stage's `rows` a multiple of {shards}, or change "
+      f"({describe_sizes(mesh.shape)}).\nMake the stage's `rows` a multiple of {shards}, or change "
       "config.mesh."
     )
   return NamedSharding(mesh, PartitionSpec(rules["rows"]))
 
 
 def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
-  """The sharding of every array, or shape, of a global `types.Batch` or of sampling's rows.
+  """Returns the sharding of each array, or shape, of a global `types.Batch` or of sampling's rows.
 
   Raises:
     UserError: the rows, or the tokens of a row, do not divide over the mesh.
   """
   rows, tokens = batch.layout.segment_ids.shape
   row_sharding(mesh, rules, rows)
-  _check_tokens(tokens, mesh, rules)
+  check_tokens(tokens, mesh, rules)
 
-  def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+  def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
     axes = BATCH_AXES[path_name(path[-1:])]
     return NamedSharding(mesh, PartitionSpec(*(rules[axis] for axis in axes)))
 
-  return jax.tree.map_with_path(place, batch)
+  return jax.tree.map_with_path(sharding, batch)
 
 
 def split_rows(tree: Any, microbatches: int, mesh: Mesh, rules: Rules) -> Any:
-  """Turns arrays [rows, ...] into [microbatches, rows of one, ...]; no row leaves its device.
+  """Turns arrays [rows, ...] into [microbatches, rows of a microbatch, ...].
 
-  Microbatch m is the m-th of the equal runs of every device's rows.
+  Each device divides its own rows into equal runs, and microbatch m takes the m-th run of every
+  device. So no row moves to another device.
   """
-  shards, free = _size(mesh, rules["rows"]), PartitionSpec.UNCONSTRAINED
+  shards, free = shard_count(mesh, rules["rows"]), PartitionSpec.UNCONSTRAINED
 
   def split(x: Any) -> jax.Array:
     x = jnp.asarray(x)
@@ -240,85 +251,48 @@ def split_rows(tree: Any, microbatches: int, mesh: Mesh, rules: Rules) -> Any:
 
 
 def row_shards(mesh: Mesh, rules: Rules) -> int:
-  """Over how many devices the rows of a batch are spread."""
-  return _size(mesh, rules["rows"])
+  """Returns over how many devices the rows of a batch are split."""
+  return shard_count(mesh, rules["rows"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Of an array that every device holds wholly."""
+  """Returns the sharding of an array of which every device holds a whole copy."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_attention(attention: Callable[..., Any], mesh: Mesh, rules: Rules) -> Callable[..., Any]:
-  """Runs `attention(q, k, v, segment_ids)` on each device's own rows and heads, over whole rows.
-
-  Where a row's tokens are split too, the devices that share it swap tokens for heads before, and
-  back after (Ulysses, arXiv:2309.14509). Heads that do not divide are filled up with zeros: 2B's 30
-  become 32, which costs less than to gather all keys and values (benchmarks/attention.md).
-
-  Raises, when it is called:
-    UserError: the tokens, or the heads that `tensor` splits, do not divide over the mesh.
-  """
-  tokens = rules["tokens"]
-  shards = _size(mesh, tokens)
-
-  def by_head(x: jax.Array) -> jax.Array:
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % shards), (0, 0)))
-    return jax.lax.all_to_all(x, tokens, split_axis=2, concat_axis=1, tiled=True)
-
-  def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    out = attention(by_head(q), by_head(k), by_head(v), segment_ids)
-    out = jax.lax.all_to_all(out, tokens, split_axis=1, concat_axis=2, tiled=True)
-    return out[:, :, : q.shape[2]]
-
-  split = PartitionSpec(rules["rows"], tokens, rules.get("heads"))
-  sharded = jax.shard_map(
-    attend_whole if shards > 1 else attention,
-    mesh=mesh,
-    in_specs=(split, split, split, PartitionSpec(rules["rows"])),
-    out_specs=split,
-    check_vma=False,  # The kernel's outputs do not say over which axes they vary.
-  )
-
-  def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    _check_tokens(q.shape[1], mesh, rules)
-    _check_heads(q.shape[2], mesh, rules)
-    return sharded(q, k, v, segment_ids)
-
-  return attend
-
-
 def padded_tokens(tokens: int, mesh: Mesh, rules: Rules) -> int:
-  """The length to give a row of so many tokens, the rest being padding, so that it can be split.
+  """Returns the least length, padding included, at which a row of so many tokens can be split.
 
   Attention pads to its own blocks by itself.
   """
-  shards = _size(mesh, rules["tokens"])
+  shards = shard_count(mesh, rules["tokens"])
   if mesh.devices.flat[0].platform == "tpu":
     return tokens + -tokens % (LANES * shards)
   return tokens if shards == 1 else tokens + -tokens % (TILE * shards)
 
 
-def _check_tokens(tokens: int, mesh: Mesh, rules: Rules) -> None:
-  if tokens % _size(mesh, rules["tokens"]):
+def check_tokens(tokens: int, mesh: Mesh, rules: Rules) -> None:
+  """Raises a UserError if the tokens of a row do not divide over the mesh."""
+  if tokens % shard_count(mesh, rules["tokens"]):
     raise UserError(
       f"a row of {tokens} tokens does not divide over {' x '.join(rules['tokens'])} of the mesh "
-      f"({_text(mesh.shape)}).\nMake the stage's `row_tokens` "
+      f"({describe_sizes(mesh.shape)}).\nMake the stage's `row_tokens` "
       f"{padded_tokens(tokens, mesh, rules)}, or lower its `context`."
     )
 
 
-def _check_heads(heads: int, mesh: Mesh, rules: Rules) -> None:
-  """Their weights may divide where they do not, but no device takes a part of a head."""
-  axes = rules.get("heads", ())
-  if heads % _size(mesh, axes):
-    raise UserError(
-      f"{heads} heads do not divide over {' x '.join(axes)} of the mesh ({_text(mesh.shape)}).\n"
-      f"Change the mesh along {', '.join(axes)}, or config.sharding."
-    )
+def shard_count(mesh: Mesh, axes: tuple[str, ...]) -> int:
+  """Returns into how many shards these axes of the mesh split an axis of an array."""
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def describe_sizes(sizes: Mapping[str, int]) -> str:
+  """Returns the sizes of a mesh as text: data=2, fsdp=4, context=1, tensor=1."""
+  return ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
 
 
 def _logical_axes(name: str, ndim: int) -> list[str]:
+  """Returns the logical axes of the parameter of that path, `layers` in front if it is stacked."""
   rows = [axes for ending, axes in PARAM_AXES.items() if re.search(f"(^|/){ending}$", name)]
   if len(rows) != 1:
     raise ValueError(f"{name} must match one row of sharding.PARAM_AXES, not {len(rows)}")
@@ -330,12 +304,5 @@ def _logical_axes(name: str, ndim: int) -> list[str]:
 
 
 def _slices(devices: Sequence[Any]) -> int:
+  """Returns how many slices the devices belong to; devices without slices are one."""
   return len({getattr(device, "slice_index", 0) for device in devices})
-
-
-def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
-  return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def _text(sizes: Mapping[str, int]) -> str:
-  return ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)

@@ -14,7 +14,7 @@ PACKAGE = "cogvideox_jax"
 LAYERS = (
   ("errors", "types", "config_keys", "version"),
   ("sharding", "hosts", "interrupts", "xla"),
-  ("data", "models", "diffusion"),
+  ("sharded_attention", "data", "models", "diffusion"),
   ("conversion",),
   ("config",),
   ("frozen_networks",),

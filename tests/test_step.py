@@ -21,6 +21,7 @@ from cogvideox_jax.models.attention import attention
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.rematerialization import REMAT
+from cogvideox_jax.sharded_attention import shard_attention
 from cogvideox_jax.training import state, step
 from cogvideox_jax.training.state import Updates
 from cogvideox_jax.types import VISION, Example
@@ -99,7 +100,7 @@ def test_a_sharded_step_in_any_number_of_microbatches_equals_that_of_one_device(
     split=partial(sharding.split_rows, microbatches=microbatches, mesh=mesh, rules=rules),
     pin=partial(jax.lax.with_sharding_constraint, shardings=places.params),
   )
-  attend = sharding.shard_attention(attention, mesh, rules)
+  attend = shard_attention(attention, mesh, rules)
   sharded_step = make_step(network=network(attend=attend), accumulation=accumulation)
   sharded_run = jax.jit(sharded_step, out_shardings=(places, None))
   places = (places, sharding.batch_shardings(batch, mesh, rules))

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from cogvideox_jax import sharding
 from cogvideox_jax.models.backends import attention_for, filled
 from cogvideox_jax.models.layers import Attention
+from cogvideox_jax.sharded_attention import shard_attention
 
 
 class StepSharding(NamedTuple):
@@ -36,7 +37,7 @@ def _shard_step(rows: int, devices: tuple[Any, ...]) -> StepSharding:
   mesh, rules = sharding.mesh_of_rows(rows, devices), sharding.rules_named("fsdp")
   attend = attention_for(devices[0])
   return StepSharding(
-    attend if len(devices) == 1 else sharding.shard_attention(attend, mesh, rules),
+    attend if len(devices) == 1 else shard_attention(attend, mesh, rules),
     partial(sharding.batch_shardings, mesh=mesh, rules=rules),
     partial(_row_tokens, mesh=mesh, rules=rules),
     sharding.replicated(mesh),

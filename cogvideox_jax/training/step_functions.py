@@ -18,6 +18,7 @@ from cogvideox_jax.models.backends import attention_for
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
+from cogvideox_jax.sharded_attention import shard_attention
 from cogvideox_jax.training import components, initial_weights, stages, state
 from cogvideox_jax.training.state import TrainState, Updates
 from cogvideox_jax.training.step import Accumulation, Network, train_step, validation_step
@@ -42,7 +43,7 @@ def make_functions(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.
   network = Network(
     graph_of(DiT, model, dtype=dtype, remat=config.remat),
     model.width,
-    sharding.shard_attention(attention_for(device), mesh, rules),
+    shard_attention(attention_for(device), mesh, rules),
   )
   updates = Updates(stages.make_optimizer(config, stage), config.optimizer.ema_decay)
   draw = partial(_draw_params, model)
