@@ -1,7 +1,8 @@
-"""What a command leaves with, and the exception that is a user's mistake rather than ours."""
+"""The exit codes of commands, and the exception for mistakes of users."""
 
-USER_ERROR, PREEMPTED, PEER_DIED, INTERRUPTED = 2, 83, 84, 130  # Exit codes.
+# The command line or a file is wrong; SIGTERM came; another process of the job died; Ctrl-C.
+USER_ERROR, PREEMPTED, PEER_DIED, INTERRUPTED = 2, 83, 84, 130
 
 
 class UserError(Exception):
-  """What is wrong, where, and how to mend it, in a few lines. Command lines print it and exit 2."""
+  """Says what is wrong, where, and how to mend it, in a few lines. Commands print it and exit 2."""

@@ -1,4 +1,4 @@
-"""One process a host, for jobs whose hosts share their work: who there is, and waiting for them."""
+"""Joins the processes of a job, one a host, and lets them exchange data and wait for one another."""
 
 import functools
 import hashlib
@@ -12,36 +12,41 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cogvideox_jax.errors import UserError
 
-NO_CLUSTER = "coordinator_address should be defined"  # How JAX says that there is none.
-HEARTBEAT = 30  # Seconds without a sign of life after which JAX ends the others.
-# What JAX says in a process that still runs when it finds another gone.
+NO_CLUSTER = "coordinator_address should be defined"  # JAX's error where there is no cluster.
+HEARTBEAT = 30  # Seconds without a sign of life of a process, after which JAX ends the others.
+# One of these stands in the errors that JAX raises when another process of the job is gone.
 SIGNS_OF_LOSS = ("Gloo", "oordination service", "heartbeat", "Connection closed by peer")
-TEXT_ROOM = 1024  # Bytes.
-PIECE = 2**26  # Bytes, of an array that is brought together.
+TEXT_BYTES = 1024  # Texts are exchanged in buffers of a multiple of this.
+SLICE_BYTES = 2**26  # The most of an array that is gathered at once.
 
 
 @dataclass(frozen=True)
 class Group:
   """Where the processes of a job find one another."""
 
-  coordinator: str = ""  # HOST:PORT of the first one; "": the machine knows, or there is but one.
-  count: int = 1
-  index: int = 0  # Of this process, from 0.
+  # HOST:PORT of the first process; "": the machine knows it, or this process is alone.
+  coordinator: str = ""
+  count: int = 1  # Processes in the job.
+  index: int = 0  # The number of this process, from 0.
 
 
 def join(group: Group) -> None:
-  """Meets the other processes of the job. Call it before JAX looks at its devices.
+  """Connects this process to the others of the job. Call it before JAX looks at its devices.
 
-  TPU pods, and the clusters that JAX knows, say themselves who there is. Where nothing does, this
-  process is alone. Raises UserError if the group cannot be, or does not meet.
+  TPU pods, and the clusters that JAX knows, list their processes themselves. If neither they nor
+  the group name any, this process is alone.
+
+  Raises:
+    UserError: the group is impossible, or its processes do not reach one another.
   """
-  # JAX would take SIGTERM for itself, and go on.
+  # Otherwise JAX catches SIGTERM itself, and the job would go on.
   jax.config.update("jax_enable_preemption_service", False)
   if group == Group():
     try:
       jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     except ValueError as error:
-      if NO_CLUSTER not in str(error):  # Half a cluster: alone, each would do all the work.
+      # Any other error is an incomplete cluster, in which each process would do all the work alone.
+      if NO_CLUSTER not in str(error):
         raise UserError(
           f"the processes of this job do not know one another: {error}\n"
           "Give each the same --coordinator and --process_count, and its own --process_id."
@@ -58,7 +63,8 @@ def join(group: Group) -> None:
       group.coordinator,
       group.count,
       group.index,
-      coordinator_bind_address=group.coordinator,  # Nobody else's business: it asks no password.
+      # Listen on this address only, because the coordinator asks for no password.
+      coordinator_bind_address=group.coordinator,
       heartbeat_timeout_seconds=HEARTBEAT,
     )
   except (RuntimeError, ValueError) as error:
@@ -69,34 +75,36 @@ def join(group: Group) -> None:
 
 
 def is_first() -> bool:
-  """Whether this is the process that speaks and writes for all."""
+  """Returns whether this is the process that prints and writes for all."""
   return jax.process_index() == 0
 
 
 def is_loss(error: BaseException) -> bool:
-  """Whether an error says that another process of the job is gone."""
+  """Returns whether an error says that another process of the job is gone."""
   return isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and any(
     sign in str(error) for sign in SIGNS_OF_LOSS
   )
 
 
 def each(text: str) -> list[str]:
-  """What every process gives, in all of them, in their order."""
+  """Returns the texts that the processes pass, in the order of processes, in every process."""
   if jax.process_count() == 1:
     return [text]
   data = np.frombuffer(text.encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(len(data))).reshape(-1)
-  room = -(-max(int(sizes.max()), 1) // TEXT_ROOM) * TEXT_ROOM  # So that few programs are compiled.
-  padded = np.zeros(room, np.uint8)
+  # Few lengths, because each length compiles a program.
+  length = -(-max(int(sizes.max()), 1) // TEXT_BYTES) * TEXT_BYTES
+  padded = np.zeros(length, np.uint8)
   padded[: len(data)] = data
-  rows = multihost_utils.process_allgather(padded).reshape(-1, room)
+  rows = multihost_utils.process_allgather(padded).reshape(-1, length)
   return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def check_same(what: str, text: str) -> None:
-  """Raises a UserError, in all processes alike, if one was given another text than the first.
+  """Raises a UserError, in every process, if one passes another text than the first process.
 
-  what: the name of it, for the message.
+  Args:
+    what: names what the text describes, for the message.
   """
   first, *others = each(hashlib.sha256(text.encode()).hexdigest())
   if odd := [index for index, digest in enumerate(others, 1) if digest != first]:
@@ -107,36 +115,39 @@ def check_same(what: str, text: str) -> None:
 
 
 def whole(array: jax.Array) -> np.ndarray | None:
-  """An array that the processes hold parts of, in the memory of the first; None in the others.
+  """Gathers an array, of which each process holds shards, in the memory of the first process.
 
-  It goes by way of each device's memory, a piece after the other.
+  It goes slice by slice, so that a device never holds more of it than its shards and one slice.
+
+  Returns:
+    The array, in the first process and in every process that holds all of it; else None.
   """
   if array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array.addressable_data(0) if array.is_fully_replicated else array)
   length = array.shape[0]
-  size = min(length, max(1, length * PIECE // array.nbytes))
-  place = NamedSharding(cast(NamedSharding, array.sharding).mesh, PartitionSpec())
-  found = np.empty(array.shape, array.dtype) if is_first() else None
+  size = min(length, max(1, length * SLICE_BYTES // array.nbytes))
+  replicated = NamedSharding(cast(NamedSharding, array.sharding).mesh, PartitionSpec())
+  gathered = np.empty(array.shape, array.dtype) if is_first() else None
   for start in range(0, length, size):
     start = min(start, length - size)
-    piece = _piece(array, start, size, place)
-    if found is not None:
-      found[start : start + size] = piece.addressable_data(0)
-  return found
+    rows = _gather_slice(array, start, size, replicated)
+    if gathered is not None:
+      gathered[start : start + size] = rows.addressable_data(0)
+  return gathered
 
 
-@functools.partial(jax.jit, static_argnames=("size", "place"))
-def _piece(array: jax.Array, start: int, size: int, place: NamedSharding) -> jax.Array:
-  piece = jax.lax.dynamic_slice_in_dim(array, start, size)
-  return jax.lax.with_sharding_constraint(piece, place)
+@functools.partial(jax.jit, static_argnames=("size", "replicated"))
+def _gather_slice(array: jax.Array, start: int, size: int, replicated: NamedSharding) -> jax.Array:
+  rows = jax.lax.dynamic_slice_in_dim(array, start, size)
+  return jax.lax.with_sharding_constraint(rows, replicated)
 
 
 def agree(flags: list[bool]) -> list[bool]:
-  """The first process's flags, in every process."""
+  """Returns the flags of the first process, in every process."""
   numbers = multihost_utils.broadcast_one_to_all(np.array(flags, np.int32))
   return np.asarray(numbers).astype(bool).tolist()
 
 
 def wait(name: str) -> None:
-  """Returns once every process is here."""
+  """Returns once every process has called it with the same name."""
   multihost_utils.sync_global_devices(name)

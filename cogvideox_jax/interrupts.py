@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM end a job at a place that it chooses, not in the middle of a step.
+"""Lets a job end on Ctrl-C or SIGTERM where it chooses, not in the middle of a step.
 
-Python would raise KeyboardInterrupt wherever it is; where JAX calls back into Python, that is taken
-for an error of another kind, or lost.
+Python would raise KeyboardInterrupt in whatever line runs. Inside a callback from JAX that turns
+into another error, or is lost.
 """
 
 import signal
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class Interrupts:
-  """While entered, remembers a signal instead of dying of it. A second Ctrl-C ends at once."""
+  """While entered, records a signal instead of ending on it. A second Ctrl-C ends at once."""
 
   def __init__(self, promise: str = "Saving after this step.") -> None:
-    """promise: what Ctrl-C will do, for whoever pressed it."""
-    self.exit_code: int | None = None  # What to leave with, once a signal came.
+    """Takes a promise: what the first Ctrl-C prints that the job will do."""
+    self.exit_code: int | None = None  # The code to exit with, once a signal came.
     self._promise = promise
     self._before: dict[signal.Signals, Any] = {}
 
@@ -34,7 +34,12 @@ class Interrupts:
       signal.signal(number, handler)
 
   def until(self, items: Iterable[T]) -> Iterator[T]:
-    """The items, for a job with nothing to save: between two it ends as Python would end it."""
+    """Yields the items until a signal comes, for a job that has nothing to save.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C was pressed.
+      SystemExit: SIGTERM came.
+    """
     for item in items:
       if self.exit_code == INTERRUPTED:
         raise KeyboardInterrupt

@@ -1,6 +1,6 @@
-"""A command that several hosts run together: how they meet, and how one leaves the others.
+"""Runs a command as one job on several hosts: connects their processes, and ends them together.
 
-A command that imports it declares its flags as its own (`declare_flags`), for its --help.
+A command that imports this module calls `declare_flags`, so that its --help lists the flags below.
 """
 
 import contextlib
@@ -18,22 +18,27 @@ from cogvideox_jax.errors import PEER_DIED
 COORDINATOR = flags.DEFINE_string(
   "coordinator", "", "HOST:PORT of process 0, where the processes of a job meet."
 )
-PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "Of the job.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", 0, "This one's, from 0.", lower_bound=0)
+PROCESS_COUNT = flags.DEFINE_integer(
+  "process_count", 1, "How many processes the job has.", lower_bound=1
+)
+PROCESS_ID = flags.DEFINE_integer(
+  "process_id", 0, "The number of this process, from 0.", lower_bound=0
+)
 
 
 def declare_flags() -> None:
-  """Lists them in the --help of the command that calls this."""
+  """Lists the flags of a job in the --help of the command that calls this function."""
   for name in ("coordinator", "process_count", "process_id"):
     flags.declare_key_flag(name)
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-  """While entered, this process is one of the job that the flags, or the machine, tell of.
+  """Makes this process part of the job that the flags, or the machine, describe.
 
-  A process that fails leaves at once, with the exit code that it has alone: Python's own end would
-  wait for the others, who wait for it. They then leave with PEER_DIED, or JAX ends them.
+  A process that fails exits at once, with the exit code that it would have alone. Python's own exit
+  would wait for the other processes, which wait for this one. They then exit with PEER_DIED, or JAX
+  ends them.
   """
   hosts.join(hosts.Group(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value))
   try:
@@ -42,14 +47,14 @@ def joined() -> Iterator[None]:
   except BaseException as error:
     if jax.process_count() == 1:
       raise
-    code = _say(error)
+    code = _report(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _say(error: BaseException) -> int:
-  """Tells of a failure that command.user_mistakes has not told of. Returns the exit code."""
+def _report(error: BaseException) -> int:
+  """Prints a failure that command.user_mistakes has not printed, and returns the exit code."""
   if isinstance(error, SystemExit) and isinstance(error.code, int):
     return error.code
   if hosts.is_loss(error):
