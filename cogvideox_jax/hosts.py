@@ -1,4 +1,4 @@
-"""Joins the processes of a job, one a host, and lets them exchange data and wait for one another."""
+"""Joins the processes of a job, one a host, lets them exchange data and wait for one another."""
 
 import functools
 import hashlib

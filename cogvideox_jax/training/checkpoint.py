@@ -1,7 +1,7 @@
-"""Checkpoints that are known to be good: written beside training, and verified when read.
+"""Writes checkpoints while training goes on, and verifies them when they are read.
 
-`checkpoints/STEP/` is an Orbax checkpoint of the state's arrays by path, with their digests beside
-them. A step counts only once its digests are written, and is used only if they hold.
+`checkpoints/STEP/` is an Orbax checkpoint of the state's arrays by path, and their digests. A
+checkpoint is complete once its digests are written, and is used only if its arrays match them.
 """
 
 import json
@@ -27,20 +27,26 @@ from cogvideox_jax.version import name_writer
 
 T = TypeVar("T")
 Arrays = dict[str, Any]  # Path -> array.
+STATE_FIELDS = {"ema": "ema", "raw": "params"}  # Name of the weights -> field of the state.
 
 
 class Restored(NamedTuple):
-  """A state read back, and why newer steps were passed over."""
+  """A state that was read back."""
 
   state: TrainState
-  skipped: dict[int, str]
+  skipped: dict[int, str]  # Newer step -> why its checkpoint was passed over.
 
 
 class Checkpoints:
   """The checkpoints of one run. Every process of a job makes the same calls in the same order."""
 
   def __init__(self, folder: epath.Path, *, keep: int, on_saved: Callable[[int, str], object]):
-    """on_saved: told a step and its digest once it is committed, from another thread."""
+    """Takes the folder of a run's checkpoints, which need not exist.
+
+    Args:
+      keep: how many checkpoints are kept, the newest.
+      on_saved: called with a step and its digest once it is committed, from another thread.
+    """
     self._folder = folder
     self._keep = keep
     self._on_saved = on_saved
@@ -51,14 +57,19 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-    """Waits for a save under way; its failure is not raised over another error."""
+    """Waits for a save under way. If there is an error already, a failed save raises no other."""
     if kind is None:
       self.wait()
-    lost = error is not None and hosts.is_loss(error)  # Then no save will ever be whole.
+    # If a process is gone, no save can be completed.
+    lost = error is not None and hosts.is_loss(error)
     self._worker.shutdown(wait=not lost)
 
   def save(self, step: int, state: TrainState) -> None:
-    """Copies the state but what is frozen; hashing and writing go on beside the next steps."""
+    """Copies the state without its frozen parameters, then hashes and writes it in the background.
+
+    Raises:
+      UserError: the save before this one has failed.
+    """
     self.wait()
     hosts.wait("saved before")
     orbax.quieten()
@@ -66,27 +77,28 @@ class Checkpoints:
     held = _host_copies(arrays) if _alone() else shard_digests.copies(arrays)
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     context = ocp.Context()
-    context.array.saving.use_ocdbt = False  # A folder for each array, so that damage has a name.
+    # A folder for each array, so that a message can name the array that is damaged.
+    context.array.saving.use_ocdbt = False
     with context:
       response = ocp.save_async(self._folder / str(step), tree, overwrite=True)
     self._pending = step, self._worker.submit(self._commit, step, response.result, held)
 
   def check(self) -> None:
-    """Raises the UserError of a save that has failed, without waiting for one under way."""
+    """Raises a UserError if a save has failed; does not wait for one under way."""
     if self._pending and self._pending[1].done():
       self.wait()
 
   def wait(self) -> None:
-    """Returns when the last save is committed.
+    """Returns once the last save is committed.
 
     Raises:
-      UserError: it could not be; earlier checkpoints are as they were.
+      UserError: it could not be written; earlier checkpoints are intact.
     """
     if self._pending:
       (step, future), self._pending = self._pending, None
       try:
         future.result()
-      except (ValueError, OSError, UnusableError) as error:  # The first from Orbax's store.
+      except (ValueError, OSError, UnusableError) as error:  # Orbax's store raises ValueError.
         good = good_steps(self._folder)
         raise UserError(
           f"The checkpoint of step {step} could not be written to {self._folder}:\n"
@@ -96,26 +108,20 @@ class Checkpoints:
         ) from error
 
   def restore(self, abstract: TrainState) -> Restored | None:
-    """Restores the newest good step, on the shardings of `abstract`, with nothing frozen.
+    """Restores the newest good checkpoint. Renames those that it passes over to STEP.skipped.
 
-    Returns None if no step was ever completed.
+    They are renamed so that training can save these steps again.
 
-    Steps that are passed over are renamed to STEP.skipped, so that training can save them anew.
+    Args:
+      abstract: shapes and shardings of the state; its frozen parameters are left out.
+
+    Returns:
+      The state without frozen parameters; None if no checkpoint was ever completed.
 
     Raises:
       UserError: there are completed checkpoints, but none of them is good.
     """
-    abstract = abstract.saved()
-    skipped: dict[int, str] = {}
-    good = None
-    # As the first process lists them: another may not see yet what was done a moment ago.
-    steps = json.loads(hosts.each(json.dumps(_steps(self._folder)))[0])
-    for step in reversed(steps):
-      try:
-        good = _load_state(self._folder / str(step), abstract)
-        break
-      except UnusableError as error:
-        skipped[step] = str(error)
+    good, skipped = self._newest_good(abstract.saved())
     if good is None and any(reason != digests.INCOMPLETE for reason in skipped.values()):
       reasons = "\n".join(f"step {step}: {reason}" for step, reason in skipped.items())
       raise UserError(
@@ -127,15 +133,34 @@ class Checkpoints:
         _set_aside(self._folder / str(step))
     return Restored(good, skipped) if good else None
 
-  def _commit(self, step: int, written: Callable[[], None], held: Any) -> None:
+  def _newest_good(self, abstract: TrainState) -> tuple[TrainState | None, dict[int, str]]:
+    """Returns the newest state that can be used, and why newer checkpoints cannot, by step."""
+    skipped: dict[int, str] = {}
+    # All processes take the first one's list, because others may see recent changes later.
+    steps = json.loads(hosts.each(json.dumps(_steps(self._folder)))[0])
+    for step in reversed(steps):
+      try:
+        return _load_state(self._folder / str(step), abstract), skipped
+      except UnusableError as error:
+        skipped[step] = str(error)
+    return None, skipped
+
+  def _commit(self, step: int, finish_writing: Callable[[], None], held: Any) -> None:
+    """Completes a checkpoint with its digests, and removes the oldest. Runs in the background.
+
+    Args:
+      finish_writing: returns once all arrays are written.
+      held: host copies of the arrays, or of this process's shards, as they were saved.
+    """
     path = self._folder / str(step)
-    arrays, files = digests.describe(held) if _alone() else {}, None
-    written()
-    if not _alone():
+    if _alone():
+      arrays, files = digests.describe(held), None
+      finish_writing()
+    else:
+      finish_writing()
       shard_digests.give(path, held)
-    if not hosts.is_first():
-      return
-    if not _alone():
+      if not hosts.is_first():
+        return
       arrays, files = shard_digests.take(path)
     digests.write(path, arrays, files)
     for old in good_steps(self._folder)[: -self._keep]:
@@ -144,14 +169,14 @@ class Checkpoints:
 
 
 class Weights(NamedTuple):
-  """The transformer's parameters as a run had them."""
+  """The transformer's parameters of a checkpoint."""
 
   step: int
   params: Params
 
 
 def open_weights(workdir: epath.PathLike, weights: str = "ema") -> Weights:
-  """Those of a training workdir's newest good checkpoint, lazy.
+  """Returns the weights of a workdir's newest good checkpoint. Arrays are read when they are used.
 
   Args:
     workdir: what `train --workdir` was given.
@@ -160,10 +185,9 @@ def open_weights(workdir: epath.PathLike, weights: str = "ema") -> Weights:
   Raises:
     UserError: no such folder, no checkpoint in it, or none that is good.
   """
-  parts = {"ema": "ema", "raw": "params"}
-  if weights not in parts:
+  if weights not in STATE_FIELDS:
     raise UserError(f"weights must be ema or raw, not {weights!r}.")
-  folder, prefix = epath.Path(workdir) / "checkpoints", f"{parts[weights]}/"
+  folder, prefix = epath.Path(workdir) / "checkpoints", f"{STATE_FIELDS[weights]}/"
   reasons = []
   for step in reversed(good_steps(folder)):
     try:
@@ -171,22 +195,23 @@ def open_weights(workdir: epath.PathLike, weights: str = "ema") -> Weights:
     except UnusableError as error:
       reasons.append(f"step {step}: {error}")
       continue
-    part = {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)}
-    return Weights(step, traverse_util.unflatten_dict(part, sep="/"))
+    arrays = {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)}
+    return Weights(step, traverse_util.unflatten_dict(arrays, sep="/"))
   raise UserError("\n".join([f"There is no checkpoint to use in {folder}.", *reasons]))
 
 
 def load_weights(workdir: epath.PathLike, weights: str = "ema") -> Params:
-  """Their parameters, as arrays on the host."""
+  """Returns the parameters of `open_weights` as arrays in the host's memory."""
   return tensors.materialize(open_weights(workdir, weights).params)
 
 
 def good_steps(folder: epath.Path) -> list[int]:
-  """The steps that were completed, oldest first; whether their arrays hold is not checked."""
+  """Returns the steps whose checkpoints were completed, oldest first. Their arrays are not read."""
   return [step for step in _steps(folder) if (folder / str(step) / digests.NAME).exists()]
 
 
 def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
+  """Loads a checkpoint; an UnusableError if its files or arrays are not as they were saved."""
   share = slice(jax.process_index(), None, jax.process_count())
   described, targets = _agreed(lambda: digests.read(path, share)), tensors.flatten(abstract)
   shapes = {name: tuple(about["shape"]) for name, about in described.items()}
@@ -200,7 +225,7 @@ def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
 
 
 def _load(path: epath.Path, targets: Arrays, described: Described) -> Arrays:
-  """Arrays by path, placed as `targets`, that are what was saved."""
+  """Loads arrays on the shardings of `targets`; an UnusableError if a digest differs."""
   orbax.quieten()
   arrays = tensors.flatten(ocp.load(path, traverse_util.unflatten_dict(targets, sep="/")))
 
@@ -219,7 +244,7 @@ def _load(path: epath.Path, targets: Arrays, described: Described) -> Arrays:
 
 
 def _agreed(check: Callable[[], T]) -> T:
-  """What a check returns where no process finds a fault; else all raise the first one's."""
+  """Returns what a check returns, unless it fails in a process; then all raise the first fault."""
   found, fault = None, ""
   try:
     found = check()
@@ -235,7 +260,7 @@ def _alone() -> bool:
 
 
 def _host_copies(arrays: Arrays) -> dict[str, np.ndarray]:
-  """Copies, since the next step is given the buffers to write to."""
+  """Returns copies in the host's memory, because the next step reuses the devices' buffers."""
   for array in arrays.values():
     if isinstance(array, jax.Array):
       array.copy_to_host_async()
@@ -249,7 +274,7 @@ def _steps(folder: epath.Path) -> list[int]:
 
 
 def _remove(path: epath.Path) -> None:
-  (path / digests.NAME).unlink()  # First, so that half a checkpoint is never good.
+  (path / digests.NAME).unlink()  # First, so that a checkpoint half removed is never used.
   path.rmtree()
 
 
