@@ -1,6 +1,5 @@
-"""An encoded dataset as training would read it: its rows, and pictures to look at."""
+"""Describes an encoded dataset as training would read it: its rows, and a picture of its clips."""
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -24,16 +23,20 @@ from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.training import resume, stage_data
+from cogvideox_jax.training.pixels import to_bytes
 
-SHEET_CLIPS, DRAWN_ROWS = 24, 32
-PARENTS = 3  # From WORKDIR/data/encoded/STAGE to WORKDIR/config.json.
+SHEET_CLIPS, DRAWN_ROWS = 24, 32  # Clips on a page, and rows in the picture of the packing.
+PARENTS = 3  # Folders from WORKDIR/data/encoded/STAGE up to WORKDIR, which holds config.json.
 
 
 def open_stages(path: epath.Path) -> dict[str, Dataset]:
-  """The datasets by stage: of the folder that `encode` wrote, or of one stage.
+  """Returns the datasets by stage.
+
+  Args:
+    path: the folder that `encode` wrote, or the folder of one stage in it.
 
   Raises:
-    UserError: there is none, or it is unfinished.
+    UserError: there is no dataset, or it is unfinished.
   """
   if (path / "index.npz").exists() or not path.is_dir():
     return {path.name: Dataset(path)}
@@ -47,25 +50,27 @@ def open_stages(path: epath.Path) -> dict[str, Dataset]:
 
 
 def kept_config(path: epath.Path) -> TrainConfig | None:
-  """The config that was kept beside a dataset by `encode`, or in the workdir of a training."""
+  """Returns the config beside a dataset, from `encode`, or in the workdir of a training; or None.
+
+  Raises:
+    UserError: it is damaged.
+  """
   for folder in (path, *list(path.parents)[:PARENTS]):
-    kept = folder / resume.NAME
+    kept = folder / resume.CONFIG_FILE
     if not kept.exists():
       continue
-    try:
-      fields = json.loads(kept.read_text())
-    except ValueError as error:
-      raise UserError(f"{kept} is damaged ({error}).\nGive the config by --config=.") from error
-    if "stages" in fields:  # Else it is of something else, such as a model.
+    # A config.json without stages belongs to something else, such as a model.
+    if "stages" in resume.read_fields(kept, "Give the config by --config=."):
       return resume.read_config(folder)
   return None
 
 
 def readers(config: TrainConfig, datasets: Iterable[str], wanted: str) -> dict[str, str]:
-  """Which stage of the config reads which of the datasets, where one does.
+  """Returns the stage of the config that reads each dataset; datasets that none reads are left out.
 
-  wanted: a stage; "": each dataset is read by the stage of its name, or if it is the only dataset,
-  by the only stage.
+  Args:
+    wanted: a stage; "": each dataset is read by the stage of its name, or if there is one dataset
+      and one stage, by that stage.
 
   Raises:
     UserError: the config has no such stage, or its dataset is not among those given.
@@ -84,7 +89,7 @@ def readers(config: TrainConfig, datasets: Iterable[str], wanted: str) -> dict[s
 
 
 def training_rows(config: TrainConfig, stage: str, dataset: Dataset) -> Rows:
-  """What a training's stage reads; which captions it drops does not change the rows."""
+  """Returns the rows that a stage trains on. They do not depend on which captions it drops."""
   (rows,) = stage_data.make_rows(config, stage, {"": dataset}, "train", "zeros").values()
   return rows
 
@@ -92,10 +97,14 @@ def training_rows(config: TrainConfig, stage: str, dataset: Dataset) -> Rows:
 def list_rows(
   config: TrainConfig, stage: str, rows: Rows, wanted: range, hosts: int
 ) -> list[dict[str, Any]]:
-  """Rows of a training's stage in their global order, with the host that reads each.
+  """Returns rows of a stage in their global order, with the host that reads each.
 
-  Where no row is on several hosts, and hosts have their devices in turn: the h-th of the equal runs
-  of a batch is host h's.
+  It assumes that no row is split over hosts, and that host h reads the h-th of the equal runs of
+  each batch.
+
+  Args:
+    wanted: the numbers of the rows.
+    hosts: how many hosts read the stage.
 
   Raises:
     UserError: the hosts cannot share the global batch.
@@ -118,14 +127,13 @@ def list_rows(
 
 
 def write_clip_sheet(dataset: Dataset, model: str, title: str, path: epath.Path) -> None:
-  """Writes a page of clips' first frames, evenly from the dataset, with their captions.
+  """Writes a page with the first frames and captions of clips, spread evenly over the dataset.
 
-  The first latent frame holds the first frame of pixels and nothing else, so that it can be decoded
-  alone. Without a model there is nothing that decodes: then the page shows the latents themselves
-  in false colours, and says so.
+  The first latent frame holds only the first frame of pixels, so it can be decoded alone. Without a
+  model the page shows the latents in false colours, and says so.
 
   Args:
-    model: a model folder or shipped name that has the VAE the clips were encoded with; "": none.
+    model: a model folder or shipped name with the VAE that encoded the clips; "": none.
   """
   count = min(SHEET_CLIPS, len(dataset))
   clips = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
@@ -141,7 +149,11 @@ def write_clip_sheet(dataset: Dataset, model: str, title: str, path: epath.Path)
 
 
 def decode_first_frames(latents: Sequence[Float[np.ndarray, "_ _ c"]], model: str) -> list[Image8]:
-  """The frame that each clip's first latents hold; a UserError if the model's are others."""
+  """Decodes the first latent frame of each clip.
+
+  Raises:
+    UserError: the model's VAE has another number of latent channels.
+  """
   config, params = open_model(model).vae()
   if config.latent_channels != latents[0].shape[-1]:
     raise UserError(
@@ -151,4 +163,4 @@ def decode_first_frames(latents: Sequence[Float[np.ndarray, "_ _ c"]], model: st
   floats = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), params)
   network = nnx.merge(graph_of(VAE, config), floats)
   frames = [vae.decode(network, jnp.asarray(one[None, None], jnp.float32))[0, 0] for one in latents]
-  return [np.asarray(jnp.uint8(jnp.clip(127.5 * (frame + 1), 0, 255).round())) for frame in frames]
+  return [np.asarray(to_bytes(frame)) for frame in frames]

@@ -3,10 +3,9 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, UInt8
 
 from cogvideox_jax import hosts
 from cogvideox_jax.data.clip_batches import ClipBatches
@@ -15,11 +14,12 @@ from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.models.vae_config import VAEConfig
+from cogvideox_jax.training.pixels import to_bytes, to_float
+from cogvideox_jax.training.preview_files import preview_path
 from cogvideox_jax.training.state import TrainState
-from cogvideox_jax.training.vae_step import to_float
 from cogvideox_jax.types import Params
 
-CLIPS = 4
+SHOWN_CLIPS = 4
 
 
 class Previewer:
@@ -28,7 +28,7 @@ class Previewer:
   def __init__(self, config: VAEConfig, batches: ClipBatches, folder: epath.Path):
     self._folder = folder
     longest = max(range(batches.per_epoch), key=lambda k: batches.sizes_of(k).bucket.num_frames)
-    self._clips = batches.batch(longest)[:CLIPS]
+    self._clips = batches.batch(longest)[:SHOWN_CLIPS]
     self._reconstruct = jax.jit(partial(_reconstruct, graphdef=graph_of(VAE, config)))
 
   def write(self, step: int, state: TrainState) -> None:
@@ -37,9 +37,8 @@ class Previewer:
     if restored is None or not hosts.is_first():
       return
     pairs = [frames for pair in zip(self._clips, restored, strict=True) for frames in pair]
-    self._folder.mkdir(parents=True, exist_ok=True)
     labels = ["clip", "reconstruction"] * len(self._clips)
-    contact_sheet(pairs, labels, self._folder / f"step_{step:06d}.png")
+    contact_sheet(pairs, labels, preview_path(self._folder, step, ".png"))
 
 
 def _reconstruct(
@@ -48,8 +47,3 @@ def _reconstruct(
   model = nnx.merge(graphdef, params)
   mean, _ = vae.encode(model, to_float(clips))
   return to_bytes(vae.decode(model, mean))
-
-
-def to_bytes(frames: Float[Array, "b F H W 3"]) -> UInt8[Array, "b F H W 3"]:
-  """Turns [-1, 1] into bytes."""
-  return jnp.round((jnp.clip(frames, -1, 1) + 1) * 127.5).astype(jnp.uint8)

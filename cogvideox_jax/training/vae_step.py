@@ -1,7 +1,8 @@
-"""The VAE's loss and its training step: clips are reconstructed through the chunks of their use.
+"""Defines the VAE's loss and training step. Clips are reconstructed in chunks, as in sampling.
 
-The loss is L1, L2 and the divergence of the latents from the unit normal (paper 2.1 and its first
-version; the perceptual and adversarial terms are not here yet).
+The loss sums L1, L2 and the divergence of the latents from the unit normal (CogVideoX,
+arXiv:2408.06072, section 2.1 and its first version). The paper's perceptual and adversarial terms
+are left out.
 """
 
 from collections.abc import Callable
@@ -15,24 +16,20 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.training.pixels import to_float
 from cogvideox_jax.training.state import TrainState, Updates
 from cogvideox_jax.types import Params
 
 Metrics = dict[str, Float[Array, ""]]
-SMALLEST_ERROR = 1e-10  # So that the PSNR of an exact reconstruction is a number, 106 dB.
+SMALLEST_ERROR = 1e-10  # A bound, so that the PSNR of an exact reconstruction is a number, 106 dB.
 
 
 class LossWeights(NamedTuple):
-  """The weights of the means over pixels in [-1, 1] and over latents. Not published; ours."""
+  """The weights of the loss's terms, means over pixels in [-1, 1] or over latents; ours."""
 
   l1: float
   l2: float
   kl: float
-
-
-def to_float(frames: UInt8[Array, "b F H W 3"]) -> Float[Array, "b F H W 3"]:
-  """Turns bytes into [-1, 1]."""
-  return jnp.float32(frames) / 127.5 - 1
 
 
 def vae_loss(
@@ -57,12 +54,12 @@ def vae_loss(
 
 
 class Network(NamedTuple):
-  """A VAE without its parameters, and where they are in a step."""
+  """A VAE without its parameters, and how a step shards them."""
 
   graphdef: nnx.GraphDef
-  # Gives every device all parameters: each computes with whole clips, and no channel is split.
+  # Gives every device all parameters, because each computes whole clips and splits no channel.
   gather: Callable[[Params], Params]
-  pin: Callable[[Params], Params]  # Keeps gradients where their parameters rest.
+  pin: Callable[[Params], Params]  # Gives gradients the shardings of their parameters.
 
 
 def vae_step(
@@ -74,7 +71,14 @@ def vae_step(
   updates: Updates,
   weights: LossWeights,
 ) -> tuple[TrainState, Metrics]:
-  """Reconstructs one batch and moves the weights. Pure, as training.step.train_step."""
+  """Reconstructs one batch and moves the weights. A pure function, as training.step.train_step.
+
+  Args:
+    key: of the run; the number of the step is folded in.
+
+  Returns:
+    The next state; the metrics of `vae_loss`, and grad_norm before clipping.
+  """
   key = jax.random.fold_in(key, state.step)
 
   def loss_fn(params: Params) -> tuple[Float[Array, ""], Metrics]:
@@ -103,9 +107,9 @@ def _model(network: Network, params: Params) -> VAE:
 
 
 class LatentSums(NamedTuple):
-  """Sums over the latents of some clips, as samples of their posterior."""
+  """Expected sums over the latents of some clips, when they are sampled from the posterior."""
 
-  size: int  # How many numbers the latents are.
+  size: int  # How many numbers are summed.
   total: Float[Array, ""]
   squares: Float[Array, ""]
 
@@ -113,6 +117,6 @@ class LatentSums(NamedTuple):
 def latent_sums(
   params: Params, frames: UInt8[Array, "b F H W 3"], *, graphdef: nnx.GraphDef
 ) -> LatentSums:
-  """Returns how many latents a batch has, the sum of their expectations, and of their squares'."""
+  """Returns the sums over the latents of one batch."""
   mean, logvar = vae.encode(nnx.merge(graphdef, params), to_float(frames))
   return LatentSums(mean.size, mean.sum(), (mean**2 + jnp.exp(logvar)).sum())
