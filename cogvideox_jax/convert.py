@@ -52,7 +52,7 @@ def opened(source: str) -> Iterator[Model]:
   """The contents of a source of any kind; lazy parameters can be read inside the context only."""
   path = epath.Path(source)
   if workdir.is_workdir(path):
-    yield workdir.model(path, WEIGHTS.value)
+    yield workdir.open_trained(path, WEIGHTS.value)
   elif source not in SHIPPED and path.exists() and sat_release.is_release(path):
     with sat_release.opened(path) as model:
       yield model

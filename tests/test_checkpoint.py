@@ -1,6 +1,5 @@
 """Checkpoints: whole, verified, and never lost to a fault."""
 
-import gc
 import resource
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from cogvideox_jax import sharding
 from cogvideox_jax.data import digests
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import checkpoint
-from cogvideox_jax.training.state import Updates, create
-from cogvideox_jax.training.state import abstract as abstract_state
+from cogvideox_jax.training.state import Updates, abstract, create
 
 FSDP = sharding.rules_named("fsdp")
 
@@ -28,16 +26,16 @@ def make_state(mesh_sizes, seed=0):
 
   mesh = sharding.make_mesh({"context": 1, "tensor": 1, **mesh_sizes})
   updates = Updates(optax.adamw(1e-3), ema_decay=0.9)
-  return create(params, seed, updates, abstract_state(params(seed), updates, mesh, FSDP))
+  return create(params, seed, updates, abstract(params(seed), updates, mesh, FSDP))
 
 
-def abstract(state):
+def shapes_of(state):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 @jax.jit
 def moved(state, step):
-  """Another state, so that no two steps hold the same arrays."""
+  """Returns another state, so that no two steps hold the same arrays."""
   other = jax.tree.map(lambda x: x * 1.5 if x.dtype == jnp.float32 else x, state)
   return other._replace(step=step, ema=jax.tree.map(lambda x: x + 0.25, state.params))
 
@@ -59,7 +57,7 @@ def files_of(path):
 
 
 def flip_a_bit_of_the_arrays(path):
-  """In an array: Orbax itself restores it without an error."""
+  """Flips a bit of an array, which Orbax restores without an error."""
   file = max(files_of(path), key=lambda file: file.stat().st_size)
   content = bytearray(file.read_bytes())
   content[len(content) // 2] ^= 1
@@ -72,7 +70,7 @@ def assert_same(tree, other):
 
 def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
   checkpoints, states, _ = save_steps(epath.Path(tmp_path), [7])
-  target = abstract(make_state({"data": 2, "fsdp": 4}, seed=1))
+  target = shapes_of(make_state({"data": 2, "fsdp": 4}, seed=1))
   restored = checkpoints.restore(target)
   assert_same(restored.state, states[7])
   assert restored.skipped == {}
@@ -80,22 +78,22 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
 
 
 def test_the_digest_is_of_the_values_and_not_of_the_mesh(tmp_path):
-  digests = []
+  found = []
   for sizes in ({"data": 1, "fsdp": 8}, {"data": 8, "fsdp": 1}):
     folder = epath.Path(tmp_path) / str(sizes["data"])
-    one = checkpoint.Checkpoints(folder, keep=1, on_saved=lambda _, digest: digests.append(digest))
+    one = checkpoint.Checkpoints(folder, keep=1, on_saved=lambda _, digest: found.append(digest))
     one.save(1, make_state(sizes))
     one.save(2, make_state(sizes, seed=1))
     one.wait()
-  assert digests[:2] == digests[2:]
-  assert digests[0] != digests[1]
+  assert found[:2] == found[2:]
+  assert found[0] != found[1]
 
 
 def test_a_saved_state_may_be_donated_at_once(tmp_path):
   checkpoints = checkpoint.Checkpoints(epath.Path(tmp_path), keep=1, on_saved=lambda *_: None)
   state = make_state({"data": 1, "fsdp": 8})
   before = jax.tree.map(np.array, state)
-  shapes = abstract(state)
+  shapes = shapes_of(state)
   overwrite = jax.jit(lambda x: jax.tree.map(lambda y: y * 0 - 1, x), donate_argnums=0)
   checkpoints.save(0, state)
   jax.block_until_ready(overwrite(state))
@@ -116,13 +114,13 @@ def test_a_flipped_bit_is_found_and_the_step_before_is_used(tmp_path):
   folder = epath.Path(tmp_path)
   checkpoints, states, _ = save_steps(folder, [1, 2])
   flip_a_bit_of_the_arrays(folder / "2")
-  restored = checkpoints.restore(abstract(states[1]))
+  restored = checkpoints.restore(shapes_of(states[1]))
   assert_same(restored.state, states[1])
   assert "sha256 differs" in restored.skipped[2]
   assert "kernel" in restored.skipped[2]
   checkpoints.save(2, states[2])  # The step can be saved anew.
   checkpoints.wait()
-  assert_same(checkpoints.restore(abstract(states[1])).state, states[2])
+  assert_same(checkpoints.restore(shapes_of(states[1])).state, states[2])
 
 
 def test_damage_of_any_file_is_found_and_named(tmp_path):
@@ -134,9 +132,9 @@ def test_damage_of_any_file_is_found_and_named(tmp_path):
     for damage in (content[: len(content) // 2], bytes(len(content))):
       file.write_bytes(damage)
       with pytest.raises(UserError, match=file.name):
-        checkpoints.restore(abstract(states[1]))
+        checkpoints.restore(shapes_of(states[1]))
       file.write_bytes(content)
-  checkpoints.restore(abstract(states[1]))
+  checkpoints.restore(shapes_of(states[1]))
   assert len(files) > 5
 
 
@@ -144,14 +142,14 @@ def test_a_step_without_digests_was_never_completed(tmp_path):
   folder = epath.Path(tmp_path)
   checkpoints, states, _ = save_steps(folder, [1, 2])
   (folder / "2" / "digests.json").unlink()
-  restored = checkpoints.restore(abstract(states[1]))
+  restored = checkpoints.restore(shapes_of(states[1]))
   assert int(restored.state.step) == 1
   assert restored.skipped == {2: digests.INCOMPLETE}
 
 
 def test_nothing_saved_is_a_new_run(tmp_path):
   checkpoints = checkpoint.Checkpoints(epath.Path(tmp_path) / "no", keep=1, on_saved=print)
-  assert checkpoints.restore(abstract(make_state({"data": 8, "fsdp": 1}))) is None
+  assert checkpoints.restore(shapes_of(make_state({"data": 8, "fsdp": 1}))) is None
 
 
 def test_a_run_with_no_good_checkpoint_is_not_started_again_from_nothing(tmp_path):
@@ -159,17 +157,17 @@ def test_a_run_with_no_good_checkpoint_is_not_started_again_from_nothing(tmp_pat
   checkpoints, states, _ = save_steps(folder, [1])
   flip_a_bit_of_the_arrays(folder / "1")
   with pytest.raises(UserError, match=r"step 1: .*sha256 differs"):
-    checkpoints.restore(abstract(states[1]))
+    checkpoints.restore(shapes_of(states[1]))
   assert checkpoint.good_steps(folder) == [1]  # Left where it was.
 
 
-@pytest.mark.parametrize("weights, tree", [("ema", "ema"), ("raw", "params")])
-def test_weights_are_read_without_the_optimizer(tmp_path, weights, tree):
+@pytest.mark.parametrize("weights, field", [("ema", "ema"), ("raw", "params")])
+def test_weights_are_read_without_the_optimizer(tmp_path, weights, field):
   _, states, _ = save_steps(epath.Path(tmp_path) / "checkpoints", [1, 2])
   flip_a_bit_of_the_arrays(epath.Path(tmp_path) / "checkpoints" / "2")
   loaded = checkpoint.load_weights(tmp_path, weights)
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(loaded))
-  newest_good = getattr(states[1], tree)
+  newest_good = getattr(states[1], field)
   assert jax.tree.structure(loaded) == jax.tree.structure(newest_good)
 
 
@@ -192,5 +190,4 @@ def test_a_save_that_cannot_be_written_is_one_message_and_harms_no_other(tmp_pat
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert checkpoint.good_steps(folder) == [1]
-  assert_same(checkpoints.restore(abstract(states[1])).state, states[1])
-  gc.collect()
+  assert_same(checkpoints.restore(shapes_of(states[1])).state, states[1])

@@ -196,14 +196,14 @@ def test_a_save_that_failed_stops_the_training_at_the_next_step(workdir, monkeyp
     run(workdir, 9)
 
 
-def test_batches_are_placed_ahead_of_their_steps_and_none_is_lost():
-  placed = []
+def test_batches_are_put_on_the_mesh_ahead_of_their_steps_and_none_is_lost():
+  done = []
 
-  def place(k):
-    placed.append(k)
+  def put(k):
+    done.append(k)
     return 10 * k
 
-  ahead = drive.read_ahead(iter(range(9)), place)
-  assert next(ahead) == 0 and placed == [0, 1, 2]
-  assert [next(ahead) for _ in range(3)] == [10, 20, 30] and placed == [0, 1, 2, 3, 4, 5]
+  ahead = drive.read_ahead(iter(range(9)), put)
+  assert next(ahead) == 0 and done == [0, 1, 2]
+  assert [next(ahead) for _ in range(3)] == [10, 20, 30] and done == [0, 1, 2, 3, 4, 5]
   assert [*ahead] == [40, 50, 60, 70, 80]

@@ -1,4 +1,4 @@
-"""What a process reads of a global batch, and gives of it, where processes are made up."""
+"""Global batches: which rows a process reads and which shards it gives, on simulated processes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ ROWS, TOKENS = 8, 6
 
 
 class OfProcess(Sharding):
-  """A sharding as a process sees it that has only some of the devices."""
+  """A sharding as seen by a process that has only some of the devices."""
 
   def __init__(self, whole, devices):
     self._whole, self._devices = whole, devices
@@ -32,7 +32,7 @@ def mesh_of(order, **sizes):
 
 
 def rows_of(mesh, processes):
-  """Of processes that have equal runs of the machine's devices."""
+  """Returns the rows that each of several processes reads, with equal runs of the devices."""
   rows, count = sharding.row_sharding(mesh, RULES, ROWS), len(jax.devices()) // processes
   runs = [jax.devices()[k * count : (k + 1) * count] for k in range(processes)]
   return [global_batch.rows_here(OfProcess(rows, run), ROWS) for run in runs]
@@ -46,11 +46,11 @@ IN_TURN = range(8)
   [
     (IN_TURN, {"data": 8}, 2, [(0, 1, 2, 3), (4, 5, 6, 7)]),
     (IN_TURN, {"data": 2, "fsdp": 4}, 4, [(0, 1), (2, 3), (4, 5), (6, 7)]),
-    # Two processes share each row, of which they hold parts.
+    # Two processes share each row, and each holds half of its shards.
     (IN_TURN, {"data": 2, "context": 4}, 4, [(0, 1, 2, 3)] * 2 + [(4, 5, 6, 7)] * 2),
     (IN_TURN, {"context": 8}, 2, [tuple(range(8))] * 2),
     (IN_TURN, {"data": 4, "tensor": 2}, 8, [(r, r + 1) for r in (0, 0, 2, 2, 4, 4, 6, 6)]),
-    # As on a torus: a process's devices are not in turn along the mesh.
+    # A process's devices need not be consecutive along the mesh, for example on a torus.
     ((0, 4, 1, 5, 2, 6, 3, 7), {"data": 8}, 2, [(0, 2, 4, 6), (1, 3, 5, 7)]),
     ((7, 6, 5, 4, 3, 2, 1, 0), {"data": 8}, 2, [(4, 5, 6, 7), (0, 1, 2, 3)]),
   ],
@@ -63,27 +63,27 @@ def test_every_device_gets_its_rows_and_its_tokens_of_them():
   mesh = mesh_of((3, 1, 0, 2, 7, 5, 6, 4), data=2, fsdp=2, context=2)
   batch = {"mean": np.arange(ROWS * TOKENS * 2.0).reshape(ROWS, TOKENS, 2), "ids": np.arange(ROWS)}
   rows = ("data", "fsdp")
-  places = {"mean": NamedSharding(mesh, P(rows, "context")), "ids": NamedSharding(mesh, P(rows))}
-  placed = global_batch.place(batch, range(ROWS), ROWS, places)
+  shardings = {"mean": NamedSharding(mesh, P(rows, "context")), "ids": NamedSharding(mesh, P(rows))}
+  placed = global_batch.assemble(batch, range(ROWS), ROWS, shardings)
   for name, array in placed.items():
-    assert array.sharding == places[name]
+    assert array.sharding == shardings[name]
     np.testing.assert_array_equal(array, batch[name])
 
 
 def test_a_process_gives_only_the_rows_that_it_read(monkeypatch):
-  """Of 8 rows it has 1, 3, 5 and 7: the others' devices are never asked for here."""
+  """It has rows 1, 3, 5 and 7 of 8; no other device's shard is asked of it."""
   mesh, mine = mesh_of((0, 4, 1, 5, 2, 6, 3, 7), data=8), (1, 3, 5, 7)
   asked = {}
 
-  def make(shape, place, part):
-    for device, index in place.devices_indices_map(shape).items():
+  def make(shape, split, shard):
+    for device, index in split.devices_indices_map(shape).items():
       if device in jax.devices()[4:]:
-        asked[device.id] = part(index)[:, 0]
+        asked[device.id] = shard(index)[:, 0]
     return jnp.zeros(shape)
 
   monkeypatch.setattr(jax, "make_array_from_callback", make)
   local = np.repeat(np.array(mine)[:, None], TOKENS, axis=1)
-  global_batch.place(
+  global_batch.assemble(
     {"mean": local}, mine, ROWS, {"mean": NamedSharding(mesh, P(("data", "fsdp")))}
   )
   assert {device: rows.tolist() for device, rows in asked.items()} == {

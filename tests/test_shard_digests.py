@@ -1,4 +1,4 @@
-"""Digests that processes find together: those of one which holds everything, and no others."""
+"""Digests that several processes find together equal those of one that holds all shards."""
 
 import json
 
@@ -16,7 +16,7 @@ from cogvideox_jax.training import shard_digests
 
 @pytest.fixture
 def saved(tmp_path):
-  """A checkpoint of one process, and copies of what it held."""
+  """Returns a checkpoint that one process saved, and copies of its shards."""
   _, states, _ = save_steps(epath.Path(tmp_path), [1])
   return epath.Path(tmp_path) / "1", shard_digests.copies(tensors.flatten(states[1]))
 
@@ -27,14 +27,14 @@ def become(monkeypatch, index, count=3):
 
 
 def of_process(held, index, count=3):
-  """The parts that one of several processes holds."""
+  """Returns the shards that one of several processes holds."""
   return {path: shards[index::count] for path, shards in held.items()}
 
 
-def test_parts_cover_every_array_once(saved):
+def test_shards_cover_every_array_once(saved):
   folder, held = saved
   for path, about in digests.read(folder).items():
-    assert sum(part.size for _, part in held[path]) == np.prod(about["shape"], dtype=int)
+    assert sum(shard.size for _, shard in held[path]) == np.prod(about["shape"], dtype=int)
 
 
 def test_together_they_find_what_one_process_finds(saved, monkeypatch):
@@ -51,11 +51,11 @@ def test_together_they_find_what_one_process_finds(saved, monkeypatch):
   assert {file.name for file in files_of(folder)} == names
 
 
-def test_a_part_that_is_not_what_the_files_have_is_found_by_whoever_holds_it(saved, monkeypatch):
+def test_a_shard_that_differs_from_the_files_is_found_by_its_process(saved, monkeypatch):
   folder, held = saved
   path = next(path for path in held if path.startswith("params") and path.endswith("kernel"))
-  index, part = held[path][4]  # Of eight; the second of three processes holds it.
-  odd = part.copy()
+  index, shard = held[path][4]  # One of eight, which the second of three processes holds.
+  odd = shard.copy()
   odd.reshape(-1).view(np.uint8)[-1] ^= 1
   held[path][4] = index, odd
   for process in (0, 2):

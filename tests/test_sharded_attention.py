@@ -29,10 +29,10 @@ def mesh_of(**sizes):
   ("name", "sizes", "heads", "attend"),
   [
     ("fsdp", {"data": 2, "context": 2}, 4, attention),
-    ("fsdp", {"context": 2}, 3, attention),  # Three heads are padded to four.
+    ("fsdp", {"context": 2}, 3, attention),  # Zeros fill up the fourth head.
     ("fsdp", {"context": 4}, 2, INTERPRETED),
     ("fsdp_tensor", {"context": 2, "tensor": 2}, 6, attention),
-    ("fsdp", {"context": 2, "tensor": 2}, 2, attention),  # `tensor` splits no heads here.
+    ("fsdp", {"context": 2, "tensor": 2}, 2, attention),  # `tensor` does not split heads here.
     ("fsdp_tensor", {"data": 2, "tensor": 2}, 2, INTERPRETED),
   ],
 )
@@ -62,7 +62,7 @@ def test_heads_are_swapped_for_tokens_and_nothing_is_gathered():
   assert "all_gather" not in program
 
 
-def test_no_device_takes_a_part_of_a_head():
+def test_heads_that_do_not_divide_are_refused():
   mesh, rules = mesh_of(tensor=4), sharding.rules_named("fsdp_tensor")
   attend = shard_attention(lambda q, k, v, ids: q, mesh, rules)
   x, ids = jnp.ones((2, 8, 6, 16)), jnp.ones((2, 8), jnp.int32)  # 4 divides the 96 columns.

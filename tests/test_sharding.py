@@ -1,4 +1,4 @@
-"""Where arrays are placed, and what the tables refuse."""
+"""Shardings of parameters, states and batches, and what the tables refuse."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(change):
     sharding.make_mesh({**SIZES, **change})
 
 
-def test_optimizer_state_and_average_are_placed_as_their_parameters():
+def test_optimizer_state_and_average_are_sharded_as_their_parameters():
   mesh = sharding.make_mesh(SIZES)
   made = make_state(mesh)
   kernels = [
@@ -118,11 +118,11 @@ def test_sizes_that_do_not_divide_are_the_users_to_mend():
   ("sizes", "most", "context"),
   [
     ({"fsdp": -1}, 4, 4),
-    ({"fsdp": -1}, 3, 2),  # Of 8 devices 3 cannot be taken apart.
+    ({"fsdp": -1}, 3, 2),  # 8 devices do not divide by 3.
     ({"fsdp": -1}, 100, 8),
     ({"data": 2, "fsdp": -1}, 8, 4),
     ({"data": 2, "fsdp": 2}, 8, 2),
-    ({"fsdp": -1, "context": 2}, 8, 2),  # The mesh's own word counts.
+    ({"fsdp": -1, "context": 2}, 8, 2),  # A size that the mesh sets is kept.
   ],
 )
 def test_as_many_devices_share_a_row_as_a_stage_says_and_the_mesh_allows(sizes, most, context):
@@ -168,19 +168,19 @@ def make_batch(rows, tokens):
   return Batch(wide, wide, few[:, 1:, None], numbers, numbers, wide, few)
 
 
-def test_parts_of_a_batch_are_rows_that_their_devices_had():
+def test_a_microbatch_takes_rows_that_its_devices_hold():
   mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "context": 2, "tensor": 1})
   batch = make_batch(rows=16, tokens=6)
   batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh, FSDP))
   split = jax.jit(partial(sharding.split_rows, microbatches=2, mesh=mesh, rules=FSDP))
-  parts = jax.block_until_ready(split(batch))
-  assert parts.mean.shape == (2, 8, 6, 3)
-  assert parts.segment_ids[:, :, 0].tolist() == [
+  microbatches = jax.block_until_ready(split(batch))
+  assert microbatches.mean.shape == (2, 8, 6, 3)
+  assert microbatches.segment_ids[:, :, 0].tolist() == [
     [0, 1, 4, 5, 8, 9, 12, 13],
     [2, 3, 6, 7, 10, 11, 14, 15],
   ]
   assert "all-" not in split.lower(batch).compile().as_text()  # Nothing was sent.
-  held = {shard.device: shard.data for shard in parts.mean.addressable_shards}
+  held = {shard.device: shard.data for shard in microbatches.mean.addressable_shards}
   for shard in batch.mean.addressable_shards:
     np.testing.assert_array_equal(np.concatenate(held[shard.device]), shard.data)
     assert shard.data.shape == (4, 3, 3)  # The other device of the row has the other tokens.

@@ -85,15 +85,15 @@ def digests(folder):
 
 
 class Watched:
-  """What a training reads: the shape of each batch, and the clips of each row, by stage."""
+  """Notes what a training reads: the shape of each batch, and the clips of each row, by stage."""
 
   def __init__(self, patch):
     self.shapes, self.clips = [], {stage: {} for stage in ROWS}
-    place, iterate, loaders = transformer_run.StageRun._place, Loader.iterate, []
+    assemble, iterate, loaders = transformer_run.StageRun._assemble, Loader.iterate, []
 
-    def place_and_note(run, batch):
+    def assemble_and_note(run, batch):
       self.shapes.append((run._stage.name, batch.segment_ids.shape))
-      return place(run, batch)
+      return assemble(run, batch)
 
     def iterate_and_note(loader, start=0):
       loaders.append(loader)  # Each stage makes one that is iterated.
@@ -102,7 +102,7 @@ class Watched:
         clips |= {row: loader.row(row).row.clips.tolist() for row in loader.rows_of(k)}
         yield batch
 
-    patch.setattr(transformer_run.StageRun, "_place", place_and_note)
+    patch.setattr(transformer_run.StageRun, "_assemble", assemble_and_note)
     patch.setattr(Loader, "iterate", iterate_and_note)
 
 
@@ -204,7 +204,7 @@ def two(inputs, tmp_path_factory):
 
 
 def test_what_is_sampled_and_converted_has_the_positions_of_its_stage(two):
-  scales = [workdir.model(folder, "raw").networks["transformer"].config for folder in two]
+  scales = [workdir.open_trained(folder, "raw").networks["transformer"].config for folder in two]
   assert [one.positions for one in scales] == ["rope_scaled", "rope_scaled"]
   assert [one.spatial_interpolation for one in scales] == [1.0, 2.0]
   video = workdir.load(two[1])(
@@ -298,7 +298,7 @@ def test_the_logged_rate_is_the_one_that_moved_the_weights(inputs):
     opt_state = tx.init(kernel)
     for _ in range(2 + (stage.start if carry else 0)):
       updates, opt_state = tx.update({"kernel": jnp.zeros(3)}, opt_state, kernel)
-    rate = stages.learning_rate(config, stage.name)(stage.start + 1)  # Of the last of them.
+    rate = stages.learning_rate(config, stage.name)(stage.start + 1)  # The rate of the last update.
     assert 0 < float(rate) < config.optimizer.learning_rate
     np.testing.assert_allclose(
       updates["kernel"], -config.optimizer.weight_decay * rate * jnp.ones(3), rtol=1e-6

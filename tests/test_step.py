@@ -261,9 +261,9 @@ def test_computing_in_bfloat16_leaves_the_weights_and_the_gradients_in_float32(r
 
 
 def test_training_on_one_batch_learns_it(run):
-  batch, value, losses = batch_of(), START, []
+  batch, state, losses = batch_of(), START, []
   for _ in range(40):
-    value, metrics = run(value, batch, KEY)
+    state, metrics = run(state, batch, KEY)
     losses.append(float(metrics["loss"]))
   assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 

@@ -84,11 +84,11 @@ def test_validation_is_on_held_out_clips_at_fixed_timesteps(finished):
 def test_a_run_can_begin_with_the_average_of_another(inputs, finished):
   config = make_config(inputs, init_from=str(finished))
   functions = step_functions.make_functions(config, "tiny", *meshes.make_mesh(config, "tiny"))
-  value = functions.create(jax.random.key(5))
+  state = functions.create(jax.random.key(5))
   average = checkpoint.load_weights(finished, "ema")
-  jax.tree.map(np.testing.assert_array_equal, value.params, average)
-  jax.tree.map(np.testing.assert_array_equal, value.ema, average)
-  assert int(value.step) == 0
+  jax.tree.map(np.testing.assert_array_equal, state.params, average)
+  jax.tree.map(np.testing.assert_array_equal, state.ema, average)
+  assert int(state.step) == 0
   deeper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape[1:]), x.dtype), average)
   with pytest.raises(UserError, match=r"is \(2, .*\) there and \(3, .*\) here"):
     initial_weights.load_initial(str(finished), deeper)
@@ -236,7 +236,7 @@ def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_pat
     def train(*args):
       nonlocal latest
       latest = next(begun)
-      return wait(programs.train(*args))  # Of fake devices only, each step is waited for: here.
+      return wait(programs.train(*args))  # Fake devices need the wait, and only here.
 
     return programs._replace(train=train)
 
@@ -244,7 +244,7 @@ def test_nothing_of_a_step_is_waited_for_or_read_until_two_later(inputs, tmp_pat
     lags.append(latest - step)
     read(self, step, *args)
 
-  def refuse(value):
+  def refuse(tree):
     raise AssertionError("the loop waits for a step")
 
   compile_programs = transformer_run.StageRun._compile
@@ -292,14 +292,14 @@ def test_a_workdir_that_is_a_file_is_named(inputs, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
   inputs, tmp_path, monkeypatch
 ):
-  place, placed = transformer_run.StageRun._place, itertools.count(1)
+  assemble, number = transformer_run.StageRun._assemble, itertools.count(1)
 
-  def place_and_spoil(self, batch):
-    spoils = next(placed) == 4
+  def assemble_and_spoil(self, batch):
+    spoils = next(number) == 4
     nothing = np.full_like(batch.mean, np.nan)
-    return place(self, batch._replace(mean=nothing) if spoils else batch)
+    return assemble(self, batch._replace(mean=nothing) if spoils else batch)
 
-  monkeypatch.setattr(transformer_run.StageRun, "_place", place_and_spoil)
+  monkeypatch.setattr(transformer_run.StageRun, "_assemble", assemble_and_spoil)
   workdir = epath.Path(tmp_path)
   with pytest.raises(UserError, match=r"at step 4: .*loss not finite. Earlier .* intact"):
     transformer_run.train(make_config(inputs, validation__every=0), workdir)

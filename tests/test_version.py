@@ -160,10 +160,12 @@ def test_initial_weights_of_another_model_name_their_writer(tmp_path, writer):
 
 def change_stored_config(workdir: epath.Path, change, writer: str | None) -> None:
   """Edits config.json; `change` changes its fields in place."""
-  fields = json.loads((workdir / resume.NAME).read_text())
+  fields = json.loads((workdir / resume.CONFIG_FILE).read_text())
   assert fields.pop("version") == NOW
   change(fields)
-  (workdir / resume.NAME).write_text(json.dumps(fields | ({"version": writer} if writer else {})))
+  (workdir / resume.CONFIG_FILE).write_text(
+    json.dumps(fields | ({"version": writer} if writer else {}))
+  )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_a_workdir_of_another_version_with_the_same_config_goes_on(tmp_path, wri
   resume.check_config(workdir, config)
   assert resume.read_config(workdir) == config
   resume.store(workdir, config, {})
-  stored = json.loads((workdir / resume.NAME).read_text())
+  stored = json.loads((workdir / resume.CONFIG_FILE).read_text())
   expected = {**to_dict(config), "data_digests": {"tiny": "abc"}, "version": NOW}
   assert stored == json.loads(json.dumps(expected))
 

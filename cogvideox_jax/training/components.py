@@ -1,4 +1,4 @@
-"""Reads what a training must know of its config's components: the VAE's scale and sizes."""
+"""Reads what a training needs from the components of its config: the VAE's scale and sizes."""
 
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion import component_fields, diffusers
@@ -8,7 +8,7 @@ from cogvideox_jax.models.vae_config import VAEConfig
 
 
 def latent_config(config: TrainConfig) -> LatentConfig:
-  """How the transformer sees latents of the VAE of `vae_config`."""
+  """Returns how latents of the config's VAE are scaled and cut into patches for the transformer."""
   vae = vae_config(config)
   return LatentConfig(
     patch=config.model.patch,
@@ -19,7 +19,10 @@ def latent_config(config: TrainConfig) -> LatentConfig:
 
 
 def vae_config(config: TrainConfig) -> VAEConfig:
-  """Of `config.components`; if that is empty the published one, which programs can be made for."""
+  """Returns the VAE's config from `config.components`; if that is empty, the published VAE's.
+
+  Programs can be compiled without components (aot/).
+  """
   if not config.components:
     return VAEConfig()
   fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")

@@ -1,8 +1,8 @@
-"""Takes the steps of a training, whatever it trains.
+"""Takes the steps of any training.
 
-The driver knows batches, a step, and things that happen every so many steps. It reads batches
-ahead, reads metrics late so that the device never waits for the host, saves only what is known to
-be finite, notices saves that failed, stops when it is told to, and keeps clocks and progress.
+The driver is given batches, a step, and things that happen every so many steps. It reads batches
+ahead, reads metrics late so that the device never waits for the host, saves only states that are
+known to be finite, notices failed saves, stops on request, and keeps clocks and progress.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ from cogvideox_jax.training.metrics import Numbers, Recorder, Report
 from cogvideox_jax.training.session import Session
 from cogvideox_jax.training.state import TrainState
 
-READ_AHEAD = 2  # Batches that are on the device before their step.
+READ_AHEAD = 2  # Batches that are put on the devices before their step.
 
 T = TypeVar("T")
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -28,8 +28,8 @@ class Every(NamedTuple):
   """Something that happens once in so many steps, in every process of a job."""
 
   steps: int  # 0: never.
-  do: Callable[[int, TrainState], Numbers | None]  # Given the number of a step and its state.
-  measures: bool = False  # Whether it returns numbers, which stand in the step's line of the log.
+  do: Callable[[int, TrainState], Numbers | None]  # Takes a step's number and the state after it.
+  measures: bool = False  # Whether it returns numbers, which join the step's line of the log.
 
 
 def take_steps(
@@ -49,13 +49,13 @@ def take_steps(
   each in the order given.
 
   Args:
-    batches: on the mesh, as `read_ahead` gives them, from the next step's on.
-    take_step: (state, batch) -> (state, metrics); it may be given the state's buffers to reuse.
+    batches: batches on the mesh, as `read_ahead` yields them, from that of the next step.
+    take_step: (state, batch) -> (state, metrics); it may reuse the buffers of the state.
     last: the step to stop after, which is saved.
     save_every: steps from one save to the next; 0: only the last is saved.
 
   Returns:
-    The state after the last step taken, which is saved, or being saved, by then.
+    The state after the last step taken. It is saved, or its save is under way.
 
   Raises:
     UserError: a metric is not finite, or a checkpoint could not be written.
@@ -64,7 +64,7 @@ def take_steps(
   with tqdm(
     desc=report.name, initial=begun, total=report.steps, disable=not hosts.is_first()
   ) as bar:
-    # A step that is waited for need not be read late.
+    # Metrics need not be read late if the loop waits for each step.
     recorder = Recorder(session.log, bar, report, lag=0 if session.waits else READ_AHEAD)
     for step, batch in enumerate(batches, start=begun + 1):
       session.stopping.ask()
@@ -76,7 +76,7 @@ def take_steps(
       recorder.add(step, metrics, partial(_measure, measures, step, state) if measures else None)
       stops = session.stopping.is_due() or step == last
       if stops or is_due(step, save_every):
-        recorder.drain()  # So that nothing is saved that is not finite.
+        recorder.drain()  # Checks that all metrics are finite before the state is saved.
         session.checkpoints.save(step, state)
       for one in due:
         if not one.measures:
@@ -88,23 +88,27 @@ def take_steps(
   return state
 
 
-def read_ahead(batches: Iterator[T], place: Callable[[T], Any]) -> Iterator[Any]:
-  """Yields batches on the mesh, each placed there while earlier ones are computed with."""
+def read_ahead(batches: Iterator[T], put: Callable[[T], Any]) -> Iterator[Any]:
+  """Yields batches on the mesh, and puts READ_AHEAD more of them there in advance.
+
+  Args:
+    put: takes a batch of host arrays and returns it on the mesh.
+  """
   waiting: deque[Any] = deque()
   for batch in batches:
-    waiting.append(place(batch))
+    waiting.append(put(batch))
     if len(waiting) > READ_AHEAD:
       yield waiting.popleft()
   yield from waiting
 
 
 def is_due(step: int, every: int) -> bool:
-  """Returns whether something done `every` so many steps is done at `step`; never if that is 0."""
+  """Returns whether `step` is a multiple of `every`; false if `every` is 0, which means never."""
   return every > 0 and step % every == 0
 
 
 def _measure(
   measures: Sequence[Callable[[int, TrainState], Numbers | None]], step: int, state: TrainState
 ) -> Numbers:
-  """Joins the numbers of all that measure at a step."""
+  """Returns the numbers of all measures at a step, joined."""
   return {name: x for measure in measures for name, x in (measure(step, state) or {}).items()}

@@ -14,10 +14,14 @@ from cogvideox_jax.types import Params
 
 
 def load_initial(source: str, wanted: Params) -> Params:
-  """The transformer of a model folder, or the average of a workdir, as fp32 host arrays.
+  """Returns the transformer of a model folder, or a workdir's moving average, as fp32 host arrays.
+
+  Args:
+    source: `config.init_from`.
+    wanted: arrays, or their shapes, of the transformer to be trained.
 
   Raises:
-    UserError: there is none, or its arrays are not those `wanted`.
+    UserError: there are no such weights, or their paths or shapes are not those of `wanted`.
   """
   if (epath.Path(source) / "checkpoints").is_dir():
     weights = checkpoint.open_weights(source)

@@ -1,4 +1,4 @@
-"""The mesh of a stage, and the shapes of a batch on it."""
+"""Makes the mesh of a stage, and the shapes and shardings of its batches."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from cogvideox_jax.types import Batch
 def make_mesh(
   config: TrainConfig, stage: str, devices: Sequence[Any] | None = None
 ) -> tuple[Mesh, sharding.Rules]:
-  """The mesh of a stage, over all devices of the job or those given, and what it splits."""
+  """Returns the mesh of a stage, over all devices of the job or those given, and its rules."""
   devices = jax.devices() if devices is None else devices
   sizes = sharding.with_context(
     dataclasses.asdict(config.mesh), config.stages[stage].context, devices
@@ -26,8 +26,10 @@ def make_mesh(
 
 
 def abstract_batch(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.Rules) -> Batch:
-  """Shapes, types and shardings of a stage's global batch, as the loader gives it for clips that
-  `encode` made."""
+  """Returns the shapes, types and shardings of a stage's global batch.
+
+  They are those that the loader gives for clips that `encode` made.
+  """
   model, sizes = config.model, config.stages[stage]
   rows, tokens, clips = sizes.rows, sizes.row_tokens, sizes.max_clips
   frame_width = model.out_channels * math.prod(model.patch[1:])
@@ -46,7 +48,8 @@ def abstract_batch(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.
     extra=array(jnp.int32, clips + 1) if model.patch[0] > 1 else None,
     image=array(jnp.float16, tokens, 2, frame_width) if model.takes_image else None,
   )
-  places = sharding.batch_shardings(batch, mesh, rules)
   return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch, places
+    lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),
+    batch,
+    sharding.batch_shardings(batch, mesh, rules),
   )

@@ -1,4 +1,4 @@
-"""The files that a run adds to: metrics.jsonl, events.jsonl and TensorBoard's."""
+"""Writes what a run logs: metrics.jsonl, events.jsonl and TensorBoard's files."""
 
 import json
 import math
@@ -18,17 +18,17 @@ from tqdm import tqdm
 from cogvideox_jax.errors import UserError
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
-LONGEST_LINE = 1 << 20  # Bytes.
+LINE_BYTES = 1 << 20  # No line is longer.
 
 Numbers = dict[str, int | float]  # By name.
 Measure = Callable[[], Numbers]
 
 
 class RunLog:
-  """Writes a run's metrics and events, each line at once; of a job's processes only the first.
+  """Writes a run's metrics and events, each line at once. Only the first process of a job writes.
 
-  A bucket cannot be appended to: for a workdir there, the files grow in a local folder and are
-  copied by `upload`, which the loop calls at each checkpoint.
+  Files in a bucket cannot be appended to. If the workdir is in one, the files grow in a local
+  folder, and `upload` copies them, which the session calls at each checkpoint.
   """
 
   def __init__(self, workdir: epath.Path):
@@ -43,12 +43,16 @@ class RunLog:
         drop_torn_line(self._folder / name)
       self._board = SummaryWriter(str(self._folder / "tensorboard"))
 
-  def metrics(self, step: int, values: dict[str, float], **labels: str) -> None:
-    """Adds the object of one logged step, and its numbers to TensorBoard."""
+  def metrics(self, step: int, numbers: Numbers, **labels: str) -> None:
+    """Adds the numbers of one logged step to metrics.jsonl and TensorBoard.
+
+    Args:
+      labels: texts that stand in the line beside the numbers.
+    """
     if self._board:
-      append_line(self._folder / METRICS, {"step": step, **labels, **values})
-      for name, value in values.items():
-        self._board.add_scalar(name, value, step)
+      append_line(self._folder / METRICS, {"step": step, **labels, **numbers})
+      for name, x in numbers.items():
+        self._board.add_scalar(name, x, step)
       self._board.flush()
 
   def event(self, name: str, **fields: Any) -> None:
@@ -57,7 +61,7 @@ class RunLog:
       append_line(self._folder / EVENTS, {"event": name, **fields})
 
   def upload(self) -> None:
-    """Copies the files to the bucket, where the workdir is one."""
+    """Copies the files to the workdir if that is in a bucket."""
     if self._board and self._remote:
       for file in self._folder.rglob("*"):
         if file.is_file():
@@ -66,14 +70,14 @@ class RunLog:
           target.write_bytes(file.read_bytes())
 
   def close(self) -> None:
-    """Copies the files a last time; nothing may be added after it."""
+    """Copies the files a last time. Nothing may be added afterwards."""
     if self._board:
       self._board.close()
       self.upload()
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-  """Adds one JSON object to a file, in one write: a killed process leaves at most one torn line."""
+  """Adds a JSON object to a file in one write, so that a killed process leaves one torn line."""
   line = json.dumps(record, allow_nan=False) + "\n"
   with path.open("ab", buffering=0) as file:
     file.write(line.encode())
@@ -84,7 +88,7 @@ def drop_torn_line(path: Path) -> None:
   if not path.exists():
     return
   with path.open("rb+") as file:
-    start = max(file.seek(0, os.SEEK_END) - LONGEST_LINE, 0)
+    start = max(file.seek(0, os.SEEK_END) - LINE_BYTES, 0)
     file.seek(start)
     file.truncate(start + file.read().rfind(b"\n") + 1)
 
@@ -94,21 +98,21 @@ def _nothing(step: int, seconds: float) -> Numbers:
 
 
 class Report(NamedTuple):
-  """What is reported of a training's steps."""
+  """What a training reports about its steps."""
 
-  name: str  # On the progress bar, with
-  steps: int  # how many the training has in all, and
-  shown: tuple[str, ...]  # the metrics of the last one.
-  log_every: int  # A logged step stands for so many.
+  name: str  # The title of the progress bar.
+  steps: int  # Steps of the whole training.
+  shown: tuple[str, ...]  # Names of the metrics that the progress bar shows.
+  log_every: int  # Steps from one logged step to the next.
   way_out: str  # What to do if a metric is not finite, as the end of a message.
-  describe: Callable[[int, float], Numbers] = _nothing  # Step, its seconds -> numbers to log.
-  labels: dict[str, str] = {}  # Stand in each line of the log.
+  describe: Callable[[int, float], Numbers] = _nothing  # (step, its seconds) -> numbers to log.
+  labels: dict[str, str] = {}  # Texts that stand in each line of the log.
 
 
 class Recorder:
-  """Turns what steps return into logged numbers, without holding up the device.
+  """Logs the metrics that steps return, without holding up the device.
 
-  Reading a number waits for its step, so it is done `lag` steps late.
+  Reading a metric waits for its step, so it is read `lag` steps later.
   """
 
   def __init__(self, log: RunLog, bar: tqdm, report: Report, *, lag: int):
@@ -120,44 +124,43 @@ class Recorder:
     """Takes a step's metrics.
 
     Args:
-      measure: called once the step is done, for numbers that make it a logged step whatever
-        `log_every`.
+      measure: called once the step is done, for more numbers. A step with it is always logged.
     """
     self._waiting.append((step, metrics, measure))
     while len(self._waiting) > (0 if measure else self._lag):
       self._read(*self._waiting.popleft())
 
   def drain(self) -> None:
-    """Reads what is waiting: after it, all steps so far are known to be finite."""
+    """Reads all metrics that are waiting, so that all steps so far are known to be finite."""
     while self._waiting:
       self._read(*self._waiting.popleft())
 
   def restart_clock(self) -> None:
-    """Leaves out of the steps' time what was done since the last of them."""
+    """Excludes what was done since the last step from the time of steps."""
     self._mark = time.perf_counter()
 
   def _read(self, step: int, metrics: dict[str, jax.Array], measure: Measure | None) -> None:
-    values = {name: float(value) for name, value in metrics.items()}
+    numbers = {name: float(x) for name, x in metrics.items()}
     now = time.perf_counter()
     self._seconds, self._steps, self._mark = self._seconds + now - self._mark, self._steps + 1, now
-    self._check_finite(step, values)
+    self._check_finite(step, numbers)
     self._bar.update()
-    self._bar.set_postfix({name: f"{values[name]:.4f}" for name in self._report.shown})
+    self._bar.set_postfix({name: f"{numbers[name]:.4f}" for name in self._report.shown})
     if step % self._report.log_every == 0 or measure:
-      self._write(step, values, measure() if measure else {})
+      self._write(step, numbers, measure() if measure else {})
       self.restart_clock()
 
-  def _check_finite(self, step: int, values: Numbers) -> None:
-    if odd := [name for name, value in values.items() if not math.isfinite(value)]:
+  def _check_finite(self, step: int, numbers: Numbers) -> None:
+    if odd := [name for name, x in numbers.items() if not math.isfinite(x)]:
       self._log.event("not_finite", step=step, metrics=odd)
       raise UserError(
         f"Training stopped at step {step}: {', '.join(odd)} not finite. Earlier checkpoints are "
         f"intact.\nThe same command would meet it again. {self._report.way_out}"
       )
 
-  def _write(self, step: int, values: Numbers, measured: Numbers) -> None:
+  def _write(self, step: int, numbers: Numbers, measured: Numbers) -> None:
     seconds = self._seconds / self._steps
     self._seconds, self._steps = 0.0, 0
     described = self._report.describe(step, seconds)
-    numbers = {**values, "step_seconds": seconds, **described, **measured}
-    self._log.metrics(step, numbers, **self._report.labels)
+    line = {**numbers, "step_seconds": seconds, **described, **measured}
+    self._log.metrics(step, line, **self._report.labels)

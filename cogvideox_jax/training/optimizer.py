@@ -1,4 +1,4 @@
-"""AdamW with warm-up and a cosine, as the configs name them."""
+"""Makes AdamW with warm-up and a cosine decay from a config."""
 
 from typing import Any
 
@@ -11,10 +11,12 @@ from cogvideox_jax.errors import UserError
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """From 0 to the peak over the warm-up, then along a cosine to its end at the last step.
+  """Returns a schedule: from 0 up to the peak during the warm-up, then down along a cosine.
+
+  The cosine ends at the last step with `final_fraction` of the peak.
 
   Args:
-    steps: updates in all.
+    steps: updates of the whole schedule.
 
   Raises:
     UserError: the warm-up is longer than the run.
@@ -37,7 +39,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
   config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Clips the gradient's global norm, then AdamW."""
+  """Returns AdamW, which is given the gradient with its global norm clipped."""
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(
@@ -52,8 +54,8 @@ def make_optimizer(
 
 
 def decayed(params: Any) -> Any:
-  """True for the arrays that weight decay pulls to zero: kernels, not biases or norms (ours).
+  """Returns a tree that is true where weight decay applies: at kernels, not at biases or norms.
 
-  The paper gives the rate only (Table 6).
+  The choice is ours, because the paper gives only the rate (Table 6).
   """
   return jax.tree.map_with_path(lambda path, _: sharding.path_name(path).endswith("kernel"), params)

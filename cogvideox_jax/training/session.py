@@ -1,4 +1,4 @@
-"""One start of a training in a workdir: what it opens, goes on from, and says at its end."""
+"""Opens a workdir for one start of a training, restores its state, and says how it ended."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -18,9 +18,9 @@ from cogvideox_jax.types import Params
 
 
 class Session(NamedTuple):
-  """Where the steps of a training leave something, and what may stop them."""
+  """What the steps of a training write to, and what may stop them."""
 
-  folder: epath.Path  # Of the checkpoints.
+  folder: epath.Path  # The folder that holds the checkpoints.
   checkpoints: Checkpoints
   log: RunLog
   stopping: Stopping
@@ -39,7 +39,7 @@ class Session(NamedTuple):
     Args:
       like: the shapes and shardings of the state.
       create: makes a new state, with its frozen parameters.
-      steps: of the whole training.
+      steps: steps of the whole training.
       frozen: the frozen parameters, which a checkpoint does not have.
     """
     restored = self.checkpoints.restore(like)
@@ -56,10 +56,11 @@ class Session(NamedTuple):
     """Waits for the last save, says how the training ended, and returns the exit code.
 
     Args:
-      step: the last one taken; of `steps` in all.
+      step: the last step taken.
+      steps: steps of the whole training.
     """
     self.checkpoints.wait()
-    hosts.wait("trained")  # Until the first has written all that is left.
+    hosts.wait("trained")  # The first process may still be writing.
     if self.stopping.exit_code is None or step == steps:
       say(f"Trained for {step} steps: {self.folder / str(step)}")
       return 0
@@ -69,11 +70,11 @@ class Session(NamedTuple):
 
 @contextmanager
 def opened(workdir: epath.Path, *, keep: int, mesh: Mesh) -> Iterator[Session]:
-  """Opens the log and the checkpoints of a workdir, and takes Ctrl-C and SIGTERM as asked to stop.
+  """Opens the log and the checkpoints of a workdir. Ctrl-C and SIGTERM then ask to stop.
 
   Args:
     keep: how many checkpoints are kept, the newest.
-    mesh: of the stage that the training goes on with.
+    mesh: the mesh of the stage that the training goes on with.
 
   Raises:
     UserError: the workdir cannot be written to; or, when it is left, the last save has failed.

@@ -1,4 +1,4 @@
-"""The encoded clips that a run trains on: opened, checked, planned as rows."""
+"""Opens and checks the encoded clips that a run trains on, and plans them as rows."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,13 +20,13 @@ from cogvideox_jax.frozen_networks import FrozenNetworks
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.precompute import encode_clips
 
-ENCODED = "data/encoded"  # Where in a workdir the embedded clips are.
+ENCODED = "data/encoded"  # The folder in a workdir for the embedded clips.
 
 
 def make_data(config: TrainConfig, workdir: epath.Path) -> None:
   """Renders and encodes the embedded clips for all stages, if the config names no dataset.
 
-  They are rendered for the stage of the largest clips: others make them smaller, and cut them.
+  They are rendered for the stage with the largest clips. The other stages shrink and cut them.
   """
   if config.data.path or config.data.mixture:
     return
@@ -43,33 +43,35 @@ def make_data(config: TrainConfig, workdir: epath.Path) -> None:
   if hosts.is_first():
     render()
   hosts.wait("rendered")
-  manifest = render()  # Which finds it done.
+  manifest = render()  # Finds the clips rendered, and returns their manifest.
   encode_clips.encode(config, manifest, workdir / ENCODED, config.components)
 
 
 def open_data(config: TrainConfig, stage: str, workdir: epath.Path) -> dict[str, Dataset]:
-  """The encoded clips of a stage, by the names of its mixture or that of the stage they are of.
+  """Returns the datasets of a stage by their names in the mixture.
+
+  Without a mixture there is one dataset, with the name of the stage that it was encoded for.
 
   Raises:
-    UserError: there are none, or the one dataset of a mixture stands for all stages.
+    UserError: there is no dataset, or a dataset of a mixture has no folder for each stage.
   """
-  source = config.stages[stage].data or stage
+  encoded_for = config.stages[stage].data or stage
   if config.data.mixture:
-    paths = {name: epath.Path(part.path) for name, part in config.data.mixture.items()}
+    paths = {name: epath.Path(source.path) for name, source in config.data.mixture.items()}
     for path in paths.values() if len(config.stages) > 1 else ():
       if (path / INDEX).exists():
         raise UserError(
           f"config.data.mixture: {path} is the dataset of one stage, but the config has "
           f"{len(config.stages)}.\nGive the folder above it, with a dataset for each stage."
         )
-    return {name: Dataset(stage_folder(path, source)) for name, path in paths.items()}
-  return {source: Dataset(epath.Path(config.data.path or workdir / ENCODED) / source)}
+    return {name: Dataset(stage_folder(path, encoded_for)) for name, path in paths.items()}
+  return {encoded_for: Dataset(epath.Path(config.data.path or workdir / ENCODED) / encoded_for)}
 
 
 def data_digests(
   config: TrainConfig, stage: str, datasets: Mapping[str, Dataset]
 ) -> dict[str, str]:
-  """By names that no other dataset of the run has."""
+  """Returns the digests of a stage's datasets by names that are unique in the run."""
   many = config.data.mixture and len(config.stages) > 1
   source = config.stages[stage].data or stage
   return {
@@ -78,7 +80,7 @@ def data_digests(
 
 
 def weights(config: TrainConfig, stage: str) -> dict[str, int | float]:
-  """Of the datasets that `open_data` gives."""
+  """Returns the weights of the datasets that `open_data` returns, by the same names."""
   if config.data.mixture:
     return {name: source.weight for name, source in config.data.mixture.items()}
   return {config.stages[stage].data or stage: 1}
@@ -91,7 +93,15 @@ def make_rows(
   split: str,
   drop: DroppedCaption,
 ) -> dict[str, Rows]:
-  """A stage's rows of each dataset; a UserError if the clips are not such as the model takes."""
+  """Returns the rows of each dataset of a stage.
+
+  Args:
+    split: train or validation.
+    drop: the text states that replace those of a dropped caption.
+
+  Raises:
+    UserError: the clips do not fit the model.
+  """
   settings = config.stages[stage]
   model = config.model
   for dataset in datasets.values():
@@ -119,11 +129,16 @@ def make_loader(
   history: History,
   mine: Sequence[int] | None = None,
 ) -> Loader:
-  """Batches of a stage, of the rows that this host reads: `mine`; None is all of the batch."""
+  """Returns the batches of a stage.
+
+  Args:
+    mine: the rows of each batch that this host reads; None: all.
+  """
   return Loader(datasets, history, rows=config.stages[stage].rows, mine=mine)
 
 
 def dropped_caption(config: TrainConfig) -> DroppedCaption:
+  """Returns the text states of a dropped caption: zeros, or those of the empty prompt."""
   return "zeros" if config.text.drop == "zeros" else _empty_prompt(config)
 
 
@@ -132,6 +147,7 @@ def _empty_prompt(config: TrainConfig) -> Float[np.ndarray, "l t"]:
 
 
 def _check_clips(dataset: Dataset, model: DiTConfig) -> None:
+  """Raises a UserError if the model cannot train on the clips of a dataset."""
   channels, text = dataset.index.latent_shape[0, 3], tuple(dataset.index.text_shape[0].tolist())
   for what, has, wants in (
     ("latent channels", int(channels), model.out_channels),

@@ -1,9 +1,9 @@
-"""The stages of a run (paper 3.1): which updates are whose, and what changes from one to the next.
+"""Divides a run into its stages (paper 3.1), and says what changes from one stage to the next.
 
 `config.train.steps` counts the updates of the whole run; each stage has its share of them. Weights
-and their average go on from stage to stage, and so do the optimizer's moments, if
-`config.train.carry_optimizer` says so. Learning rate, data, batch, mesh and positions are the
-stage's own.
+and their average pass from stage to stage, and so do the optimizer's moments if
+`config.train.carry_optimizer` is true. Each stage has its own learning rate, data, batch, mesh and
+positions.
 """
 
 import dataclasses
@@ -20,26 +20,28 @@ from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.training import optimizer
 from cogvideox_jax.training.state import TrainState, shardings_of
 
-WARMUP_PART = 10  # Of several stages, each warms up over at most one part in so many; ours.
+# If there are several stages, each warms up over at most this fraction of its steps; ours.
+WARMUP_FRACTION = Fraction(1, 10)
 
 
 class Stage(NamedTuple):
-  """A stage's place in the run."""
+  """A stage, and the updates of the run that it takes."""
 
   name: str
-  start: int  # Updates of the run that are done before it,
-  end: int  # and once it is over.
+  start: int  # Updates of the run that are done before the stage.
+  end: int  # Updates of the run that are done after it.
 
   @property
   def steps(self) -> int:
+    """The number of its updates."""
     return self.end - self.start
 
 
 def plan(config: TrainConfig) -> tuple[Stage, ...]:
-  """The stages in turn, which is the order of their names.
+  """Returns the stages in the order of their names, which is the order of training.
 
-  The updates up to a stage's end are its share and those before it, of `config.train.steps`,
-  rounded; but every stage has one at least.
+  A stage ends at the sum of the shares up to its own, as a fraction of `config.train.steps`,
+  rounded. Every stage has at least one update.
 
   Raises:
     UserError: there are fewer updates than stages.
@@ -61,41 +63,45 @@ def plan(config: TrainConfig) -> tuple[Stage, ...]:
 
 
 def named(config: TrainConfig, name: str) -> Stage:
-  """The stage of that name."""
+  """Returns the stage of that name."""
   return next(stage for stage in plan(config) if stage.name == name)
 
 
 def going_on_at(stages: Sequence[Stage], step: int) -> Stage:
-  """The stage that a run goes on with after `step` updates; the last one, if there are no more."""
+  """Returns the stage that a run goes on with after `step` updates; at its end, the last stage."""
   return next((stage for stage in stages if step < stage.end), stages[-1])
 
 
 def trained_last(stages: Sequence[Stage], step: int) -> Stage:
-  """The stage that made a checkpoint of `step` updates."""
+  """Returns the stage that made the checkpoint of `step` updates."""
   return next(stage for stage in stages if step <= stage.end)
 
 
 def learning_rate(config: TrainConfig, name: str) -> optax.Schedule:
-  """Of a stage, by the updates of the whole run: warm-up, then a cosine to the stage's last.
+  """Returns the schedule of a stage, as a function of the updates of the whole run.
 
-  Its peak is its own, or where that is 0 config.optimizer's. Where there are several stages, the
-  warm-up is at most a tenth of the stage, so that a short run has all of them. The paper says that
-  the decay is a cosine (Table 6), not whether it is one for all stages; one for each is ours, since
-  each stage is trained until it no longer gains.
+  It warms up, then follows a cosine to the stage's last update. The peak is the stage's own, or
+  config.optimizer's if that is 0. With several stages, the warm-up is at most a tenth of the stage,
+  so that the stages of a short run get past it. The paper says that the decay is a cosine
+  (Table 6), not whether one cosine spans all stages; one for each is ours, because each stage is
+  trained until it no longer gains.
   """
   stage = named(config, name)
   own = config.optimizer
   if peak := config.stages[name].learning_rate:
     own = dataclasses.replace(own, learning_rate=float(peak))
   if len(config.stages) > 1:
-    warmup_steps = min(own.warmup_steps, stage.steps // WARMUP_PART)
+    warmup_steps = min(own.warmup_steps, int(stage.steps * WARMUP_FRACTION))
     own = dataclasses.replace(own, warmup_steps=warmup_steps)
   schedule = optimizer.learning_rate(own, stage.steps)
   return lambda step: schedule(step - stage.start)
 
 
 def make_optimizer(config: TrainConfig, name: str) -> optax.GradientTransformation:
-  """Of a stage. It counts the updates that its moments have had: those of the run, or the stage."""
+  """Returns the optimizer of a stage.
+
+  It counts updates as its moments do: those of the run if moments are carried, else the stage's.
+  """
   schedule = learning_rate(config, name)
   if config.train.carry_optimizer:
     return optimizer.make_optimizer(config.optimizer, schedule)
@@ -104,11 +110,13 @@ def make_optimizer(config: TrainConfig, name: str) -> optax.GradientTransformati
 
 
 def enter(config: TrainConfig, stage: Stage, state: TrainState, abstract: TrainState) -> TrainState:
-  """The state to begin a stage with, or to go on with inside it, placed as the stage has it.
+  """Returns the state on the stage's shardings, ready for the stage's first step or a later one.
 
-  Unless `config.train.carry_optimizer`, a stage that begins has fresh moments and their count at 0.
+  Unless `config.train.carry_optimizer`, a stage begins with fresh moments whose count is 0.
 
-  abstract: a state on the stage's mesh.
+  Args:
+    state: its buffers may be reused.
+    abstract: a state's shapes and shardings on the stage's mesh.
   """
   shardings = shardings_of(abstract)
   state = jax.tree.map(_moved, state, shardings)
@@ -120,24 +128,25 @@ def enter(config: TrainConfig, stage: Stage, state: TrainState, abstract: TrainS
 
 
 def _moved(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+  """Returns the array with that sharding; its buffers may be reused."""
   return array if array.sharding == sharding else jax.device_put(array, sharding, donate=True)
 
 
 def stage_model(config: TrainConfig, name: str) -> DiTConfig:
-  """The transformer as a stage trains it, and as what the stage has trained is sampled.
+  """Returns the config of the transformer that a stage trains, and that samples with its weights.
 
-  With one stage it is `config.model` as it stands. With several, positions grow from stage to stage
-  as `config.train.growth` says:
+  With one stage it is `config.model`. With several, positions grow from stage to stage by the rule
+  `config.train.growth`:
 
-  - extrapolate: a token's position is its index in its own clip, at every size, so that larger
-    clips reach positions that are new (paper 2.4: the front part of an expanded table; Figure 9).
-    For rotary models that is `rope_index`, for sincos an interpolation of 1. At the size of the
-    published models it is the published rule of the 5B, `rope`.
-  - interpolate: the longest short side of a stage's sizes spans what the first stage's does: the
-    index is divided by the ratio of the two. From 256 to 480 pixels this is the 1.875 of the
-    published 2B. Time is not divided: a frame is as long in all stages.
+  - extrapolate: at every size, a token's position is its index in its own clip. So larger clips
+    reach new positions (paper 2.4: the front part of an expanded table; Figure 9). Rotary models
+    then have `rope_index`, sincos models an interpolation of 1. At the size of the published models
+    this equals the published rule of the 5B, `rope`.
+  - interpolate: the index is divided by the ratio of the stage's longest short side to the first
+    stage's, so that both span the same positions. From 256 to 480 pixels the ratio is the 1.875 of
+    the published 2B. Time is not divided, because a frame lasts as long in all stages.
 
-  Learned positions are a table for one size (config.check), so they do not grow.
+  Learned positions are a table for one size (config/), so they do not grow.
   """
   model = config.model
   if len(config.stages) == 1 or model.learned_positions:
@@ -152,4 +161,5 @@ def stage_model(config: TrainConfig, name: str) -> DiTConfig:
 
 
 def _short_side(config: TrainConfig, name: str) -> int:
+  """Returns the longest short side of a stage's sizes, in pixels."""
   return max(min(size) for size in config.stages[name].sizes)

@@ -1,4 +1,4 @@
-"""The state that a training step changes: what is trained, what is averaged and what is frozen."""
+"""Defines the state that a training step changes, and tells trained from frozen parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from cogvideox_jax import sharding
 from cogvideox_jax.types import Params
 
-# One for all parameters, or several by the names of the subtrees of the parameters they move.
+# One optimizer for all parameters, or several, each by the name of the subtree that it moves.
 Optimizer = optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
 NOTHING: Params = {}
 
@@ -20,14 +20,14 @@ NOTHING: Params = {}
 class TrainState(NamedTuple):
   """The state that each step is given, as donated buffers, and returns.
 
-  A checkpoint holds all of it but `frozen`.
+  A checkpoint holds everything except `frozen`.
   """
 
   step: Int[Array, ""]  # Updates done.
   params: Params  # The trained parameters, as fp32 masters.
-  opt_state: Any  # The optimizer's state; of several optimizers, a dict by their names.
-  ema: Params  # The moving average of `params`, or of a subtree of them: what is sampled from.
-  frozen: Params = NOTHING  # Parameters that the step reads only: no gradient, moment or average.
+  opt_state: Any  # The optimizer's state; if there are several, their states by name.
+  ema: Params  # The moving average of `params`, or of a subtree, which is sampled from.
+  frozen: Params = NOTHING  # Parameters that are only read: no gradient, moment or average.
 
   def saved(self) -> "TrainState":
     """Returns the state without its frozen parameters, which a checkpoint leaves out."""
@@ -35,6 +35,7 @@ class TrainState(NamedTuple):
 
 
 def everything(params: Params) -> Params:
+  """Returns all parameters: what is averaged unless a training says otherwise."""
   return params
 
 
@@ -50,8 +51,8 @@ class Updates(NamedTuple):
 
     The average gets buffers of its own, because a step must not be given one buffer twice.
     """
-    average = jax.tree.map(jnp.copy, self.averaged(params))
-    return TrainState(jnp.int32(0), params, self.moments(params), average, frozen)
+    ema = jax.tree.map(jnp.copy, self.averaged(params))
+    return TrainState(jnp.int32(0), params, self.moments(params), ema, frozen)
 
   def moments(self, params: Params) -> Any:
     """Returns the state of the optimizer, or of each optimizer by name, before any update."""
@@ -63,8 +64,8 @@ class Updates(NamedTuple):
     """Returns the state after one more update.
 
     Args:
-      grads: the gradient of each parameter. If there are several optimizers, a subtree that has no
-        gradients is left as it is, with its moments: a discriminator may start late.
+      grads: the gradient of each parameter. If there are several optimizers, a subtree without
+        gradients keeps its parameters and moments, so that a discriminator may start late.
     """
     if isinstance(self.optimizer, Mapping):
       params, opt_state = dict(state.params), dict(state.opt_state)
@@ -81,6 +82,7 @@ class Updates(NamedTuple):
 def _move(
   tx: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params
 ) -> tuple[Params, optax.OptState]:
+  """Returns the parameters and the optimizer's state after an update."""
   updates, opt_state = tx.update(grads, opt_state, params)
   return cast(Params, optax.apply_updates(params, updates)), opt_state
 
@@ -88,8 +90,8 @@ def _move(
 def average(ema: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
   """Returns the moving average of the weights after an update.
 
-  Its decay grows to `decay` from .1 (ours; as TensorFlow's averages): with a fixed one, the drawn
-  weights would be most of the average for as many updates as it spans.
+  The decay grows from 0.1 to `decay` (ours; as TensorFlow's averages). With a fixed decay
+  the initial weights would dominate the average for about 1 / (1 - decay) updates.
 
   Args:
     step: updates done before this one.
@@ -105,12 +107,13 @@ def create(
   like: TrainState,
   frozen: Params = NOTHING,
 ) -> TrainState:
-  """Makes a state straight onto a mesh, so that no device ever holds all of it.
+  """Makes a state directly on a mesh, so that no device ever holds all of it.
 
-  The shardings are given by name, because a bare `jax.jit(tx.init)` leaves the moments unsharded.
+  The shardings are passed to `jax.jit`, because a bare `jax.jit(tx.init)` does not shard moments.
 
   Args:
-    make_params: is traced with `argument`: a key, or arrays that are on the mesh already.
+    make_params: makes the parameters; it is traced.
+    argument: what `make_params` takes: a key, or arrays that are on the mesh already.
     like: what `abstract` returns.
     frozen: arrays of the host or of devices, which are copied onto the mesh.
   """
@@ -123,9 +126,9 @@ def create(
 
 
 def with_frozen(state: TrainState, frozen: Params, like: TrainState) -> TrainState:
-  """Returns a state, such as a restored one, with frozen parameters, placed as those of `like`."""
-  placed = jax.tree.map(lambda x, as_in: jax.device_put(x, as_in.sharding), frozen, like.frozen)
-  return state._replace(frozen=placed)
+  """Returns a state, such as a restored one, with frozen parameters on the shardings of `like`."""
+  sharded = jax.tree.map(lambda x, target: jax.device_put(x, target.sharding), frozen, like.frozen)
+  return state._replace(frozen=sharded)
 
 
 def abstract(
@@ -134,12 +137,13 @@ def abstract(
   """Returns the shapes, types and shardings of a state.
 
   Args:
-    params, frozen: arrays, or their shapes.
+    params: arrays, or their shapes.
+    frozen: arrays, or their shapes.
   """
   shapes = jax.eval_shape(updates.begin, params, frozen)
   shardings = sharding.shardings(shapes, mesh, rules)
   return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes, shardings
   )
 
 

@@ -1,4 +1,4 @@
-"""One update of the weights, and the loss that is watched: pure functions of state and batch."""
+"""Defines the training step and the validation step as pure functions of state and batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,15 +27,15 @@ class Network(NamedTuple):
   """A DiT without its parameters."""
 
   graphdef: nnx.GraphDef
-  width: int  # Of the tokens, and of the timestep's sinusoids.
+  width: int  # The width of tokens, and of the timestep's sinusoids.
   attention: Callable[..., Float[Array, "b n heads head_dim"]]
 
 
 class Accumulation(NamedTuple):
-  """How a global batch is computed with in microbatches, one after the other."""
+  """How a step divides a global batch into microbatches, which it computes one after the other."""
 
   split: Callable[[Any], Any]  # Arrays [rows, ...] of a tree -> [microbatches, their rows, ...].
-  pin: Callable[[Params], Params]  # Keeps gradients where their parameters are.
+  pin: Callable[[Params], Params]  # Gives gradients the shardings of their parameters.
 
 
 def train_step(
@@ -49,11 +49,11 @@ def train_step(
   objective: Objective,
   accumulation: Accumulation,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
-  """Denoises one batch and moves the weights. The loop jits it and donates `state`.
+  """Denoises one batch and moves the weights. The caller jits it and donates `state`.
 
   Args:
     batch: the global batch.
-    key: of the run; each step folds its number in, so that a resumed run draws the same noise.
+    key: the run's key; each step folds its number in, so that a resumed run draws the same noise.
     learning_rate: the schedule that the optimizer follows, for the metrics.
 
   Returns:
@@ -90,15 +90,16 @@ def validation_step(
   objective: Objective,
   accumulation: Accumulation,
 ) -> Float32[Array, "timesteps"]:
-  """The loss of a batch with all its clips at each of the timesteps in turn, images all seen.
+  """Returns the loss of a batch at each timestep, with all clips at that timestep.
 
-  The same key gives the same noise, so that losses of different weights can be compared.
+  No image is dropped. The same key gives the same noise, so that losses of different weights can be
+  compared.
   """
   tokens, objective = vision_tokens(batch), objective.with_all_images()
 
-  def share(part: TimedBatch) -> Float32[Array, ""]:
-    denoise = denoiser(network, params, part.batch)
-    return loss_share(objective, denoise, part, tokens, key)
+  def share(microbatch: TimedBatch) -> Float32[Array, ""]:
+    denoise = denoiser(network, params, microbatch.batch)
+    return loss_share(objective, denoise, microbatch, tokens, key)
 
   def at(timestep: Int[Array, ""]) -> Float32[Array, ""]:
     return _sum_over(share, accumulation.split(at_timestep(batch, timestep)))
@@ -107,7 +108,7 @@ def validation_step(
 
 
 def _sum_over(function: Callable[[TimedBatch], Any], microbatches: TimedBatch) -> Any:
-  """Sums what a function gives for each microbatch; they are taken one after the other."""
+  """Returns the sum of a function over the microbatches, which are computed one after the other."""
   first = jax.tree.map(lambda x: x[0], microbatches)
   if len(microbatches.rows) == 1:
     return function(first)
@@ -120,9 +121,12 @@ def _sum_over(function: Callable[[TimedBatch], Any], microbatches: TimedBatch) -
 
 
 def denoiser(network: Network, params: Params, batch: Batch) -> Denoise:
-  """The transformer as the loss sees it: what it is told of the batch besides vision patches.
+  """Returns a function from noised patches and timesteps to the transformer's output.
 
-  Parameters are the fp32 masters; the model casts them to the type it computes in.
+  It passes the batch's text and layout to the transformer.
+
+  Args:
+    params: the fp32 masters; the model casts them to the type that it computes in.
   """
   model = nnx.merge(network.graphdef, params)
 

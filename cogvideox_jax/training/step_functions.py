@@ -1,4 +1,4 @@
-"""From a config to the functions of arrays that a training of the transformer compiles."""
+"""Makes the functions that a training of the transformer compiles, from its config."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,16 +27,20 @@ from cogvideox_jax.xla import compiler_options
 
 
 class Functions(NamedTuple):
-  """The run's functions of arrays alone."""
+  """Functions of arrays, with everything from the config bound. None is jitted."""
 
   abstract: TrainState  # Shapes and shardings of a state.
-  create: Callable[[Key[Array, ""]], TrainState]
-  train: Callable[..., Any]  # (state, batch, key) -> (state, metrics), not jitted; so is validate:
+  create: Callable[[Key[Array, ""]], TrainState]  # Returns a new state.
+  train: Callable[..., Any]  # (state, batch, key) -> (state, metrics)
   validate: Callable[..., Any]  # (params, batch, key, timesteps) -> losses
 
 
 def make_functions(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.Rules) -> Functions:
-  """What the loop compiles for a stage."""
+  """Makes the functions of a stage.
+
+  Raises:
+    UserError: rows or arrays do not divide over the mesh, or the warm-up is longer than the stage.
+  """
   model = stages.stage_model(config, stage)
   device = mesh.devices.flat[0]
   dtype = compute_dtype(config.dtype, device.platform)
@@ -99,11 +103,12 @@ def _microbatches(stage: StageConfig, mesh: Mesh, rules: sharding.Rules) -> int:
 
 
 def _draw_params(model: DiTConfig, key: Key[Array, ""]) -> Params:
+  """Returns new parameters of the transformer."""
   return nnx.to_pure_dict(nnx.state(DiT(model, rngs=nnx.Rngs(key)), nnx.Param))
 
 
 def jit_train(functions: Functions) -> jax.stages.Wrapped:
-  """Compiles a training's step for its devices: (state, batch, key) -> (state, metrics).
+  """Returns the jitted step of a training: (state, batch, key) -> (state, metrics).
 
   The state is donated, so that the next one takes its buffers.
   """

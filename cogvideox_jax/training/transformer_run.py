@@ -1,7 +1,7 @@
-"""Trains the transformer, from a config and a workdir to a trained model, in any number of starts.
+"""Trains the transformer in a workdir, in any number of starts.
 
-A run goes through its stages, each with its own mesh, programs and data, which it hands to the
-driver of steps.
+A run goes through its stages. Each stage makes its own mesh, programs and data, and hands them to
+the driver of steps.
 """
 
 import itertools
@@ -42,7 +42,7 @@ from cogvideox_jax.training.state import TrainState
 from cogvideox_jax.training.step_functions import jit_train
 from cogvideox_jax.types import Batch, Params
 
-# Where on the noise schedule the validation loss is taken, as fractions of its steps; ours.
+# The timesteps of the validation loss, as fractions of the noise schedule's steps; ours.
 VALIDATION_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 WAY_OUT = (
   "Train on from the newest of them in a new workdir, with\n--config.init_from=THIS_WORKDIR and a "
@@ -54,15 +54,15 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
   """Trains until config.train.steps, from the workdir's newest good checkpoint if it has one.
 
   Returns:
-    The exit code: 0, or once a signal came and the state is saved, that signal's.
+    The exit code: 0, or after a signal the signal's, with the state saved.
 
   Raises:
-    UserError: the config, the data or the workdir do not allow it; before any compile.
+    UserError: the config, the data or the workdir do not allow it. Nothing is compiled before.
   """
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   resume.check_config(workdir, config)
-  open_model(config.components)  # Refused here if there is none: its VAE's scale is trained for.
+  open_model(config.components)  # Raises if there are none, because the loss needs the VAE's scale.
   run = Run(config, workdir)
   with disk_errors(workdir):
     if hosts.is_first():
@@ -79,10 +79,10 @@ class Programs(NamedTuple):
 
 
 class Run:
-  """One start of the training of a workdir: it moves from stage to stage by itself."""
+  """One start of a training in a workdir. It moves from stage to stage by itself."""
 
   def __init__(self, config: TrainConfig, workdir: epath.Path):
-    """Prepares all that needs no compiled program of the transformer, of the stages to come."""
+    """Prepares the data and functions of the remaining stages, and compiles none of them."""
     self._config, self._steps, self._workdir = config, config.train.steps, workdir
     self._plan = stages.plan(config)
     self._previewer = None
@@ -109,7 +109,7 @@ class Run:
     return {name: digest for stage in prepared for name, digest in stage.data_digests.items()}
 
   def go(self, session: Session) -> int:
-    """Takes the steps that are left, unless a signal comes. Returns the last one taken."""
+    """Takes the remaining steps until a signal comes, and returns the number of the last one."""
     functions = self._prepare(self._next).functions
     state = session.begin(
       functions.abstract, partial(functions.create, self._create_key), steps=self._steps
@@ -125,6 +125,7 @@ class Run:
     return step
 
   def _prepare(self, stage: Stage) -> "StageRun":
+    """Returns the run of a stage, which is made once."""
     if stage.name not in self._prepared:
       self._prepared[stage.name] = StageRun(
         self._config, stage, self._workdir, self._drop, self._previewer
@@ -143,6 +144,14 @@ class StageRun:
     drop: DroppedCaption,
     previewer: Previewer | None,
   ):
+    """Makes the mesh and the functions of a stage, and opens its data.
+
+    Args:
+      drop: the text states of a dropped caption.
+
+    Raises:
+      UserError: the mesh, the data or the workdir do not allow the stage.
+    """
     self._config, self._stage, self._workdir = config, stage, workdir
     self._settings, self._previewer = config.stages[stage.name], previewer
     self.mesh, rules = meshes.make_mesh(config, stage.name)
@@ -159,7 +168,7 @@ class StageRun:
     if config.validation.every:
       held_out = stage_data.make_rows(config, stage.name, datasets, "validation", drop)
       sizes = {name: rows.per_epoch for name, rows in held_out.items()}
-      # Every held-out clip equally often, whatever the weights of the mixture.
+      # Weighted by size, so that all held-out clips count equally whatever the mixture's weights.
       self._held_out = stage_data.make_loader(
         config, stage.name, held_out, mixture.begin(sizes), self._mine
       )
@@ -169,7 +178,7 @@ class StageRun:
     _, self._train_key, self._validation_key = _keys(config)
 
   def go(self, state: TrainState, session: Session) -> TrainState:
-    """Takes the stage's steps that are left, unless a signal comes; the last one is saved."""
+    """Takes the stage's remaining steps until a signal comes; the last one is saved."""
     config, stage = self._config, self._stage
     state = stages.enter(config, stage, state, self.functions.abstract)
     done = int(state.step) - stage.start
@@ -177,7 +186,7 @@ class StageRun:
     history = resume.go_on_mixing(self._workdir, stage.name, weights, done * self._settings.rows)
     loader = stage_data.make_loader(config, stage.name, self._datasets, history, self._mine)
     with closing(loader.iterate(done)) as rows:
-      batches = drive.read_ahead(rows, self._place)
+      batches = drive.read_ahead(rows, self._assemble)
       first = next(batches)
       programs = self._compile(state, first)
       return drive.take_steps(
@@ -211,27 +220,27 @@ class StageRun:
     return found
 
   def _compile(self, state: TrainState, batch: Batch) -> Programs:
-    train = jit_train(self.functions)
-    validate = jax.jit(self.functions.validate)
+    """Compiles the programs of the stage, and says how long that took."""
+    step, measure = jit_train(self.functions), jax.jit(self.functions.validate)
     progress = Progress()
     with progress.phase(COMPILE, 2 if self._held_out else 1) as bar:
-      train = train.lower(state, batch, self._train_key).compile()
+      step = step.lower(state, batch, self._train_key).compile()
       bar.update()
       if self._held_out:
-        validate = validate.lower(state.ema, batch, *self._validation_noise()).compile()
+        measure = measure.lower(state.ema, batch, *self._validation_noise()).compile()
         bar.update()
     say(f"compiled in {progress.seconds[COMPILE]:.1f} s")
-    return Programs(train, validate)
+    return Programs(train=step, validate=measure)
 
   def _validate(self, programs: Programs, held_out: Loader, params: Params) -> Numbers:
-    """Computes the loss on the held-out clips: always the same clips, noise and timesteps.
+    """Returns the loss on the held-out clips at each of the timesteps, and their mean.
 
-    Returns it at each of the timesteps, and their mean.
+    Clips, noise and timesteps are always the same.
     """
     noise = self._validation_noise()
     losses = np.mean(
       [
-        jax.device_get(programs.validate(params, self._place(held_out.batch(k)), *noise))
+        jax.device_get(programs.validate(params, self._assemble(held_out.batch(k)), *noise))
         for k in range(self._held_out_batches)
       ],
       axis=0,
@@ -240,11 +249,13 @@ class StageRun:
     return {"validation_loss": float(losses.mean()), **each}
 
   def _validation_noise(self) -> tuple[jax.Array, np.ndarray]:
+    """Returns the key of the validation's noise, and its timesteps."""
     points = np.array(VALIDATION_POINTS) * self._config.noise.steps
     return self._validation_key, points.astype(np.int32)
 
   def _report(self, loader: Loader) -> Report:
-    tokens = self._settings.rows * self._settings.row_tokens  # Of a batch, padding included.
+    """Describes the stage's steps for the log."""
+    tokens = self._settings.rows * self._settings.row_tokens  # Tokens of a batch, with padding.
     first = self._stage.start + 1  # The step that takes the loader's first batch.
 
     def describe(step: int, seconds: float) -> Numbers:
@@ -260,19 +271,19 @@ class StageRun:
       labels={"stage": self._stage.name},
     )
 
-  def _place(self, batch: Batch) -> Batch:
-    """Makes the global batch, of which this host's rows are its part."""
-    return global_batch.place(batch, self._mine, self._settings.rows, self._shardings)
+  def _assemble(self, batch: Batch) -> Batch:
+    """Returns the global batch on the mesh, to which this host gives its rows."""
+    return global_batch.assemble(batch, self._mine, self._settings.rows, self._shardings)
 
 
 def describe_batch(loader: Loader, k: int, tokens: int, seconds: float) -> Numbers:
-  """Returns what the log says of batch k: its padding, its epoch, and how fast tokens went by.
+  """Returns what the log says about batch k: its padding, its epoch, and tokens per second.
 
-  `epoch` is that of the dataset that is repeated most; if there are several, each has one, too.
+  `epoch` is the largest of all datasets. If there are several, each dataset's epoch is logged, too.
 
   Args:
-    tokens: of the batch, padding included.
-    seconds: that its step took.
+    tokens: tokens of the batch, padding included.
+    seconds: how long its step took.
   """
   padding, by_dataset = loader.padding_fraction(k), loader.epochs(k)
   each = {f"epoch_{name}": epoch for name, epoch in by_dataset.items()}
@@ -285,5 +296,5 @@ def describe_batch(loader: Loader, k: int, tokens: int, seconds: float) -> Numbe
 
 
 def _keys(config: TrainConfig) -> jax.Array:
-  """Returns the keys of the drawn weights, of the training's noise and of the validation's."""
+  """Returns three keys: for the initial weights, for the noise of training, and of validation."""
   return jax.random.split(jax.random.key(config.seed), 3)

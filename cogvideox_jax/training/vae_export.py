@@ -1,4 +1,4 @@
-"""Writes a trained VAE in diffusers' layout, with the scaling factor that its latents ask for."""
+"""Writes a trained VAE in diffusers' layout, with a scaling factor measured on its latents."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training.vae_step import latent_sums
 from cogvideox_jax.types import Params
 
-DECIMALS = 6  # Of the scaling factor.
+DECIMALS = 6  # The scaling factor is rounded to so many.
 
 
 def export(
@@ -25,7 +25,7 @@ def export(
   """Writes a VAE into a folder. Every process of a job calls it; the first one writes.
 
   Args:
-    params: on a mesh.
+    params: parameters on a mesh.
     frames: batches of clips on the mesh, bytes [b, F, H, W, 3].
 
   Returns:
@@ -39,9 +39,10 @@ def export(
 
 
 def measure_scaling_factor(config: VAEConfig, params: Params, frames: Iterable[jax.Array]) -> float:
-  """Returns 1 over the standard deviation of the latents of clips, as samples of the posterior.
+  """Returns 1 over the standard deviation of clips' latents, sampled from the posterior.
 
-  frames: batches of clips, bytes [b, F, H, W, 3].
+  Args:
+    frames: batches of clips, bytes [b, F, H, W, 3].
   """
   sums_of = jax.jit(partial(latent_sums, graphdef=graph_of(VAE, config)))
   count, sums = 0, np.zeros(2)

@@ -1,4 +1,4 @@
-"""From a config to the functions of arrays that the VAE's training compiles."""
+"""Makes the functions that a training of the VAE compiles, from its config."""
 
 import dataclasses
 from functools import partial
@@ -56,4 +56,5 @@ def make_vae_functions(config: VAETrainConfig, mesh: Mesh, rules: sharding.Rules
 
 
 def _draw_params(model: VAEConfig, key: Key[Array, ""]) -> Params:
+  """Returns new parameters of the VAE."""
   return nnx.to_pure_dict(nnx.state(VAE(model, rngs=nnx.Rngs(key)), nnx.Param))

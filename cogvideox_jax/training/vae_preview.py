@@ -23,7 +23,7 @@ SHOWN_CLIPS = 4
 
 
 class Previewer:
-  """Reconstructs the same few of the longest clips each time, from the mean of their posterior."""
+  """Reconstructs a few of the longest clips from the mean of their posterior, always the same."""
 
   def __init__(self, config: VAEConfig, batches: ClipBatches, folder: epath.Path):
     self._folder = folder

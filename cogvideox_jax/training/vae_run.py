@@ -1,6 +1,6 @@
-"""Trains the VAE, from a config and a workdir to a VAE in diffusers' layout.
+"""Trains the VAE in a workdir, in any number of starts, and writes it in diffusers' layout.
 
-The clips are decoded while training runs; the driver of steps, the state, the meshes and the
+Clips are decoded while training runs. The driver of steps, the state, the meshes and the
 checkpoints are those of the transformer's training.
 """
 
@@ -36,9 +36,10 @@ from cogvideox_jax.training.vae_export import export
 from cogvideox_jax.training.vae_functions import make_vae_functions
 from cogvideox_jax.training.vae_preview import Previewer
 
-SCALING_BATCHES = 256  # Of the first epoch, on which the scaling factor is measured, at most.
-VALIDATION = 2**31 - 1  # Folded into the key of the training, where steps are: never a step.
-DECODERS = min(os.cpu_count() or 1, 16)  # Processes of each host.
+SCALING_BATCHES = 256  # The scaling factor is measured on at most so many batches of an epoch.
+# Folded into the training's key for validation, as steps are; larger than any step.
+VALIDATION_FOLD = 2**31 - 1
+DECODERS = min(os.cpu_count() or 1, 16)  # Decode processes of each host.
 WAY_OUT = (
   "Train anew in another workdir, with\na smaller config.optimizer.learning_rate, or look for odd "
   "clips in the data."
@@ -48,13 +49,13 @@ WAY_OUT = (
 def train(config: VAETrainConfig, workdir: epath.Path) -> int:
   """Trains until config.train.steps, from the workdir's newest good checkpoint if it has one.
 
-  Leaves WORKDIR/vae: the averaged weights, with the scaling factor measured on the clips.
+  Writes WORKDIR/vae at the end: the averaged weights, and the scaling factor measured on the clips.
 
   Returns:
-    The exit code: 0, or once a signal came and the state is saved, that signal's.
+    The exit code: 0, or after a signal the signal's, with the state saved.
 
   Raises:
-    UserError: the config, the data or the workdir do not allow it; before any compile.
+    UserError: the config, the data or the workdir do not allow it. Nothing is compiled before.
   """
   check_values(config)
   multiple = config.model.spatial_compression
@@ -83,9 +84,14 @@ class Clips(NamedTuple):
 
 
 class Run:
-  """One start of the training of a workdir."""
+  """One start of a training in a workdir."""
 
   def __init__(self, config: VAETrainConfig, workdir: epath.Path, clips: Clips, decoders: Decoders):
+    """Makes the mesh and the functions, and plans the batches.
+
+    Raises:
+      UserError: the mesh, the clips or the workdir do not allow the training.
+    """
     self._config, self._workdir = config, workdir
     self._rules = sharding.rules_named(config.sharding)
     self.mesh = _make_mesh(config)
@@ -100,7 +106,7 @@ class Run:
     self._create_key, self._train_key, self._validation_key = _keys(config)
 
   def go(self, session: Session) -> TrainState:
-    """Takes the steps that are left, unless a signal comes; the last one is saved."""
+    """Takes the remaining steps until a signal comes; the last one is saved."""
     config, functions = self._config, self._functions
     steps = config.train.steps
     state = session.begin(
@@ -113,7 +119,7 @@ class Run:
       clips = (self._train.sizes_of(k).clips for k in itertools.count(done))
       return drive.take_steps(
         state,
-        drive.read_ahead(zip(clips, frames, strict=False), lambda batch: self._place(*batch)),
+        drive.read_ahead(zip(clips, frames, strict=False), lambda batch: self._assemble(*batch)),
         lambda state, frames: self._step(state, frames, self._train_key),
         session,
         self._report(),
@@ -125,11 +131,12 @@ class Run:
   def export(self, state: TrainState) -> None:
     """Writes the averaged weights as a VAE in diffusers' layout."""
     count = min(self._train.per_epoch, SCALING_BATCHES)
-    frames = (self._placed(self._train, k) for k in range(count))
+    frames = (self._batch(self._train, k) for k in range(count))
     factor = export(self._workdir / "vae", self._config.model, state.ema, frames)
     say(f"{self._workdir / 'vae'}: the VAE, scaling factor {factor}")
 
   def _batches(self, clips: MeasuredClips, decoders: Decoders) -> ClipBatches:
+    """Plans batches of the clips as the config says."""
     return ClipBatches(
       clips,
       decoders,
@@ -153,12 +160,12 @@ class Run:
     return found
 
   def _validate(self, _: int, state: TrainState) -> Numbers:
-    """Measures the averaged weights on held-out clips: always the same clips and noise."""
+    """Returns metrics of the averaged weights on held-out clips. Clips and noise never change."""
     assert self._held_out
     count = min(self._config.validation.batches, self._held_out.per_epoch)
     found = []
     for k in range(count):
-      frames = self._placed(self._held_out, k)
+      frames = self._batch(self._held_out, k)
       found.append(jax.device_get(self._measure(state.ema, frames, self._validation_key)))
     return {
       f"validation_{name}": float(np.mean([numbers[name] for numbers in found]))
@@ -166,6 +173,7 @@ class Run:
     }
 
   def _report(self) -> Report:
+    """Describes the training's steps for the log."""
     config, batches = self._config, self._train
 
     def describe(step: int, seconds: float) -> Numbers:
@@ -182,17 +190,19 @@ class Run:
     )
 
   def _rows_here(self, clips: int) -> tuple[int, ...]:
-    """Returns the rows of a batch of so many clips that this host's devices hold."""
+    """Returns which rows of a batch of so many clips this host's devices hold."""
     return global_batch.rows_here(self._sharding(clips), clips)
 
-  def _place(self, clips: int, frames: UInt8[np.ndarray, "b F H W 3"]) -> jax.Array:
-    """Makes a global batch of so many clips, of which this host's frames are its part."""
-    return global_batch.place(frames, self._rows_here(clips), clips, self._sharding(clips))
+  def _assemble(self, clips: int, frames: UInt8[np.ndarray, "b F H W 3"]) -> jax.Array:
+    """Returns the global batch on the mesh, to which this host gives its frames."""
+    return global_batch.assemble(frames, self._rows_here(clips), clips, self._sharding(clips))
 
-  def _placed(self, batches: ClipBatches, k: int) -> jax.Array:
-    return self._place(batches.sizes_of(k).clips, batches.batch(k, self._rows_here))
+  def _batch(self, batches: ClipBatches, k: int) -> jax.Array:
+    """Returns batch k on the mesh."""
+    return self._assemble(batches.sizes_of(k).clips, batches.batch(k, self._rows_here))
 
   def _sharding(self, clips: int) -> NamedSharding:
+    """Returns the sharding of a batch of so many clips; a UserError if they do not divide."""
     try:
       return sharding.row_sharding(self.mesh, self._rules, clips)
     except UserError as error:
@@ -204,7 +214,7 @@ class Run:
 
 
 def _open_clips(config: VAETrainConfig, workdir: epath.Path, decoders: Decoders) -> Clips:
-  """Measures the clips; without a path it renders the embedded ones first."""
+  """Measures the clips of the config's path; without a path it renders the embedded ones first."""
   data = config.data
   clips = measured_clips.measure(
     data.path or _render(config, workdir), data.sizes, data.durations, data.fps, decoders
@@ -219,6 +229,7 @@ def _open_clips(config: VAETrainConfig, workdir: epath.Path, decoders: Decoders)
 
 
 def _render(config: VAETrainConfig, workdir: epath.Path) -> str:
+  """Renders the embedded clips into the workdir, once for all hosts, and returns their path."""
   data, folder = config.data, workdir / "data" / "clips"
   render = partial(
     shape_clips.render_dataset,
@@ -232,16 +243,16 @@ def _render(config: VAETrainConfig, workdir: epath.Path) -> str:
   if hosts.is_first():
     render()
   hosts.wait("rendered")
-  return str(render())  # Which finds it done.
+  return str(render())  # Finds the clips rendered, and returns their path.
 
 
 def _make_mesh(config: VAETrainConfig) -> Mesh:
-  """Makes the mesh over all devices of the job. No row is shared, since clips are not split."""
+  """Makes the mesh over all devices of the job. No two devices share a clip."""
   sizes = sharding.with_context(dataclasses.asdict(config.mesh), 1, jax.devices())
   return sharding.make_mesh(sizes)
 
 
 def _keys(config: VAETrainConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the keys of the drawn weights, of the training's noise and of the validation's."""
-  create, train = jax.random.split(jax.random.key(config.seed))
-  return create, train, jax.random.fold_in(train, VALIDATION)
+  """Returns three keys: for the initial weights, for the noise of training, and of validation."""
+  create_key, train_key = jax.random.split(jax.random.key(config.seed))
+  return create_key, train_key, jax.random.fold_in(train_key, VALIDATION_FOLD)

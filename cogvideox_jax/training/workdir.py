@@ -1,4 +1,4 @@
-"""From a training workdir to a pipeline that samples with what it has learnt."""
+"""Makes a pipeline, or a model to convert, from the workdir of a training."""
 
 from typing import NamedTuple
 
@@ -30,15 +30,17 @@ def load(
   progress: Progress | None = None,
   offload: bool = False,
 ) -> Pipeline:
-  """The pipeline of a shipped name, a model folder, or a training workdir.
+  """Returns the pipeline of a shipped name, a model folder, or a training workdir.
 
   Args:
     kind: Pipeline, ImageToVideo or VideoToVideo.
-    weights: of a workdir's newest good checkpoint: `ema`, the moving average, or `raw`.
-    progress, offload: as of `Pipeline`.
+    weights: which weights of a workdir's newest good checkpoint: `ema`, the moving average, or
+      `raw`, the weights as trained.
+    progress: as in `Pipeline`.
+    offload: as in `Pipeline`.
 
   Raises:
-    UserError: there is no such model, or a part of it is missing or damaged.
+    UserError: there is no such model, or a component of it is missing or damaged.
   """
   workdir = epath.Path(model)
   if not is_workdir(workdir):
@@ -49,13 +51,17 @@ def load(
 
 
 def is_workdir(path: epath.Path) -> bool:
+  """Returns whether a folder is the workdir of a training that has saved something."""
   return (path / "checkpoints").is_dir()
 
 
 def _transformer(
   config: TrainConfig, workdir: epath.Path, weights: str
 ) -> tuple[DiTConfig, Params]:
-  """The newest good one, lazy, with the positions of the stage that it was trained in."""
+  """Returns the transformer of the newest good checkpoint, with the positions of its stage.
+
+  Its arrays are read when they are used.
+  """
   found = open_weights(workdir, weights)
   stage = stages.trained_last(stages.plan(config), found.step)
   model = stages.stage_model(config, stage.name)
@@ -65,28 +71,29 @@ def _transformer(
   return model, found.params
 
 
-def model(workdir: epath.Path, weights: str) -> Model:
-  """What `convert` writes of a workdir: its transformer, and the rest that its config names.
+def open_trained(workdir: epath.Path, weights: str) -> Model:
+  """Returns the model that `convert` writes: a workdir's transformer with its other components.
+
+  The other components are those that the workdir's config names.
 
   Raises:
-    UserError: it has no good checkpoint, or a part is missing or damaged.
+    UserError: it has no good checkpoint, or a component is missing or damaged.
   """
   config = read_config(workdir)
-  written = model_layouts.read_folder(open_model(config.components).path)
-  transformer = _transformer(config, workdir, weights)
-  written.networks["transformer"] = Network("transformer", *transformer, None)
-  written.scheduler = write_noise(config.noise)
-  takes_image = written.networks["transformer"].config.takes_image
-  written.index = index_fields(_settings(config), takes_image)
-  base = written.origin.name
-  written.origin = written.origin._replace(
+  trained = model_layouts.read_folder(open_model(config.components).path)
+  model, params = _transformer(config, workdir, weights)
+  trained.networks["transformer"] = Network("transformer", model, params, None)
+  trained.scheduler = write_noise(config.noise)
+  trained.index = index_fields(_settings(config), model.takes_image)
+  base = trained.origin.name
+  trained.origin = trained.origin._replace(
     name=workdir.name, note=f" A training run ({weights} weights); other parts from `{base}`."
   )
-  return written
+  return trained
 
 
 class Frozen(NamedTuple):
-  """The networks that the transformer's training leaves as they are."""
+  """The networks that the transformer's training does not change."""
 
   vae: tuple[VAEConfig, Params]
   text_encoder: tuple[T5Config, Params]
@@ -94,7 +101,7 @@ class Frozen(NamedTuple):
 
 
 def load_frozen(config: TrainConfig) -> Frozen:
-  """Those of a training config; a UserError if one is missing or damaged."""
+  """Loads the frozen networks of a config; a UserError if one is missing or damaged."""
   components = open_model(config.components)
   return Frozen(components.vae(), components.text_encoder(), components.tokenizer())
 
@@ -107,7 +114,7 @@ def with_transformer(
   kind: type[Pipeline] = Pipeline,
   offload: bool = False,
 ) -> Pipeline:
-  """The pipeline of a training config's frozen networks and a transformer."""
+  """Returns the pipeline of a transformer and of a training config's frozen networks."""
   return kind(
     transformer,
     *frozen,
@@ -120,7 +127,7 @@ def with_transformer(
 
 
 def _settings(config: TrainConfig) -> Settings:
-  """How a model that was trained so is best sampled: as its previews are."""
+  """Returns how a trained model is sampled by default: as its previews are."""
   return Settings(
     text_drop=config.text.drop,
     guidance_scale=config.preview.guidance_scale,
