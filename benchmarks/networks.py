@@ -26,7 +26,7 @@ from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.training import state, step
-from cogvideox_jax.types import Batch, Example
+from cogvideox_jax.types import Batch, Example, Params
 
 HEAD_DIM, TEXT_LENGTH, PATCH, CHANNELS = 64, 226, (1, 2, 2), 16
 TIMESTEP = 500
