@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from drawn import DIT_CONFIG, draw
 from etils import epath
-from test_checkpoint import abstract, make_state, save_steps
+from test_checkpoint import make_state, save_steps, shapes_of
 from typed_config import typed
 
 import cogvideox_jax
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_model_names_its_writer(tmp_path, writer, change
   folder = epath.Path(tmp_path)
   checkpoints, _, _ = save_steps(folder, [1])
   set_writer(folder / "1", writer)
-  wanted = change(abstract(make_state({"data": 1, "fsdp": 8})))
+  wanted = change(shapes_of(make_state({"data": 1, "fsdp": 8})))
   with pytest.raises(UserError, match=r"step 1: its arrays are not this model's: .*ema/") as error:
     checkpoints.restore(wanted)
   assert_named(writer, str(error.value))
