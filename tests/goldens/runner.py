@@ -44,7 +44,7 @@ def run(folder: Folder, name: str) -> list[Result]:
     if name.startswith("sat:"):
       return list(_run_sat(folder, name))
     return list(_compare(folder.case(name), name))
-  except Exception as error:
+  except (CaseError, UserError) as error:
     return [failed(name, " ".join(str(error).split()))]
 
 
