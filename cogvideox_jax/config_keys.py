@@ -30,7 +30,7 @@ class Key:
 
   meaning: str  # Sentences, with the unit.
   source: str  # Where the value of configs/base.py or configs/vae_tiny.py comes from.
-  allowed: Range  # Of a number, or of each number in a tuple.
+  allowed: Range  # Where a number, or each number in a tuple, must be.
   choices: tuple[str, ...]  # The values that a string may have; empty if it may be any.
   form: str  # Completes "it must ..." for a tuple, or a group of keys that users name.
   may_be_empty: bool  # Whether a tuple may have no items.

@@ -58,6 +58,8 @@ def faults(module: str, imported: str) -> str:
   outside = imported.split(".")[0]
   if outside in NOT_IN_THE_CORE and module not in EXTRAS:
     return f"{outside} is not a dependency of the core"
+  if outside == "ml_collections" and layer(module) not in {"config", "command"}:
+    return "configs are read by config/read.py; all others take its dataclasses"
   if layer(module) == "data" and outside in {"jax", "flax"}:
     return "data/ runs on hosts, without jax"
   if outside != PACKAGE:
@@ -97,6 +99,7 @@ def test_a_module_imports_only_from_layers_below(module):
     ("cogvideox_jax.training.transformer_run", "cogvideox_jax.sample.main"),
     ("cogvideox_jax.sample", "cogvideox_jax.train"),
     ("cogvideox_jax.conversion.sat", "torch"),
+    ("cogvideox_jax.training.stages", "ml_collections.ConfigDict"),
   ],
 )
 def test_the_rule_refuses(module, imported):

@@ -237,7 +237,7 @@ class OptimizerConfig:
   """AdamW, its schedule, and the moving average of the weights."""
 
   learning_rate: float = field(
-    metadata=key("Peak learning rate of stages that have no learning_rate.")
+    metadata=key("Peak learning rate, unless a stage has its own.")
   )
   warmup_steps: int = field(
     metadata=key(
