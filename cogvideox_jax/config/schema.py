@@ -236,9 +236,7 @@ _TABLE_6 = "transformer: paper Table 6; VAE: ours"
 class OptimizerConfig:
   """AdamW, its schedule, and the moving average of the weights."""
 
-  learning_rate: float = field(
-    metadata=key("Peak learning rate, unless a stage has its own.")
-  )
+  learning_rate: float = field(metadata=key("Peak learning rate, unless a stage has its own."))
   warmup_steps: int = field(
     metadata=key(
       "Updates of linear warm-up in each stage. With several stages, a tenth of each at most.",
