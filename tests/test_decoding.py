@@ -80,6 +80,17 @@ def check_sound(pieces: list, path: Path) -> None:
   np.testing.assert_array_equal(pieces[0].frames, large[3:])
 
 
+def test_known_windows_give_what_planned_windows_give(sound):
+  taken = {"known": [], "planned": []}
+  with Decoders(1) as decoders:
+    decoders.read(File(sound, 8.0, WINDOWS), taken["known"].append).result()
+    decoders.read(File(sound, 8.0, lambda info: WINDOWS), taken["planned"].append).result()
+    with pytest.raises(VideoError, match="too short"):
+      decoders.read(File(sound, 8.0, [Window(12, 9, 64, 96)]), taken["known"].append).result()
+  for pieces in taken.values():
+    check_sound(pieces, sound)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_pieces_are_what_the_file_shows_whatever_the_number_of_processes(sound, workers):
   results = decode([sound, CLIPS / "lion.jpg", sound, "absent.mp4", sound, sound, sound], workers)

@@ -82,6 +82,55 @@ def test_a_frame_is_the_one_shown_at_its_instant(tmp_path, source, wanted, expec
   assert indices(frames) == expected
 
 
+def write_long(path: Path, times: list[Fraction] | None = None) -> None:
+  """Writes 160 frames with a keyframe every 12, of 6.7 seconds unless `times` says otherwise."""
+  times = times or [Fraction(i, 24) for i in range(160)]
+  frames = grey_steps(160) + np.arange(48, dtype=np.uint8)[:, None]
+  write_timed(path, frames, times, options={"crf": "4", "bf": "2", "g": "12"})
+
+
+@pytest.mark.parametrize("late", [0, 5])  # Seconds at which the file's first frame is shown.
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_a_window_far_into_a_file_shows_what_a_whole_decoding_shows(tmp_path, suffix, late):
+  rng = np.random.default_rng(0)
+  gaps = [Fraction(int(gap), 1000) for gap in rng.integers(10, 70, size=160)]
+  varied = [late + sum(gaps[:i], Fraction(0)) for i in range(160)]
+  for name, times in (("steady", [late + Fraction(i, 24) for i in range(160)]), ("varied", varied)):
+    path = tmp_path / f"{name}{suffix}"
+    write_long(path, times)
+    for fps in (8.0, 30.0):
+      count = video.probe(path).frames_at(fps)
+      whole = video.read(path, fps=fps, num_frames=count, height=32, width=48)
+      for start in range(0, count - 3, 7):
+        window = video.Window(start, 3, 32, 48)
+        shown = [frame for _, frame in video.read_windows(path, [window], fps=fps)]
+        np.testing.assert_array_equal(shown, whole[start : start + 3])
+
+
+def test_what_comes_long_before_a_window_is_not_decoded(tmp_path, monkeypatch):
+  write_long(tmp_path / "a.mp4")
+  decoded = []
+  monkeypatch.setattr(video, "check_size", lambda *size: decoded.append(size))
+  list(video.read_windows(tmp_path / "a.mp4", [video.Window(48, 2, 32, 48)], fps=8.0))
+  assert len(decoded) < 24  # From the keyframe before 6 s on, and the first; the file has 160.
+
+
+def test_an_index_that_leads_too_far_changes_no_frame(tmp_path, monkeypatch):
+  write_long(tmp_path / "a.mp4")
+  window = video.Window(30, 3, 32, 48)
+  expected = video.read(tmp_path / "a.mp4", fps=8.0, num_frames=33, height=32, width=48)[30:]
+  seek, asked = video._seek, []
+
+  def misled(container, stream, seconds):
+    asked.append(seconds)
+    return seek(container, stream, seconds + 2 if len(asked) == 1 else seconds)
+
+  monkeypatch.setattr(video, "_seek", misled)
+  shown = [frame for _, frame in video.read_windows(tmp_path / "a.mp4", [window], fps=8.0)]
+  assert len(asked) == 2
+  np.testing.assert_array_equal(shown, expected)
+
+
 def test_a_variable_rate_goes_by_the_timestamps(tmp_path):
   times = [Fraction(time, 1000) for time in (0, 100, 200, 1000, 1050, 1990)]
   write_timed(tmp_path / "a.mkv", grey_steps(6), times)

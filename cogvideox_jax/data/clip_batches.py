@@ -176,8 +176,7 @@ class _Source:
     """Decodes clips of one file, as `Decoders.read`; pieces are numbered as `clips` are."""
     starts = self._clips.by_bucket[bucket].starts
     windows = [Window(int(starts[clip]), *bucket) for clip in clips]
-    asked = File(self._clips.files[file].file, self._clips.fps, lambda info: windows)
-    return self._decoders.read(asked, take)
+    return self._decoders.read(File(self._clips.files[file].file, self._clips.fps, windows), take)
 
   def give_up(self, file: int, bucket: Bucket, clips: Iterable[int], error: VideoError) -> None:
     """Remembers that clips of a file cannot be decoded; says so once for the file."""

@@ -6,6 +6,8 @@ announces a frame is followed by the frame's bytes:
   question {"path": ..., "fps": ...}    answer {"info": VideoInfo}
   question {"windows": [Window, ...]}   answers {"frame": number of its window}, ..., {"end": true}
 
+The first question may hold the windows, too; then the file is not measured.
+
 If the file cannot be used, the answer is {"fault": reason} instead. Too much time ends the process
 by the kernel's alarm; too much memory ends it with the exit code MEMORY_FAULT.
 """
@@ -24,8 +26,8 @@ from cogvideox_jax.data import video
 
 MEMORY = 448 * 2**20  # Bytes that it may allocate; with libraries it stays below 512 MB.
 MEMORY_FAULT = 12  # The number of ENOMEM.
-# A file may take SECONDS, and PACE more seconds for each second of video. The time in which the
-# process waits for its parent does not count.
+# A file may take SECONDS, and PACE more seconds for each second of video up to the last frame that
+# is read. The time in which the process waits for its parent does not count.
 SECONDS = 60.0
 PACE = 3.0
 
@@ -46,13 +48,14 @@ def serve(questions: BinaryIO, answers: BinaryIO) -> None:
 
 def _decode(question: dict[str, Any], questions: BinaryIO, answers: BinaryIO) -> None:
   _allow(SECONDS)
-  path = epath.Path(question["path"])
-  info = video.probe(path)
-  _say(answers, {"info": info})
-  windows = [video.Window(*window) for window in json.loads(questions.readline())["windows"]]
-  _allow(SECONDS + PACE * info.seconds)
+  path, fps = epath.Path(question["path"]), question["fps"]
+  if (asked := question.get("windows")) is None:
+    _say(answers, {"info": video.probe(path)})
+    asked = json.loads(questions.readline())["windows"]
+  windows = [video.Window(*window) for window in asked]
   if windows:
-    for number, frame in video.read_windows(path, windows, fps=question["fps"]):
+    _allow(SECONDS + PACE * max(window.start + window.num_frames for window in windows) / fps)
+    for number, frame in video.read_windows(path, windows, fps=fps):
       _say(answers, {"frame": number}, frame)
   _say(answers, {"end": True})
 

@@ -38,14 +38,15 @@ class File(NamedTuple):
 
   path: str | os.PathLike[str]
   fps: float
-  # Returns the windows to read, maybe none, once the file is measured. Called in another thread.
-  plan: Plan
+  # The windows to read, maybe none; or a function that returns them once the file is measured,
+  # which is called in another thread.
+  windows: Sequence[Window] | Plan
 
 
 class Piece(NamedTuple):
   """The frames of one window."""
 
-  number: int  # The window's index in its file's plan.
+  number: int  # The window's index among those of its file.
   frames: UInt8[np.ndarray, "F H W 3"]
 
 
@@ -199,9 +200,14 @@ class _Worker:
 
   def _attempt(self, file: File) -> Iterator[Piece]:
     running = self._running or self._start()
-    self._ask(running, {"path": os.fspath(file.path), "fps": file.fps})
-    windows = list(file.plan(VideoInfo(*self._answer(running)["info"])))
-    self._ask(running, {"windows": windows})
+    question = {"path": os.fspath(file.path), "fps": file.fps}
+    if callable(file.windows):
+      self._ask(running, question)
+      windows = list(file.windows(VideoInfo(*self._answer(running)["info"])))
+      self._ask(running, {"windows": windows})
+    else:
+      windows = list(file.windows)
+      self._ask(running, {**question, "windows": windows})
     # The frames of each window that has begun, and how many of them have arrived.
     begun: dict[int, tuple[np.ndarray, int]] = {}
     while "frame" in (answer := self._answer(running)):

@@ -29,6 +29,7 @@ from cogvideox_jax.data.media import (
 
 _SLACK = 1e-3  # Seconds: Matroska rounds its timestamps to milliseconds.
 _TAIL = 0.1  # Seconds by which a file's packets may last longer than its frames.
+_SKIP = 2.0  # Seconds before the first wanted frame from which on the decoder skips to a keyframe.
 _UNTAGGED = 2  # FFmpeg's number for "the file names no colour space".
 # How colours are converted: the same bytes on every machine.
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -106,6 +107,8 @@ def read_windows(
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"]]]:
   """Yields the frames of all windows in the order of time, and decodes the file only once.
 
+  What comes long before the first window is skipped, from keyframe to keyframe.
+
   Frame i at fps is the one that the file shows at i/fps seconds. It is scaled to cover the window's
   size, with a filter against aliasing, and cropped at the centre; it is never stretched. A frame
   that already has the size is not changed.
@@ -116,19 +119,16 @@ def read_windows(
   Raises:
     VideoError: the file cannot be used, or turns out to be too short.
   """
+  begin = min(window.start for window in windows)
   end = max(window.start + window.num_frames for window in windows)
-  count = 0
-  for image, shown in _frames(path, fps, end, limits):
+  for index, image, shown in _frames(path, fps, begin, end, limits):
     fitted: dict[tuple[int, int], np.ndarray] = {}
     for number, window in enumerate(windows):
-      if window.start <= count < window.start + window.num_frames:
+      if window.start <= index < window.start + window.num_frames:
         size = window.height, window.width
         if size not in fitted:
           fitted[size] = _fit(image, shown, *size)
         yield number, fitted[size]
-    count += 1
-  if count < end:
-    raise VideoError(f"too short: {count} of {end} frames at {fps:g} fps")
 
 
 def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> VideoInfo:
@@ -163,28 +163,43 @@ def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> 
 
 
 def _frames(
-  path: str | os.PathLike[str], fps: float, num_frames: int, limits: Limits
-) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
-  """Yields the first frames of a file at fps, upright, each with its (width, height) as shown."""
+  path: str | os.PathLike[str], fps: float, begin: int, end: int, limits: Limits
+) -> Iterator[tuple[int, Image.Image, tuple[int, int]]]:
+  """Yields frame `begin` up to `end` of a file at fps: (index, upright image, size as shown).
+
+  A size is (width, height). Raises VideoError at the end if the file is too short.
+  """
+  count = 0
   if is_image(path):
-    image = load_image(path, limits)
-    yield image, image.size
-    return
-  with open_video(path, limits) as (container, stream):
-    for frame in _resample(container, stream, fps, num_frames, limits):
-      yield _upright(frame, stream)
+    image, count = load_image(path, limits), 1
+    if begin == 0:
+      yield 0, image, image.size
+  else:
+    with open_video(path, limits) as (container, stream):
+      for frame in _resample(container, stream, fps, begin, end, limits):
+        if count >= begin:
+          yield count, *_upright(frame, stream)
+        count += 1
+  if count < end:
+    raise VideoError(f"too short: {count} of {end} frames at {fps:g} fps")
 
 
 def _resample(
-  container: InputContainer, stream: VideoStream, fps: float, num_frames: int, limits: Limits
+  container: InputContainer,
+  stream: VideoStream,
+  fps: float,
+  begin: int,
+  num_frames: int,
+  limits: Limits,
 ) -> Iterator[av.VideoFrame]:
   """Yields the frame that is shown at i/fps seconds for each i, up to num_frames or the end.
 
-  It holds one frame at a time. It uses the timestamps, because the file's own rate may vary.
+  Before i = begin it may yield other frames. It holds one frame at a time. It uses the timestamps,
+  because the file's own rate may vary.
   """
   budget = min(limits.max_frames, int((num_frames / fps + 1) * limits.max_fps))
   held, start, time, given = None, 0.0, 0.0, 0
-  for index, frame in enumerate(container.decode(stream)):
+  for index, frame in enumerate(_decode(container, stream, begin / fps)):
     check_size(frame.width, frame.height, limits)
     if frame.is_corrupt:
       raise VideoError(f"damaged at frame {index + 1}")
@@ -204,6 +219,40 @@ def _resample(
     while given < num_frames and given / fps < time - start + shown + _TAIL:
       yield held
       given += 1
+
+
+def _decode(
+  container: InputContainer, stream: VideoStream, skipped: float
+) -> Iterator[av.VideoFrame]:
+  """Yields the first frame, then all frames from a keyframe on that is shown before `skipped` ends.
+
+  It yields all frames if there is no such keyframe, or nothing to skip.
+
+  Args:
+    skipped: seconds, counted from the first frame.
+  """
+  frames = container.decode(stream)
+  first = next(frames, None)
+  if first is None:
+    return
+  yield first
+  if skipped > _SKIP and first.time is not None and first.pts is not None:
+    latest = first.time + skipped - _TAIL
+    frames = _seek(container, stream, latest)
+    landed = next(frames, None)
+    if landed and landed.time is not None and landed.time <= latest:
+      yield landed
+    else:  # The file's index is wrong.
+      frames = _seek(container, stream, first.time)
+  yield from frames
+
+
+def _seek(
+  container: InputContainer, stream: VideoStream, seconds: float
+) -> Iterator[av.VideoFrame]:
+  """Decodes from the last keyframe on that the file's index knows at or before an instant."""
+  container.seek(math.floor(seconds / float(stream.time_base or 1)), stream=stream)
+  return container.decode(stream)
 
 
 def _upright(frame: av.VideoFrame, stream: VideoStream) -> tuple[Image.Image, tuple[int, int]]:
