@@ -107,11 +107,12 @@ def test_a_window_far_into_a_file_shows_what_a_whole_decoding_shows(tmp_path, su
         np.testing.assert_array_equal(shown, whole[start : start + 3])
 
 
-def test_what_comes_long_before_a_window_is_not_decoded(tmp_path, monkeypatch):
-  write_long(tmp_path / "a.mp4")
+@pytest.mark.parametrize("late", [0, 5])
+def test_what_comes_long_before_a_window_is_not_decoded(tmp_path, monkeypatch, late):
+  write_long(tmp_path / "a.mkv", [late + Fraction(i, 24) for i in range(160)])
   decoded = []
   monkeypatch.setattr(video, "check_size", lambda *size: decoded.append(size))
-  list(video.read_windows(tmp_path / "a.mp4", [video.Window(48, 2, 32, 48)], fps=8.0))
+  list(video.read_windows(tmp_path / "a.mkv", [video.Window(48, 2, 32, 48)], fps=8.0))
   assert len(decoded) < 24  # From the keyframe before 6 s on, and the first; the file has 160.
 
 
