@@ -16,11 +16,12 @@ from etils import epath
 from cogvideox_jax import command, model_flags
 from cogvideox_jax.conversion import lora, model_contents, model_layouts, sat_release
 from cogvideox_jax.conversion.folder import SHIPPED, resolve
+from cogvideox_jax.conversion.lora import LoRA
 from cogvideox_jax.conversion.model_contents import Model
 from cogvideox_jax.conversion.model_layouts import LAYOUTS
 from cogvideox_jax.conversion.safetensors_file import DTYPES
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.model_flags import LORA, LORA_WEIGHT, WEIGHTS
+from cogvideox_jax.model_flags import LORA, LORA_ALPHA, LORA_WEIGHT, WEIGHTS
 from cogvideox_jax.training import workdir
 
 SOURCE = flags.DEFINE_string("source", None, "The model, or LoRA file, to convert.", required=True)
@@ -38,9 +39,10 @@ def main() -> None:
   if is_lora(epath.Path(SOURCE.value)):
     write_lora(epath.Path(SOURCE.value), target)
   else:
+    updates = model_flags.read_lora()
     with opened(SOURCE.value) as model:
-      if LORA.value:
-        fuse(model, epath.Path(LORA.value))
+      if LORA.value and updates:
+        fuse(model, epath.Path(LORA.value), updates)
       if DTYPE.value != "keep":
         model.map_params(lambda network: model_contents.cast(network, TYPES[DTYPE.value]))
       model_layouts.write(model, target, FORMAT.value)
@@ -60,21 +62,22 @@ def opened(source: str) -> Iterator[Model]:
     yield model_layouts.read_folder(resolve(source))
 
 
-def fuse(model: Model, path: epath.Path) -> None:
+def fuse(model: Model, path: epath.Path, updates: LoRA) -> None:
   """Adds the updates of a LoRA file to the transformer's weights."""
   transformer = model.networks.get("transformer")
   if transformer is None:
     raise UserError(f"--lora={path}: {SOURCE.value} has no transformer for it to change.")
-  loaded = lora.read(path)
-  transformer.params = lora.fuse(transformer.params, transformer.config, loaded, LORA_WEIGHT.value)
-  note = f" With the LoRA `{path.name}` at weight {LORA_WEIGHT.value:g}."
+  transformer.params = lora.fuse(transformer.params, transformer.config, updates, LORA_WEIGHT.value)
+  alpha = "" if LORA_ALPHA.value is None else f", alpha {LORA_ALPHA.value:g}"
+  note = f" With the LoRA `{path.name}` at weight {LORA_WEIGHT.value:g}{alpha}."
   model.origin = model.origin._replace(note=model.origin.note + note)
 
 
 def is_lora(path: epath.Path) -> bool:
-  """Whether a path is a LoRA file, or a folder with diffusers' LoRA file and no transformer."""
+  """Whether a path is a LoRA file, or a folder with one and no transformer."""
   if path.is_dir():
-    return (path / lora.FILE).exists() and not (path / "transformer").exists()
+    found = any((path / name).exists() for name in lora.FILES)
+    return found and not (path / "transformer").exists()
   return path.is_file() and lora.is_lora(path)
 
 
@@ -82,12 +85,12 @@ def write_lora(source: epath.Path, target: epath.Path) -> None:
   """Writes a LoRA file in the layout of --format."""
   if FORMAT.value == "orbax":
     raise UserError("A LoRA is kept in diffusers' or SAT's files: give --format=diffusers or sat.")
-  loaded = lora.read(source)
+  updates = lora.read(source, LORA_ALPHA.value)
   target.mkdir(parents=True, exist_ok=True)
   if FORMAT.value == "sat":
-    lora.write_sat(target / lora.SAT_FILE, loaded)
+    lora.write_sat(target / lora.SAT_FILE, updates)
   else:
-    lora.write(target / lora.FILE, loaded)
+    lora.write(target / lora.FILE, updates)
 
 
 if __name__ == "__main__":

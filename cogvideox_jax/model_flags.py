@@ -5,6 +5,9 @@ A command that uses them calls `declare`, so that its --help lists them.
 
 from absl import flags
 
+from cogvideox_jax.conversion import lora
+from cogvideox_jax.conversion.lora import LoRA
+
 WEIGHTS = flags.DEFINE_enum(
   "weights",
   "ema",
@@ -12,15 +15,31 @@ WEIGHTS = flags.DEFINE_enum(
   "Which weights of a training workdir to use: their moving average, or the last ones.",
 )
 LORA = flags.DEFINE_string("lora", None, "LoRA file to add, or a folder that holds one.")
-LORA_WEIGHT = flags.DEFINE_float(
-  "lora_weight", 1.0, "Weight of --lora; for a file without alpha give alpha / rank."
+LORA_WEIGHT = flags.DEFINE_float("lora_weight", 1.0, "Weight of --lora; it multiplies its scale.")
+LORA_ALPHA = flags.DEFINE_float(
+  "lora_alpha",
+  None,
+  "Alpha of --lora, for a file that does not say it, as SAT's: its scale is then alpha / rank. "
+  "Files of diffusers without alpha have scale 1.",
 )
 
 
 def declare() -> None:
   """Lists these flags in the --help of the command that calls this."""
-  for name in ("weights", "lora", "lora_weight"):
+  for name in ("weights", "lora", "lora_weight", "lora_alpha"):
     flags.declare_key_flag(name)
+
+
+def read_lora() -> LoRA | None:
+  """The updates of --lora; None if it is not given.
+
+  Raises:
+    UserError: as `lora.read`; or nothing says the scale of a file of SAT.
+  """
+  if LORA.value is None:
+    return None
+  weight_given = flags.FLAGS["lora_weight"].present
+  return lora.read(LORA.value, LORA_ALPHA.value, must_know_alpha=not weight_given)
 
 
 flags.disclaim_key_flags()

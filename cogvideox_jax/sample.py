@@ -22,7 +22,7 @@ from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
 from cogvideox_jax.inference.video_to_video import VideoToVideo
-from cogvideox_jax.model_flags import LORA, LORA_WEIGHT, WEIGHTS
+from cogvideox_jax.model_flags import LORA, LORA_ALPHA, LORA_WEIGHT, WEIGHTS
 from cogvideox_jax.training import workdir
 
 MODEL = flags.DEFINE_string(
@@ -67,6 +67,7 @@ model_flags.declare()
 def main() -> None:
   output = epath.Path(OUTPUT.value)
   check_output(output)
+  lora = model_flags.read_lora()
   progress = Progress()
   with progress.phase("load") as bar:
     pipe = workdir.load(
@@ -76,9 +77,8 @@ def main() -> None:
       progress=progress,
       offload=OFFLOAD.value,
     )
-    if LORA.value:
-      pipe.load_lora_weights(LORA.value)
-      pipe.set_adapters(["default"], LORA_WEIGHT.value)
+    if lora:
+      pipe.add_lora(lora, "default", LORA_WEIGHT.value)
     pipe.enable_tiling(TILING.value)
     bar.update()
   arguments = call_arguments(pipe)
@@ -86,13 +86,19 @@ def main() -> None:
   given = read_given(arguments, fps)
   frames = pipe(**{**arguments, **given}, output_type="uint8").frames[0]
   with progress.phase("write") as bar:
-    lora = {"lora": LORA.value, "lora_weight": LORA_WEIGHT.value} if LORA.value else {}
-    made_with = {"model": MODEL.value, "fps": fps, "version": __version__, **arguments, **lora}
+    made_with = {"model": MODEL.value, "fps": fps, "version": __version__, **arguments}
+    made_with |= lora_arguments()
     write_mp4(output, frames, fps, metadata=made_with)
     bar.update()
   print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.seconds.items()))
   shape = f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} at {fps:g} fps"
   print(f"Wrote {output}: {shape}, seed {SEED.value}.")
+
+
+def lora_arguments() -> dict[str, Any]:
+  """The flags of the LoRA, if there is one."""
+  alpha = {} if LORA_ALPHA.value is None else {"lora_alpha": LORA_ALPHA.value}
+  return {"lora": LORA.value, "lora_weight": LORA_WEIGHT.value, **alpha} if LORA.value else {}
 
 
 def kind() -> type[Pipeline]:

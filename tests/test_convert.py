@@ -224,8 +224,22 @@ def test_a_lora_becomes_part_of_the_weights(model, tmp_path, source_layout):
 def test_a_lora_passes_into_sats_names_and_back(tmp_path):
   path = make_lora(tmp_path / "lora.safetensors")
   there = run(path, tmp_path / "there", "sat")
-  back = run(there / lora.SAT_FILE, tmp_path / "back", "diffusers")
+  with pytest.warns(UserWarning, match="Taken at scale 1"):
+    back = run(there / lora.SAT_FILE, tmp_path / "back", "diffusers")
   assert_same_bits(load_file(back / lora.FILE), load_file(path))
+
+
+def test_a_lora_of_sat_is_not_added_before_its_scale_is_said(model, tmp_path):
+  file = run(make_lora(tmp_path / "lora.safetensors"), tmp_path / "sat", "sat") / lora.SAT_FILE
+  with pytest.raises(UserError, match=r"alpha / 2\.\nGive --lora_alpha=ALPHA"):
+    run(model, tmp_path / "there", "diffusers", lora=str(file))
+  assert not (tmp_path / "there").exists()
+  there = run(model, tmp_path / "there", "diffusers", lora=str(file), lora_alpha=1.0)
+  same = run(
+    model, tmp_path / "same", "diffusers", lora=str(tmp_path / "lora.safetensors"), lora_weight=0.5
+  )
+  assert_same_bits(weights(there), weights(same))
+  assert "LoRA `lora.pt` at weight 1, alpha 1." in (there / "README.md").read_text()
 
 
 def test_the_card_says_source_licence_and_true_digests(model, tmp_path):

@@ -1,14 +1,11 @@
 """Reads, writes and fuses LoRA files (arXiv:2106.09685): low-rank updates of a transformer.
 
-A file of diffusers or SAT holds matrices `A` [r, in] and `B` [out, r] for each module that it
-changes; the weight becomes `W + scale * B @ A`. Fusing makes new parameters and leaves the base
-unchanged.
+A file holds matrices `A` [r, in] and `B` [out, r] for each module that it changes; the weight
+becomes `W + scale * B @ A`. lora_names.py reads the names of all trainers, lora_scales.py the
+scales. Fusing makes new parameters and leaves the base unchanged.
 """
 
-import json
-import math
 import os
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,8 +17,9 @@ from etils import epath
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
-from cogvideox_jax.conversion import sat_names, tensors, torch_files
+from cogvideox_jax.conversion import lora_names, lora_scales, sat_names, tensors, torch_files
 from cogvideox_jax.conversion.components import TRANSFORMER
+from cogvideox_jax.conversion.lora_names import ALPHA, PREFIX, A, B, Part
 from cogvideox_jax.conversion.names import Row
 from cogvideox_jax.conversion.tensors import Layer, Lazy
 from cogvideox_jax.errors import UserError
@@ -29,26 +27,28 @@ from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.sharding import path_name
 from cogvideox_jax.types import Params
 
-PREFIX = "transformer."
-METADATA = "lora_adapter_metadata"  # diffusers' key in the header of the file.
 FILE = "pytorch_lora_weights.safetensors"
 SAT_FILE = "lora.pt"
-# Names from before PEFT, which diffusers still reads -> today's names.
-_OLDER = (
-  (re.compile(r"\.processor\."), "."),
-  (re.compile(r"(to_q|to_k|to_v)_lora\.down\."), r"\1.lora_A."),
-  (re.compile(r"(to_q|to_k|to_v)_lora\.up\."), r"\1.lora_B."),
-  (re.compile(r"to_out_lora\.down\."), "to_out.0.lora_A."),
-  (re.compile(r"to_out_lora\.up\."), "to_out.0.lora_B."),
-  (re.compile(r"\.lora(\.|_linear_layer\.)down\."), ".lora_A."),
-  (re.compile(r"\.lora(\.|_linear_layer\.)up\."), ".lora_B."),
+# The files of a folder that may hold a LoRA: diffusers', PEFT's, their older pickles, SAT's.
+FILES = (
+  FILE,
+  "adapter_model.safetensors",
+  "pytorch_lora_weights.bin",
+  "adapter_model.bin",
+  SAT_FILE,
+)
+_PEFT_CONFIG = "adapter_config.json"  # Beside PEFT's files.
+ASK_ALPHA = (
+  "A LoRA of SAT does not say its alpha, and its trainer multiplied it by alpha / {rank}.\n"
+  "Give --lora_alpha=ALPHA (lora_alpha= in Python), `lora_alpha` of the training's yaml; SAT's "
+  "default is 1"
 )
 
 
 class Update(NamedTuple):
   """The low-rank update of one module's weight."""
 
-  a: Float[np.ndarray, "r in"]
+  a: Float[np.ndarray, "r ..."]  # [r, in], or [r, in, h, w] of a convolution.
   b: Float[np.ndarray, "out r"]
   scale: float  # alpha / r
 
@@ -56,57 +56,87 @@ class Update(NamedTuple):
 LoRA = dict[str, Update]  # Name of the module in diffusers, without PREFIX -> its update.
 
 
-def read(path: epath.PathLike) -> LoRA:
+def read(
+  path: epath.PathLike,
+  alpha: float | int | None = None,
+  *,
+  weight_name: str | None = None,
+  must_know_alpha: bool = False,
+) -> LoRA:
   """The updates of a LoRA file.
 
-  The rank follows from the shapes. The header may say alpha. If it does not, as in SAT's files, the
-  scale is 1, whatever alpha the file was trained with; then set the adapter's weight to
-  alpha / rank.
+  The rank follows from the shapes; alpha is in tensors of the file, in its header, or in PEFT's
+  config beside it. If it is in none of them, the scale is 1, as in diffusers. SAT's files never say
+  it.
 
-  path: safetensors, a .pt file (needs the extra `convert`), or a folder with diffusers' FILE.
+  Args:
+    path: safetensors, a .pt or .bin file (needs the extra `convert`), or a folder with one of them.
+    alpha: that of all modules, for a file that does not say it.
+    weight_name: the file's name in the folder `path`.
+    must_know_alpha: refuses a file of SAT without alpha, in place of a warning.
 
   Raises:
-    UserError: the file is damaged, holds tensors of no LoRA, or none for the transformer.
+    UserError: the file is damaged, is no plain LoRA, or has nothing for the transformer; or alpha
+      is given though the file says it.
   """
-  path = epath.Path(path)
-  path = path / FILE if path.is_dir() else path
+  path = find_file(epath.Path(path), weight_name)
+  with torch_files.opened(path) as stored:
+    parts, others = lora_names.find_parts(stored, path)
+    is_sat = bool(sat_names.lora_names(stored))
+    found = {part: stored[name] for part, name in parts.items()}
+    fields = _fields(stored.metadata, path)
+  if others:
+    warnings.warn(
+      f"{path}: {len(others)} tensors belong to other networks than the transformer and are passed "
+      f"over; the first is {others[0]}.",
+      stacklevel=2,
+    )
+  matrices = _matrices(found, path)
+  alphas = {module: _alpha(module, x, path) for (module, part), x in found.items() if part == ALPHA}
+  scales = _scales(matrices, alphas, fields, alpha, path)
+  if scales is None and is_sat:
+    rank = len(next(iter(matrices.values()))[0])
+    if must_know_alpha:
+      raise UserError(f"{path}: {ASK_ALPHA.format(rank=rank)}.")
+    warnings.warn(f"{path}: {ASK_ALPHA.format(rank=rank)}. Taken at scale 1.", stacklevel=2)
+  scales = dict.fromkeys(matrices, 1.0) if scales is None else scales
+  return {name: Update(a, b, scales[name]) for name, (a, b) in matrices.items()}
+
+
+def find_file(path: epath.Path, weight_name: str | None = None) -> epath.Path:
+  """The LoRA file at a path: itself, or the one in a folder.
+
+  Raises:
+    UserError: there is none, or the folder holds several and none of them has a usual name.
+  """
+  if weight_name is not None:
+    path = path / weight_name
+  elif path.is_dir():
+    usual = [path / name for name in FILES if (path / name).exists()]
+    found = usual[:1] or sorted(path.glob("*.safetensors"))
+    if len(found) > 1:
+      listed = ", ".join(file.name for file in found)
+      raise UserError(f"{path} holds several files ({listed}): give the path of one.")
+    path = found[0] if found else path / FILE
   if not path.exists():
     raise UserError(f"There is no LoRA file at {path}.")
-  with torch_files.opened(path) as stored:
-    found = {
-      PREFIX + name: stored[sat_name] for name, sat_name in sat_names.lora_names(stored).items()
-    }
-    if not found:
-      found = {name: stored[name] for name in stored}
-    header = json.loads(stored.metadata.get(METADATA, "{}"))
-  if strange := sorted(name for name in found if "lora" not in name):
-    raise UserError(f"{path} is not a LoRA file: it has {strange[0]}.")
-  if dora := [name for name in found if "dora_scale" in name]:
-    warnings.warn(f"{path}: {len(dora)} DoRA scales are passed over.", stacklevel=2)
-  updates = _updates({_today(n): x for n, x in found.items() if "dora_scale" not in n}, path)
-  scales = _scales(header, updates)
-  return {name: Update(a, b, scales[name]) for name, (a, b) in updates.items()}
+  return path
 
 
 def is_lora(path: epath.Path) -> bool:
   """Whether a safetensors or .pt file holds nothing but LoRA tensors."""
   with torch_files.opened(path) as stored:
-    return all("lora" in name or sat_names.lora_names([name]) for name in stored)
-
-
-def _today(name: str) -> str:
-  """A tensor's name in today's files."""
-  for pattern, replacement in _OLDER:
-    name = pattern.sub(replacement, name)
-  return name
+    return all(lora_names.is_lora_tensor(name) for name in stored)
 
 
 def write(path: epath.PathLike, lora: LoRA) -> None:
   """Writes a safetensors file that diffusers' `load_lora_weights` reads, with the same effect."""
   stored = {}
   for name, update in lora.items():
-    stored[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(update.a)
-    stored[f"{PREFIX}{name}.lora_B.weight"] = _scaled_b(update)
+    b = _scaled_b(update)
+    stored[Part(name, A).name] = np.ascontiguousarray(update.a)
+    # PEFT's B of a convolution is one with a kernel of one pixel.
+    stored[Part(name, B).name] = b.reshape(*b.shape, *(1,) * (update.a.ndim - 2))
   save_file(stored, os.fspath(path), metadata={"format": "pt"})
 
 
@@ -142,9 +172,9 @@ def fuse(params: Params, config: DiTConfig, lora: LoRA, weight: float = 1.0) -> 
   changes: dict[str, dict[Layer, list[_Change]]] = defaultdict(lambda: defaultdict(list))
   for module, update in lora.items():
     slot = slots.get(f"{module}.weight")
-    if slot is None or len(slot.shape) != 2:
+    if slot is None:
       raise UserError(f"The LoRA changes {module}, which this transformer does not have.")
-    tensors.check_shape(module, (len(update.b), update.a.shape[1]), slot.shape)
+    tensors.check_shape(module, (len(update.b), *update.a.shape[1:]), slot.shape)
     changes[slot.path][slot.layer].append(_Change(update, slot.row, weight))
 
   def leaf(path, old):
@@ -164,7 +194,7 @@ class _Change(NamedTuple):
   def delta(self) -> Float[np.ndarray, "..."]:
     """The summand, with the axes of our parameter."""
     a, b, scale = self.update
-    delta = b.astype(np.float32) @ a.astype(np.float32)
+    delta = np.tensordot(b.astype(np.float32), a.astype(np.float32), 1)
     return self.row.to_ours(delta * np.float32(scale * self.weight))
 
 
@@ -184,50 +214,72 @@ class _Fused(Lazy):
     return total.astype(base.dtype)
 
 
-def _updates(
-  found: Mapping[str, np.ndarray], path: epath.Path
+def _fields(metadata: Mapping[str, str], path: epath.Path) -> dict[str, Any]:
+  """What a file says of itself in PEFT's terms: in its header, else in PEFT's config beside it."""
+  if fields := lora_scales.header_fields(metadata, path):
+    return fields
+  config = path.parent / _PEFT_CONFIG
+  if path.stem != "adapter_model" or not config.exists():
+    return {}
+  return lora_scales.parsed(config.read_text(), str(config))
+
+
+def _matrices(
+  found: Mapping[Part, np.ndarray], path: epath.Path
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """Name of a module -> its A and B.
+  """Name of a module -> its A, and its B with two axes.
 
   Raises:
-    UserError: one of the two is missing, a tensor is of another kind, or there is none.
+    UserError: one of the two is missing, their shapes do not fit, or there is none.
   """
-  if others := sorted(name for name in found if not name.startswith(PREFIX)):
-    warnings.warn(
-      f"{path}: {len(others)} tensors do not begin with {PREFIX!r} and are passed over, as in "
-      f"diffusers; the first is {others[0]}.",
-      stacklevel=3,
-    )
-  ours = {name.removeprefix(PREFIX): x for name, x in found.items() if name.startswith(PREFIX)}
-  modules = {name.split(".lora_")[0] for name in ours}
-  updates, known = {}, set()
-  for module in sorted(modules):
-    keys = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-    if missing := [key for key in keys if key not in ours]:
-      raise UserError(f"{path} lacks {PREFIX}{missing[0]}.")
-    updates[module] = tuple(ours[key] for key in keys)
-    known.update(keys)
-  if unknown := sorted(ours.keys() - known):
-    raise UserError(f"{path} has {PREFIX}{unknown[0]}, which is not supported.")
-  if not updates:
+  matrices = {}
+  for module in sorted({part.module for part in found}):
+    if missing := [part for part in (Part(module, A), Part(module, B)) if part not in found]:
+      raise UserError(f"{path} lacks {missing[0].name}.")
+    a, b = found[Part(module, A)], found[Part(module, B)]
+    if a.ndim < 2 or a.shape[:1] != b.shape[1:2] or b.size != b.shape[0] * b.shape[1]:
+      raise UserError(
+        f"{path}: the matrices of {module} do not fit: A is {list(a.shape)}, [rank, inputs], and B "
+        f"{list(b.shape)}, [outputs, rank].\nThe file is damaged, or of another kind than LoRA."
+      )
+    matrices[module] = a, b.reshape(b.shape[:2])
+  if not matrices:
     raise UserError(f"{path} changes nothing of a transformer: no tensor begins with {PREFIX!r}.")
-  return updates
+  return matrices
+
+
+def _alpha(module: str, tensor: np.ndarray, path: epath.Path) -> float:
+  """The number in a tensor `alpha`."""
+  if tensor.size != 1:
+    raise UserError(f"{path}: alpha of {module} has shape {list(tensor.shape)}; it is one number.")
+  return float(tensor.reshape(()))
 
 
 def _scales(
-  metadata: Mapping[str, object], updates: Mapping[str, tuple[np.ndarray, np.ndarray]]
-) -> dict[str, float]:
-  """Name of a module -> alpha / r, by PEFT's rules from the header; 1 if it does not say alpha."""
-  fields = {name.removeprefix(PREFIX): value for name, value in metadata.items()}
-  if fields.get("lora_alpha") is None:
-    return dict.fromkeys(updates, 1.0)
-  patterns = fields.get("alpha_pattern") or {}
-  scales = {}
-  for module, (a, _) in updates.items():
-    alpha = fields["lora_alpha"]
-    if isinstance(patterns, Mapping):
-      matches = [v for k, v in patterns.items() if module == k or module.endswith(f".{k}")]
-      alpha = matches[0] if matches else alpha
-    rank = math.sqrt(len(a)) if fields.get("use_rslora") else len(a)
-    scales[module] = float(str(alpha)) / rank
+  matrices: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  alphas: Mapping[str, float],
+  fields: Mapping[str, Any],
+  given: float | int | None,
+  path: epath.Path,
+) -> dict[str, float] | None:
+  """Name of a module -> alpha / r; None if neither the file nor the caller says alpha.
+
+  Args:
+    alphas: of the tensors `alpha`.
+    fields: PEFT's.
+    given: the caller's alpha.
+  """
+  ranks = {module: len(a) for module, (a, _) in matrices.items()}
+  if given is not None and (alphas or fields):
+    raise UserError(
+      f"{path} says its alpha itself: leave --lora_alpha={given:g} out; --lora_weight scales it."
+    )
+  if given is not None:
+    return {module: given / rank for module, rank in ranks.items()}
+  if not alphas:
+    return lora_scales.by_fields(fields, ranks, path) if fields else None
+  # Without the tensor, or if it is 0, alpha is r, as in kohya's loader.
+  scales = {module: (alphas.get(module) or rank) / rank for module, rank in ranks.items()}
+  if fields and lora_scales.by_fields(fields, ranks, path) != scales:
+    raise UserError(f"{path}: the tensors `alpha` say another scale than PEFT's fields do.")
   return scales

@@ -4,9 +4,11 @@ The library's writer needs all tensors of a file in memory, and copies them. The
 header followed by the tensors, so our writer holds one tensor at a time.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +25,11 @@ DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
   "I64": np.dtype(np.int64),
   "I32": np.dtype(np.int32),
+}
+# Types that numpy's reader lacks. They are read as bfloat16, which holds each of their numbers.
+_EIGHT_BITS = {
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8  # Bytes; the first tensor starts at a multiple.
@@ -42,10 +49,9 @@ class SafetensorsFiles(Tensors):
     self._files = {}
     self.metadata: dict[str, str] = {}  # The entries of all headers.
     for path in paths:
-      file = _open(path)
-      self.metadata.update(file.metadata() or {})
-      stored = file.keys()
-      self._files.update({name: (file, name) for name in stored})
+      file = _File(path)
+      self.metadata.update(file.metadata)
+      self._files.update({name: (file, name) for name in file.names})
     for alias, name in (aliases or {}).items():
       if alias in self._files:
         self._files.setdefault(name, self._files[alias])
@@ -53,14 +59,11 @@ class SafetensorsFiles(Tensors):
 
   def spec(self, name: str) -> Spec:
     file, stored = self._files[name]
-    tensor = file.get_slice(stored)
-    if tensor.get_dtype() not in DTYPES:
-      raise UserError(f"{name} is {tensor.get_dtype()}; only {', '.join(DTYPES)} are supported.")
-    return Spec(DTYPES[tensor.get_dtype()], tuple(tensor.get_shape()))
+    return file.spec(stored)
 
   def __getitem__(self, name: str) -> np.ndarray:
     file, stored = self._files[name]
-    return file.get_tensor(stored)
+    return file.read(stored)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._files)
@@ -69,11 +72,44 @@ class SafetensorsFiles(Tensors):
     return len(self._files)
 
 
-def _open(path: epath.PathLike):
-  try:
-    return safe_open(os.fspath(path), framework="np")
-  except SafetensorError as error:
-    raise UserError(f"{path} is damaged or incomplete ({error}); fetch it again.") from error
+class _File:
+  """One file."""
+
+  def __init__(self, path: epath.PathLike):
+    """Opens it; raises UserError if it is damaged."""
+    self._path = os.fspath(path)
+    try:
+      self._file = safe_open(self._path, framework="np")
+    except SafetensorError as error:
+      raise UserError(f"{path} is damaged or incomplete ({error}); fetch it again.") from error
+    self.names: list[str] = self._file.keys()
+    self.metadata: dict[str, str] = self._file.metadata() or {}
+
+  def spec(self, name: str) -> Spec:
+    """The dtype in which a tensor is read, and its shape."""
+    tensor = self._file.get_slice(name)
+    code = "BF16" if tensor.get_dtype() in _EIGHT_BITS else tensor.get_dtype()
+    if code not in DTYPES:
+      known = ", ".join([*DTYPES, *_EIGHT_BITS])
+      raise UserError(f"{self._path}: {name} is {code}; only {known} are supported.")
+    return Spec(DTYPES[code], tuple(tensor.get_shape()))
+
+  def read(self, name: str) -> np.ndarray:
+    spec, code = self.spec(name), self._file.get_slice(name).get_dtype()
+    if code not in _EIGHT_BITS:
+      return self._file.get_tensor(name)
+    length, entries = self._header
+    offset, _ = entries[name]["data_offsets"]
+    count = int(np.prod(spec.shape))
+    found = np.fromfile(self._path, _EIGHT_BITS[code], count, offset=8 + length + offset)
+    return found.reshape(spec.shape).astype(spec.dtype)
+
+  @functools.cached_property
+  def _header(self) -> tuple[int, dict[str, Any]]:
+    """The length of the header in bytes, and its entries by tensor."""
+    with open(self._path, "rb") as file:
+      length = int.from_bytes(file.read(8), "little")
+      return length, json.loads(file.read(length))
 
 
 def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:

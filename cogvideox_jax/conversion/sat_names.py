@@ -43,7 +43,7 @@ class Source(NamedTuple):
 _JOINED = "transformer.layers.{i}.attention.query_key_value"
 _MODULATIONS = "mixins.adaln_layer.adaLN_modulations.{i}.1"
 # Modules of diffusers outside the blocks -> SAT's.
-_TRANSFORMER = {
+MODULES = {
   "patch_embed.proj": "mixins.patch_embed.proj",
   "patch_embed.text_proj": "mixins.patch_embed.text_proj",
   "patch_embed.pos_embedding": "mixins.pos_embed.pos_embedding",
@@ -58,7 +58,7 @@ _TRANSFORMER = {
   "proj_out": "mixins.final_layer.linear",
 }
 # Modules of diffusers in block i -> SAT's.
-_BLOCK = {
+BLOCK_MODULES = {
   "norm1.norm": Source("transformer.layers.{i}.input_layernorm"),
   "norm2.norm": Source("transformer.layers.{i}.post_attention_layernorm"),
   # Twelve: (shift, scale, gate) of attention and MLP for vision, then the same for text.
@@ -84,8 +84,8 @@ def transformer_source(name: str) -> Source:
   module, ending = _split(name)
   block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module)
   if block is None:
-    return Source(_TRANSFORMER[module] + ending)
-  source = _BLOCK[block[2]]
+    return Source(MODULES[module] + ending)
+  source = BLOCK_MODULES[block[2]]
   return source._replace(name=source.name.format(i=block[1]) + ending)
 
 

@@ -29,20 +29,34 @@ class Adapters:
     self._base: Params | None = None  # The weights without adapters; None if none was loaded.
     self._adapters: dict[str, tuple[LoRA, float]] = {}  # By name, each with its weight.
 
-  def load_lora_weights(self, path: epath.PathLike, adapter_name: str = "default") -> None:
+  def load_lora_weights(
+    self,
+    path: epath.PathLike,
+    adapter_name: str = "default",
+    *,
+    weight_name: str | None = None,
+    lora_alpha: float | int | None = None,
+  ) -> None:
     """Adds an adapter with weight 1.
 
     Args:
       path: a LoRA file, or a folder that holds one; see `conversion.lora.read`.
       adapter_name: for `set_adapters`.
+      weight_name: the file's name in the folder `path`.
+      lora_alpha: alpha of all modules, for a file that does not say it, as SAT's.
 
     Raises:
       UserError: it is no LoRA of this transformer, or there is an adapter of that name.
     """
+    self.add_lora(lora.read(path, lora_alpha, weight_name=weight_name), adapter_name)
+
+  def add_lora(
+    self, updates: LoRA, adapter_name: str = "default", weight: float | int = 1.0
+  ) -> None:
+    """Adds an adapter that was read; see `load_lora_weights`."""
     if adapter_name in self._adapters:
       raise UserError(f"There is an adapter {adapter_name!r} already; give another adapter_name.")
-    loaded = lora.read(path)
-    self._apply({**self._adapters, adapter_name: (loaded, 1.0)})
+    self._apply({**self._adapters, adapter_name: (updates, weight)})
 
   def set_adapters(self, names: Sequence[str], weights: Sequence[float] | float = 1.0) -> None:
     """Sets the weights of these adapters, one for all or one for each, and of all others to 0.
