@@ -104,7 +104,7 @@ def get_config() -> ConfigDict:
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 1e-4
-  config.optimizer.warmup_steps = 1000
+  config.optimizer.warmup_steps = 1000.0
   config.optimizer.final_fraction = 0.0
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.95

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
       rows_at_once=0,
     )
   config.train.steps = 1600
-  config.optimizer.update(learning_rate=4e-3, warmup_steps=50, ema_decay=0.99)
+  config.optimizer.update(learning_rate=4e-3, warmup_steps=1 / 32, ema_decay=0.99)
   config.mesh.update(data=-1, fsdp=1)
   config.cpu_devices = 2
   config.checkpoint.every = 500

@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 2e-3
-  config.optimizer.warmup_steps = 100
+  config.optimizer.warmup_steps = 1 / 15
   config.optimizer.final_fraction = 0.01
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.95

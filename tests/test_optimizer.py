@@ -75,3 +75,15 @@ def test_the_average_forgets_the_drawn_weights_first_and_then_keeps_its_decay():
   for step in range(100):
     ema = state.average(ema, trained, jnp.int32(step), 0.9999)
   assert float(ema["kernel"][0]) < 1e-9  # A fixed decay would keep .99 of what was drawn.
+
+
+@pytest.mark.parametrize(
+  ("wanted", "steps", "warmup"),
+  [(1 / 32, 1600, 50), (1 / 15, 1500, 100), (1 / 32, 20, 0), (0.5, 5, 2), (0, 5, 0), (4, 5, 4)],
+)
+def test_a_warm_up_below_1_is_a_fraction_of_the_run(wanted, steps, warmup):
+  given = config(warmup_steps=wanted)
+  assert optimizer.warmup_steps(given, steps) == warmup
+  rate = optimizer.learning_rate(given, steps)
+  expected = optimizer.learning_rate(config(warmup_steps=warmup), steps)
+  assert [float(rate(step)) for step in range(5)] == [float(expected(step)) for step in range(5)]

@@ -34,6 +34,10 @@ CONTEXT = Range(
   "at least 1, or -1 for all devices that are left, or 0 for what each stage says",
   lambda number: number >= -1,
 )
+WARMUP = Range(
+  "a whole number of updates, at least 0, or a fraction of them below 1",
+  lambda number: 0 <= number < 1 or (number >= 1 and number == int(number)),
+)
 PART = Range("a fraction, above 0 and at most 1", lambda number: 0 < number <= 1)
 
 DURATIONS = "hold numbers of frames, such as (1, 9, 17)"
@@ -139,7 +143,11 @@ class DataConfig:
     metadata=key("Frames a second that clips are brought to.", "paper Table 5: 8; the 1.5: 16")
   )
   validation_fraction: float = field(
-    metadata=key("Fraction of clips held out, chosen by a hash of their names.", allowed=FRACTION)
+    metadata=key(
+      "Fraction of clips held out, chosen by a hash of their names. Of few clips it may be none; "
+      "then there is no validation.",
+      allowed=FRACTION,
+    )
   )
 
 
@@ -237,10 +245,11 @@ class OptimizerConfig:
   """AdamW, its schedule, and the moving average of the weights."""
 
   learning_rate: float = field(metadata=key("Peak learning rate, unless a stage has its own."))
-  warmup_steps: int = field(
+  warmup_steps: int | float = field(
     metadata=key(
-      "Updates of linear warm-up in each stage. With several stages, a tenth of each at most.",
-      allowed=AT_LEAST_ZERO,
+      "Updates of linear warm-up in each stage; below 1, a fraction of the stage's updates. With "
+      "several stages, a tenth of each at most.",
+      allowed=WARMUP,
     )
   )
   final_fraction: float = field(

@@ -1,5 +1,6 @@
 """Makes AdamW with warm-up and a cosine decay from a config."""
 
+import math
 from typing import Any
 
 import jax
@@ -21,19 +22,30 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   Raises:
     UserError: the warm-up is longer than the run.
   """
-  if not 0 <= config.warmup_steps < steps:
+  warmup = warmup_steps(config, steps)
+  if not 0 <= warmup < steps:
     raise UserError(
-      f"config.optimizer.warmup_steps is {config.warmup_steps}, but config.train.steps is {steps}."
-      "\nThe warm-up must be shorter than the run."
+      f"config.optimizer.warmup_steps is {warmup}, but config.train.steps is {steps}."
+      "\nThe warm-up must be shorter than the run. A number below 1, such as 0.03, is a fraction "
+      "of it."
     )
   peak = config.learning_rate
   return optax.warmup_cosine_decay_schedule(
-    init_value=0.0 if config.warmup_steps else peak,
+    init_value=0.0 if warmup else peak,
     peak_value=peak,
-    warmup_steps=config.warmup_steps,
+    warmup_steps=warmup,
     decay_steps=steps,
     end_value=config.final_fraction * peak,
   )
+
+
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+  """Returns the updates of the warm-up of a schedule of so many steps.
+
+  A fraction of them is rounded down, but not for the inexactness of a number such as 1/15.
+  """
+  wanted = config.warmup_steps
+  return math.floor(wanted * steps + 1e-6) if 0 < wanted < 1 else int(wanted)
 
 
 def make_optimizer(

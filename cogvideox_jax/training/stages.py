@@ -91,8 +91,8 @@ def learning_rate(config: TrainConfig, name: str) -> optax.Schedule:
   if peak := config.stages[name].learning_rate:
     own = dataclasses.replace(own, learning_rate=float(peak))
   if len(config.stages) > 1:
-    warmup_steps = min(own.warmup_steps, int(stage.steps * WARMUP_FRACTION))
-    own = dataclasses.replace(own, warmup_steps=warmup_steps)
+    most = int(stage.steps * WARMUP_FRACTION)
+    own = dataclasses.replace(own, warmup_steps=min(optimizer.warmup_steps(own, stage.steps), most))
   schedule = optimizer.learning_rate(own, stage.steps)
   return lambda step: schedule(step - stage.start)
 
