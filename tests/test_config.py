@@ -174,3 +174,10 @@ def test_a_mixture_that_names_nothing_to_train_on_is_refused(path, sources, want
   with pytest.raises(UserError) as caught:
     check(mixed(path, sources))
   assert wanted in str(caught.value)
+
+
+def test_a_model_that_sees_an_image_gets_no_clip_that_is_this_image():
+  config = tiny_i2v.get_config()
+  checks.check(typed(config), "")
+  with pytest.raises(UserError, match=r"stages\.tiny\.durations is \(1, 9\), .*\n.*Leave 1 out"):
+    checks.check(typed(config, stages__tiny__durations=(1, 9)), "")

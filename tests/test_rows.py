@@ -4,11 +4,20 @@ import itertools
 
 import numpy as np
 import pytest
-from drawn_dataset import MAX_CLIPS, ROW_TOKENS, assert_equal, make_dataset, make_rows, numbers_of
+from drawn_dataset import (
+  MAX_CLIPS,
+  ROW_TOKENS,
+  assert_equal,
+  draw_example,
+  make_dataset,
+  make_rows,
+  numbers_of,
+)
 
 from cogvideox_jax.data import packing
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.rows import Rows
+from cogvideox_jax.data.shards import ShardWriter
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import TEXT
 
@@ -160,3 +169,14 @@ def test_the_best_clips_of_a_dataset_without_scores_are_not_guessed(tmp_path):
   message = str(caught.value)
   assert "60.0% have one; 'clip-1' has none" in message and '"score": 0.9' in message
   assert len(message.splitlines()) <= 8
+
+
+def test_a_clip_of_one_frame_is_not_trained_on_as_its_own_image(tmp_path, caplog):
+  examples = [draw_example(number) for number in range(9)]  # Every third has one frame.
+  writer = ShardWriter(tmp_path, 1, "test")
+  writer.write_shard(0, [x._replace(image=np.zeros((1, 2, *x.mean.shape[1:]))) for x in examples])
+  writer.finalize()
+  rows = make_rows(Dataset(tmp_path), with_images=True)
+  assert rows.clips.tolist() == [1, 2, 4, 5, 7, 8]
+  assert "3 of 9 clips of" in caplog.text and "its own image" in caplog.text
+  assert len(make_rows(Dataset(tmp_path)).clips) == 9

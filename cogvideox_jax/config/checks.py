@@ -135,6 +135,18 @@ def _check_images(config: TrainConfig) -> None:
       f"config.preview.images names {files} files; it must name {wanted}: one for each of "
       "config.preview.prompts if the model sees an image (config.model.in_channels), else none."
     )
+  if channels > latents:
+    _check_durations(config.stages)
+
+
+def _check_durations(stages: Mapping[str, StageConfig]) -> None:
+  """A model that sees an image has nothing to learn from a clip that is this image."""
+  for name, stage in stages.items():
+    if 1 in stage.durations:
+      raise UserError(
+        f"config.stages.{name}.durations is {stage.durations}, but config.model sees an image: a "
+        "clip of\none frame would be its own image. Leave 1 out."
+      )
 
 
 def _check_learned_positions(config: TrainConfig, compression: int) -> None:

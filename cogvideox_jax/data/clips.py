@@ -5,6 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Bool, UInt64
+
 from cogvideox_jax.data import buckets
 from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.manifest import Item
@@ -48,8 +51,25 @@ def clip_name(file: str, number: int) -> str:
 def source_hash(source: str) -> int:
   """Returns 64 uniform bits that depend only on the name of the clip's file.
 
-  A clip is held out for validation if they are below validation_fraction * 2**64. All clips of a
-  file have the same bits, so they are in the same split.
+  `are_held_out` chooses by them. All clips of a file have the same bits, so they are in the same
+  split.
   """
   file = re.sub(rb"#\d+$", b"", source.encode())
   return int.from_bytes(hashlib.blake2b(file, digest_size=8).digest(), "little")
+
+
+def are_held_out(
+  hashes: UInt64[np.ndarray, " clips"], validation_fraction: float
+) -> Bool[np.ndarray, " clips"]:
+  """Returns which clips are held out for validation: those whose bits are below the fraction.
+
+  If there are so few files that chance would hold out all of them, none is held out, because
+  training needs them.
+
+  Args:
+    hashes: the `source_hash` of each clip.
+    validation_fraction: in [0, 1]. Above a half it may hold out everything.
+  """
+  held_out = hashes < validation_fraction * 2.0**64
+  by_chance = held_out.all() and validation_fraction <= 0.5
+  return np.zeros_like(held_out) if by_chance else held_out

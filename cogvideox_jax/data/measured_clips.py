@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from tqdm import tqdm
 
 from cogvideox_jax.data.buckets import Bucket
-from cogvideox_jax.data.clips import cut_clips, source_hash
+from cogvideox_jax.data.clips import are_held_out, cut_clips, source_hash
 from cogvideox_jax.data.decoding import Decoders, File
 from cogvideox_jax.data.manifest import Item, Refusal, read_manifest
 from cogvideox_jax.data.media import VideoError
@@ -51,7 +51,7 @@ class MeasuredClips(NamedTuple):
       UserError: there is nothing left to train on.
     """
     hashes = np.array([source_hash(item.id) for item in self.files], np.uint64)
-    held_out = hashes < validation_fraction * 2.0**64
+    held_out = are_held_out(hashes, validation_fraction)
     train, validation = self._of_files(~held_out), self._of_files(held_out)
     if not train.num_clips:
       raise UserError(

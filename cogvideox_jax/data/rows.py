@@ -13,12 +13,17 @@ from absl import logging
 from jaxtyping import Bool, Float, Int
 
 from cogvideox_jax.data import packing
+from cogvideox_jax.data.clips import are_held_out
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Batch, Example
 
 # The text states of a clip that loses its caption: zeros, or the given ones.
 DroppedCaption: TypeAlias = Literal["zeros"] | Float[np.ndarray, "l t"]
+
+
+class EmptySplitError(UserError):
+  """A split of a dataset has no clip, or none that fits a row."""
 
 
 class Row(NamedTuple):
@@ -55,7 +60,7 @@ class Rows:
     best: float = 1.0,  # The fraction of the split's clips to keep: those with the highest scores.
     split: str = "train",  # "validation" has one order in all epochs and runs, and drops nothing.
   ):
-    """Raises UserError if the dataset does not fit these numbers."""
+    """Raises UserError if the dataset does not fit these numbers; see also `EmptySplitError`."""
     self.dataset, self.row_tokens, self.max_clips = dataset, row_tokens, max_clips
     self._patch, self._drop = patch, None if isinstance(drop, str) else drop
     self._with_images = with_images
@@ -117,18 +122,18 @@ class Rows:
     self, split: str, validation_fraction: float, best: float
   ) -> tuple[Int[np.ndarray, " clips"], Int[np.ndarray, " too_long"]]:
     """Returns the split's clips that fit a row, and those that do not."""
-    held_out = self.dataset.index.source_hash < validation_fraction * 2.0**64
-    chosen = self._best(held_out if split == "validation" else ~held_out, best)
+    held_out = are_held_out(self.dataset.index.source_hash, validation_fraction)
+    chosen = self._best(self._usable() & (held_out if split == "validation" else ~held_out), best)
     fits = self.lengths <= self.row_tokens
     clips, too_long = np.flatnonzero(chosen & fits), np.flatnonzero(chosen & ~fits)
     directory = self.dataset.directory
     if not chosen.any():
-      raise UserError(
+      raise EmptySplitError(
         f"none of the {len(chosen)} clips of {directory} is in the {split} split:\n"
         f"change config.data.validation_fraction, which is {validation_fraction}"
       )
     if not len(clips):
-      raise UserError(
+      raise EmptySplitError(
         f"none of the {split} clips of {directory} fits a row of {self.row_tokens} tokens; the\n"
         f"shortest has {self.lengths[chosen].min()}: raise row_tokens or encode smaller clips"
       )
@@ -142,6 +147,19 @@ class Rows:
         self.dataset.source(int(too_long[0])),
       )
     return clips, too_long
+
+  def _usable(self) -> Bool[np.ndarray, " clips"]:
+    """Returns which clips can be trained on, of any split: with images, those that move."""
+    moves = self.dataset.index.num_frames > 1
+    if not self._with_images or moves.all():
+      return np.ones_like(moves)
+    logging.warning(
+      "%d of %d clips of %s are left out: a clip of one frame is its own image",
+      len(moves) - moves.sum(),
+      len(moves),
+      self.dataset.directory,
+    )
+    return moves
 
   def _best(
     self, chosen: Bool[np.ndarray, " clips"], fraction: float
