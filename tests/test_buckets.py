@@ -115,6 +115,11 @@ def test_a_shape_farther_off_is_taken_before_a_size_that_is_too_large():
     (110, (1, 9, 17, 49), [49, 49, 9]),
     (97, (1, 33, 49), [49, 33]),
     (34, (17, 1), [17, 17]),
+    (48, (1, 9, 17, 33, 49), [9, 9, 9, 9, 9]),  # 33 and 9 would leave six frames over.
+    (26, (1, 9, 17), [17, 9]),  # Of the cuts that leave none over, that of the fewest clips is it.
+    (97, (1, 9, 17, 33, 49), [49, 9, 9, 9, 9, 9]),
+    (31, (5, 13), [13, 13, 5]),
+    (44, (9, 33), [33, 9]),
     (8, (1, 9), [1]),  # Less than a clip is worth a still, but
     (16, (1, 9), [9]),  # more than a clip is worth no stills.
     (1, (1, 9), [1]),

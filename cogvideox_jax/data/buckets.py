@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from cogvideox_jax.data.media import VideoError
@@ -72,17 +73,32 @@ def cut(
 ) -> list[Window]:
   """Cuts a video into clips that follow one another and share no frame.
 
-  Each is as long as the rest of the video allows, so the longest come first. If the last frames are
-  too few for a duration above 1, they are left out: a still of a video that is already in the data
-  teaches nothing. Raises VideoError as `assign` does.
+  It takes the longest duration as often as it fits, and cuts the rest so that the fewest frames are
+  left over, in the fewest clips; the longest come first. If the last frames are too few for a
+  duration above 1, they are left out: a still of a video that is already in the data teaches
+  nothing. Raises VideoError as `assign` does.
   """
-  num_frames, *size = assign(info, sizes, durations, fps)
-  windows = [Window(0, num_frames, *size)]
-  end, available = num_frames, info.frames_at(fps)
-  while fitting := [frames for frames in durations if 1 < frames <= available - end]:
-    windows.append(Window(end, max(fitting), *size))
-    end += max(fitting)
-  return windows
+  first, *size = assign(info, sizes, durations, fps)
+  available, moving = info.frames_at(fps), [frames for frames in durations if frames > 1]
+  if first == 1:
+    return [Window(0, 1, *size)]
+  whole, rest = divmod(available, max(moving))
+  lengths = [max(moving)] * whole + _least_waste(rest, moving)
+  starts = accumulate(lengths, initial=0)
+  return [Window(start, length, *size) for start, length in zip(starts, lengths, strict=False)]
+
+
+def _least_waste(frames: int, durations: Sequence[int]) -> list[int]:
+  """Returns durations of the largest sum up to `frames`, as few as possible, in falling order."""
+  best: list[list[int]] = [[]]  # For each number of frames.
+
+  def rank(lengths: list[int]) -> tuple[int, int, list[int]]:
+    return sum(lengths), -len(lengths), lengths
+
+  for number in range(1, frames + 1):
+    cuts = [[length, *best[number - length]] for length in durations if length <= number]
+    best.append(max([best[-1], *(sorted(cut, reverse=True) for cut in cuts)], key=rank))
+  return best[frames]
 
 
 def _nearest_size(info: VideoInfo, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
