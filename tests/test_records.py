@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from cogvideox_jax.data import records, shards
+from cogvideox_jax.data import dataset_index, records, shards
 from cogvideox_jax.data.clips import clip_name
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.shards import ShardWriter
@@ -227,15 +227,15 @@ def test_a_kill_between_a_note_and_its_shard_leaves_the_shard_pending(tmp_path):
 def test_every_changed_byte_of_a_dataset_is_found(tmp_path):
   write_dataset(tmp_path, [draw_example(n) for n in range(6)])
   subprocess.run(["sha256sum", "--check", "--quiet", "sha256sums.txt"], cwd=tmp_path, check=True)
-  assert records.damaged_files(tmp_path) == []
+  assert dataset_index.damaged_files(tmp_path) == []
   shard, index = tmp_path / records.shard_name(1, 2), tmp_path / "index.npz"
   for path in (shard, index):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-  assert records.damaged_files(tmp_path) == [shard.name, "index.npz"]
+  assert dataset_index.damaged_files(tmp_path) == [shard.name, "index.npz"]
   shard.unlink()
-  assert records.damaged_files(tmp_path) == [shard.name, "index.npz"]
+  assert dataset_index.damaged_files(tmp_path) == [shard.name, "index.npz"]
 
 
 def test_the_same_records_have_the_same_digest_and_others_another(tmp_path):
@@ -265,7 +265,7 @@ def test_what_is_no_dataset_says_what_to_do(tmp_path):
   with pytest.raises(UserError, match="not an encoded dataset"):
     Dataset(tmp_path)
   with pytest.raises(UserError, match=r"no sha256sums\.txt"):
-    records.damaged_files(tmp_path)
+    dataset_index.damaged_files(tmp_path)
   with pytest.raises(UserError, match="no clips were found"):
     ShardWriter(tmp_path, 0, "x")
   writer = ShardWriter(tmp_path, 1, "x")

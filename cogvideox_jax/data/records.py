@@ -4,6 +4,7 @@ A folder holds:
 
 - `clips-train.array_record-J-of-N`: the shards;
 - `shards.json`: what they are made from;
+- `encoded_by.json`: what encoded them (see encoded_by.py), unless an earlier version did;
 - `shards/J.json`: what shard J holds, and what it refused;
 - once all shards are there, `index.npz` (the clips' metadata in columns), the two JSON files of
   TFDS, and `sha256sums.txt` (the digests of the shards and the index, in sha256sum's format).
@@ -21,22 +22,27 @@ bfloat16. TFDS sees their bits as uint16.
 """
 
 import os
-import zipfile
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Float
 
-from cogvideox_jax.data.files import sha256
+from cogvideox_jax.data import encoded_by
+from cogvideox_jax.data.dataset_index import (
+  DIGESTS,
+  MEND,
+  Index,
+  check_file,
+  read_index,
+)
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Caption, Example
 
 FORMAT = 2  # The version of records and index. Version 1 had one caption a clip, and no score.
-INDEX, DIGESTS = "index.npz", "sha256sums.txt"
 DATASET, SPLIT = "clips", "train"  # Their names for TFDS. The loader chooses validation clips.
 
 FEATURES: Any = tfds.features.FeaturesDict(
@@ -65,22 +71,9 @@ FEATURES: Any = tfds.features.FeaturesDict(
 
 
 _SERIALIZER = tfds.core.ExampleSerializer(FEATURES.get_serialized_info())
+# What ArrayRecord raises for damaged files, found by flipping bits of them.
+_READ_FAULTS = (RuntimeError, ValueError, IndexError, OSError)
 _AS_THEY_ARE = ("source", "num_frames", "height", "width", "fps")  # Fields stored unchanged.
-
-
-class Index(NamedTuple):
-  """The metadata of a dataset's clips in columns, in the order of the records."""
-
-  num_frames: Int[np.ndarray, " clips"]  # In pixels, like height and width.
-  height: Int[np.ndarray, " clips"]
-  width: Int[np.ndarray, " clips"]
-  fps: Float[np.ndarray, " clips"]
-  latent_shape: Int[np.ndarray, "clips 4"]  # (f, h, w, c).
-  text_shape: Int[np.ndarray, "clips 2"]  # (l, t).
-  source_hash: UInt64[np.ndarray, " clips"]  # See `clips.source_hash`.
-  captions: Int[np.ndarray, " clips"]  # The number of captions, at least 1.
-  score: Float[np.ndarray, " clips"]  # NaN if there is none.
-  images: Int[np.ndarray, " clips"]  # The number of noised copies of the first frame, maybe 0.
 
 
 def storage_fault(example: Example) -> str | None:
@@ -160,43 +153,44 @@ class Dataset:
   def __init__(self, directory: epath.PathLike):
     """Reads only the index. UserError if the dataset is absent, unfinished, empty or damaged."""
     self.directory = epath.Path(directory)
-    arrays = self._read_index()
-    if missing := set(Index._fields) - arrays.keys():
-      raise UserError(
-        f"{self.directory} was encoded by an earlier version: its index lacks "
-        f"{', '.join(sorted(missing))}.\nEncode the clips again, into another folder."
-      )
+    arrays = read_index(self.directory)
     self.index = Index(*(arrays[name] for name in Index._fields))
     self.digest = str(arrays["digest"])  # It depends on all records, and on nothing else.
+    check_file(self.directory / encoded_by.NAME)
+    self.encoded_by = encoded_by.read(self.directory)  # None: an earlier version encoded them.
     self._names, self._name_ends = arrays["names"], arrays["name_ends"]
     if not len(self):
       raise UserError(f"{self.directory} is empty: every clip was refused, see quarantine.jsonl")
-    self._records = ArrayRecordDataSource(
-      self._shards(arrays["shard_lengths"], arrays["shard_bytes"])
-    )
+    self._shard_lengths = arrays["shard_lengths"]
+    self._records = ArrayRecordDataSource(self._shards(self._shard_lengths, arrays["shard_bytes"]))
 
   def __len__(self) -> int:
     return len(self.index.source_hash)
 
   def __getitem__(self, clip: int) -> Example:
-    return parse(self._records[clip])
+    """Reads a clip. UserError if its shard is damaged there."""
+    try:
+      # A hash of each record's bytes is checked, so that what is read is what was written.
+      record = self._records[clip]
+    except _READ_FAULTS as error:
+      raise self._damaged(clip, error) from error
+    return parse(record)
 
   def source(self, clip: int) -> str:
     start = self._name_ends[clip - 1] if clip else 0
     return self._names[start : self._name_ends[clip]].tobytes().decode()
 
-  def _read_index(self) -> dict[str, np.ndarray]:
-    path = self.directory / INDEX
-    try:
-      with path.open("rb") as file, np.load(file) as arrays:
-        return dict(arrays)
-    except FileNotFoundError as error:
-      raise UserError(
-        f"{self.directory} is not an encoded dataset, or was not finished.\n"
-        "Make it with `python -m cogvideox_jax.encode`; the same command finishes it."
-      ) from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-      raise UserError(f"{path} is damaged.\nRun the same encode command again.") from error
+  def _damaged(self, clip: int, error: Exception) -> UserError:
+    """Says which file is damaged, and how to mend it."""
+    shard = int(np.searchsorted(np.cumsum(self._shard_lengths), clip, side="right"))
+    path = self.directory / shard_name(shard, len(self._shard_lengths))
+    reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    return UserError(
+      f"{path} is damaged: the clip {self.source(clip)!r} cannot be read.\n"
+      f"({reason})\n{MEND}\n"
+      f"Until then nothing can be trained on {self.directory}; "
+      f"`sha256sum --check {DIGESTS}` there lists what is damaged."
+    )
 
   def _shards(self, lengths: np.ndarray, sizes: np.ndarray) -> list[str]:
     """Lists the shards that hold records. With their lengths ArrayRecord need not open them all."""
@@ -204,31 +198,10 @@ class Dataset:
     for shard, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
       path = self.directory / shard_name(shard, len(lengths))
       if not path.exists() or path.stat().length != size:
-        raise UserError(f"{path} is missing or cut short.\nRun the same encode command again.")
+        raise UserError(f"{path} is missing or cut short.\n{MEND}")
       if length:
         shards.append(f"{os.fspath(path)}[0:{length}]")
     return shards
-
-
-def damaged_files(directory: epath.PathLike) -> list[str]:
-  """Names the shards, and the index, that are not as they were written. Reads all of them.
-
-  `sha256sum --check sha256sums.txt` in the folder does the same. UserError if there is no such
-  file.
-  """
-  directory = epath.Path(directory)
-  try:
-    lines = (directory / DIGESTS).read_text().splitlines()
-  except FileNotFoundError as error:
-    raise UserError(
-      f"{directory} has no {DIGESTS}: it is not an encoded dataset, or was not finished.\n"
-      "Make it with `python -m cogvideox_jax.encode`; the same command finishes it."
-    ) from error
-  expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-  paths = {name: directory / name for name in expected}
-  return [
-    name for name, path in paths.items() if not path.exists() or sha256(path) != expected[name]
-  ]
 
 
 def stage_folder(path: epath.PathLike, stage: str) -> epath.Path:

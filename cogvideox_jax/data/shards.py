@@ -3,7 +3,6 @@
 records.py describes the folder.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,18 +13,20 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from cogvideox_jax.data import encoded_by, shard_notes
 from cogvideox_jax.data.clips import source_hash
+from cogvideox_jax.data.dataset_index import DIGESTS, INDEX
+from cogvideox_jax.data.encoded_by import EncodedBy
 from cogvideox_jax.data.files import disk_errors, settle, sha256, write_arrays, write_atomically
 from cogvideox_jax.data.records import (
-  DIGESTS,
   FEATURES,
   FORMAT,
-  INDEX,
   SPLIT,
   image_of,
   serialize,
   shard_name,
 )
+from cogvideox_jax.data.shard_notes import Note, identity
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Example
 
@@ -37,20 +38,22 @@ class Counts(NamedTuple):
   refused: int
 
 
-def identity(value: Any) -> str:
-  """Returns a digest of a JSON value (files, settings). Equal values have equal digests."""
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 class ShardWriter:
   """An encoded dataset that is being written: a fixed number of shards, each written once."""
 
-  def __init__(self, directory: epath.PathLike, num_shards: int, made_from: str):
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    num_shards: int,
+    made_from: str,
+    encoders: EncodedBy | None = None,
+  ):
     """Opens or begins a dataset.
 
     Args:
       num_shards: at least 1.
       made_from: `identity` of the items and settings.
+      encoders: what encodes the examples. None: it is not known, and is not recorded.
 
     Raises:
       UserError: the folder holds a dataset that was made from something else.
@@ -64,18 +67,44 @@ class ShardWriter:
     with disk_errors(self.directory):
       (self.directory / "shards").mkdir(parents=True, exist_ok=True)
       if not path.exists():
+        if encoders:
+          encoded_by.write(self.directory, encoders)
         write_atomically(path, json.dumps(plan).encode())
-      found = json.loads(path.read_text())
-    if found != plan:
+      found = _read_plan(path)
+    if found != plan or (encoders and not self._is_encoded_by(encoders)):
       raise UserError(
         f"{self.directory} holds clips that were encoded from other files or settings.\n"
         "Choose another --output, or delete that folder to encode again."
       )
 
+  def _is_encoded_by(self, encoders: EncodedBy) -> bool:
+    """Whether these networks encode the dataset, which was begun before.
+
+    If an earlier version began it, which recorded nothing, they do, because `made_from` is the
+    same. They are recorded then.
+    """
+    known = encoded_by.read(self.directory)
+    if known is None:
+      with disk_errors(self.directory):
+        encoded_by.write(self.directory, encoders._replace(version=None))
+      return True
+    return known.networks == encoders.networks
+
   def pending(self, among: Iterable[int] | None = None) -> list[int]:
     """Lists the shards that are still to be written, of all or of some, in order."""
     shards = range(self.num_shards) if among is None else among
-    return [shard for shard in shards if not self._is_whole(shard)]
+    return [shard for shard in shards if self._whole(shard) is None]
+
+  def discard_damaged(self, shard: int) -> bool:
+    """Deletes a shard whose bytes are not as they were written, so that it is pending again.
+
+    It reads all of the shard. Returns whether it was damaged.
+    """
+    note = self._whole(shard)
+    if note is None or sha256(self._path(shard)) == note["sha256"]:
+      return False
+    self._path(shard).unlink()
+    return True
 
   def write_shard(
     self,
@@ -130,7 +159,9 @@ class ShardWriter:
 
   def _write_digests(self, notes: list[dict[str, Any]]) -> None:
     digests = {self._path(shard).name: note["sha256"] for shard, note in enumerate(notes)}
-    digests[INDEX] = sha256(self.directory / INDEX)
+    for name in (INDEX, encoded_by.NAME):
+      if (self.directory / name).exists():
+        digests[name] = sha256(self.directory / name)
     lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     write_atomically(self.directory / DIGESTS, lines.encode())
 
@@ -140,16 +171,17 @@ class ShardWriter:
   def _note_path(self, shard: int) -> epath.Path:
     return self.directory / "shards" / f"{shard:05d}.json"
 
-  def _notes(self) -> Iterator[dict[str, Any]]:
+  def _notes(self) -> Iterator[Note]:
     for shard in range(self.num_shards):
-      if self._is_whole(shard):
-        yield json.loads(self._note_path(shard).read_text())
+      if note := self._whole(shard):
+        yield note
 
-  def _is_whole(self, shard: int) -> bool:
-    path, note = self._path(shard), self._note_path(shard)
-    if not (path.exists() and note.exists()):
-      return False
-    return path.stat().length == json.loads(note.read_text())["bytes"]
+  def _whole(self, shard: int) -> Note | None:
+    """Returns the note of a shard that is written, by its size; None if it is not."""
+    path, note = self._path(shard), shard_notes.read(self._note_path(shard))
+    if note is None or not path.exists() or path.stat().length != note["bytes"]:
+      return None
+    return note
 
   def _write_tfds_metadata(self, lengths: list[int], size: int) -> None:
     split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size)
@@ -189,9 +221,19 @@ class OpenShard:
     with disk_errors(self._partial):
       self._writer.close()
       note = {"clips": self._clips, "refusals": list(refusals), **settle(self._partial)}
-      write_atomically(self._note_path, json.dumps(note).encode())
+      shard_notes.write(self._note_path, note)
       # Last, because a shard counts as written once it has its name.
       self._partial.replace(self._path)
+
+
+def _read_plan(path: epath.Path) -> Any:
+  try:
+    return json.loads(path.read_bytes())
+  except ValueError as error:
+    raise UserError(
+      f"{path} is damaged ({error}).\nIf the dataset was made from the same files and settings, "
+      "delete this file and run the same encode command again; else delete the whole folder."
+    ) from error
 
 
 def _metadata(example: Example) -> dict[str, Any]:

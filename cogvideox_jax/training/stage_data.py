@@ -11,9 +11,10 @@ from cogvideox_jax import hosts
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import shape_clips
+from cogvideox_jax.data.dataset_index import INDEX
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.mixture import History
-from cogvideox_jax.data.records import INDEX, Dataset, stage_folder
+from cogvideox_jax.data.records import Dataset, stage_folder
 from cogvideox_jax.data.rows import DroppedCaption, Rows
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.frozen_networks import FrozenNetworks
