@@ -20,10 +20,11 @@ from etils import epath
 from flax import nnx
 from typed_config import typed
 
-from cogvideox_jax.conversion import diffusers
+from cogvideox_jax.conversion import component_digests, diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import video
 from cogvideox_jax.data.buckets import Bucket
+from cogvideox_jax.data.dataset_index import damaged_files
 from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.shards import OpenShard
@@ -102,6 +103,9 @@ def test_an_example_holds_the_moments_of_its_clip_and_the_states_of_its_caption(
   np.testing.assert_allclose(example.mean, mean[0], atol=2e-2)  # Stored as float16.
   np.testing.assert_allclose(example.logvar, logvar[0], atol=2e-2)
   assert (example.num_frames, example.height, example.width, example.fps) == (9, 16, 16, 8.0)
+  assert dataset.encoded_by == component_digests.describe(open_model(model), model, "zeros", 8.0)
+  assert all(dataset.encoded_by.networks) and damaged_files(tmp_path / "out" / "tiny") == []
+  assert "encoded_by.json" in (tmp_path / "out" / "tiny" / "sha256sums.txt").read_text()
 
   graph = graph_of(T5Encoder, T5_CONFIG)
   ids = Tokenizer(TOKENIZER).encode(["number 1"], 6)
@@ -325,3 +329,51 @@ def test_encoding_imports_no_tensorflow():
   code = "import sys, cogvideox_jax.precompute.encode_clips; sys.exit('tensorflow' in sys.modules)"
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
   assert jax.default_backend() == "cpu"
+
+
+def test_a_run_that_encoded_nothing_is_a_mistake_that_lists_the_reasons(tmp_path, model, config):
+  clips = write_clips(tmp_path / "clips", 3)
+  for name in ("000.mp4", "001.mp4", "002.mp4"):
+    (clips / name).write_bytes(b"")
+  with (clips / "manifest.jsonl").open("a") as manifest:
+    manifest.write('{"file": "000.mp4"}\n')
+  for _ in range(2):
+    with pytest.raises(UserError) as caught:
+      encode_clips.encode(typed(config), clips, tmp_path / "out", model)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "Not one clip was encoded: all 4 files or lines were refused."
+    assert lines[1].startswith("  3x 0 bytes") and lines[2] == "  1x no caption"
+    assert "quarantine.jsonl" in lines[3] and len(lines) <= 8
+  assert len((tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_damaged_shard_is_encoded_again_and_the_others_are_not(
+  tmp_path, model, config, monkeypatch, capsys
+):
+  monkeypatch.setattr(encode_clips, "SHARD_ITEMS", 2)
+  clips, output = write_clips(tmp_path / "clips", 4), tmp_path / "out"
+  encode_clips.encode(typed(config), clips, output, model)
+  one, other = sorted(output.glob("tiny/*.array_record*"))
+  whole, before = other.read_bytes(), one.stat().st_mtime_ns
+  other.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+  assert encode_clips.encode(typed(config), clips, output, model) == (4, 0)
+  assert other.read_bytes() == whole and one.stat().st_mtime_ns == before
+  assert "shard 1 is damaged and is encoded again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [np.nan, 6e4, -6e4, 5e3])
+def test_latents_that_no_sound_vae_makes_are_refused(tmp_path, model, config, monkeypatch, value):
+  clips = write_clips(tmp_path / "clips", 4)
+  moments = FrozenNetworks.moments
+
+  def spoiled(self, frames):
+    mean, logvar = moments(self, frames)
+    moves = mean.shape[1] > 1  # Clips 1 and 2.
+    return (mean.at[0, 0, 0, 0, 0].set(value) if moves else mean), logvar
+
+  monkeypatch.setattr(FrozenNetworks, "moments", spoiled)
+  assert encode_clips.encode(typed(config), clips, tmp_path / "out", model) == (3, 1)
+  refusal = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
+  assert refusal["file"] == "001.mp4"
+  words = "not finite" if np.isnan(value) else f"latents reach {abs(value):.0f}; a sound VAE's"
+  assert words in refusal["reason"]

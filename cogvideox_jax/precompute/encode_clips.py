@@ -9,8 +9,10 @@ one bucket, and a thread writes the batches before it.
 
 import json
 import os
+import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from cogvideox_jax import hosts
 from cogvideox_jax.config.checks import check
 from cogvideox_jax.config.read import to_dict
 from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.conversion import component_digests
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.decoding import Decoders
@@ -29,6 +32,7 @@ from cogvideox_jax.data.files import disk_errors, write_atomically
 from cogvideox_jax.data.manifest import Item, Refusal, read_manifest
 from cogvideox_jax.data.noising import ImageNoise, noised_copies
 from cogvideox_jax.data.shards import Counts
+from cogvideox_jax.errors import UserError
 from cogvideox_jax.frozen_networks import FrozenNetworks, fill
 from cogvideox_jax.interrupts import Interrupts
 from cogvideox_jax.precompute.background import Background
@@ -46,6 +50,7 @@ from cogvideox_jax.version import __version__
 SHARD_ITEMS = 128  # A killed run repeats at most these items. A shard of 49x480x720 has 0.8 GB.
 SHARD_BYTES = 2**28  # Bytes of a shard's files: long videos give many clips each.
 WRITES_BEHIND = 2  # Batches that wait to be written; each holds memory of the devices.
+REASONS = 4  # The most reasons that a message lists.
 WORKERS = min(os.cpu_count() or 1, 16)  # They decode faster than the devices of a host encode.
 
 
@@ -61,8 +66,8 @@ def encode(
 
   A stage that reads the clips of another (its `data`) gets no dataset. A file is decoded once for
   all stages. What cannot be used of it gets a line in OUTPUT/quarantine.jsonl. A second call
-  finishes what is missing. Every host of a job calls this (see hosts.py): each writes a share of
-  the shards, and all return when everything is written.
+  finishes what is missing, and writes anew what is damaged. Every host of a job calls this (see
+  hosts.py): each writes a share of the shards, and all return when everything is written.
 
   Args:
     model: a shipped name or a model folder, whose VAE, text encoder and tokenizer are used.
@@ -72,15 +77,19 @@ def encode(
     How many clips were encoded, over all stages, and how many lines the quarantine has.
 
   Raises:
-    UserError: the config, the source, the model or the output cannot be used; before any work.
+    UserError: the config, the source, the model or the output cannot be used; before any work. Or
+      after it, not one clip could be encoded.
   """
   check(config, model)
   items, refusals = read_manifest(source)
-  networks, output = FrozenNetworks(open_model(model), config), epath.Path(output)
+  folder, output = open_model(model), epath.Path(output)
+  networks = FrozenNetworks(folder, config)
+  encoders = component_digests.describe(folder, model, config.text.drop, config.data.fps)
   shard_items = _cut_into_shards(items)
   names = [name for name, stage in config.stages.items() if not stage.data]
-  stages = [Stage(config, name, output, shard_items, networks.digest) for name in names]
+  stages = [Stage(config, name, output, shard_items, networks.digest, encoders) for name in names]
   numbers = range(len(shard_items))
+  _discard_damaged(stages, numbers[jax.process_index() :: jax.process_count()])
   lacking = hosts.agree([any(stage.lacks(number) for stage in stages) for number in numbers])
   missing = [number for number, lacks in enumerate(lacking) if lacks]
   mine = missing[jax.process_index() :: jax.process_count()]
@@ -107,6 +116,15 @@ def _cut_into_shards(items: Sequence[Item]) -> list[list[Item]]:
     shards[-1].append(item)
     size += length
   return shards
+
+
+def _discard_damaged(stages: Sequence[Stage], numbers: Sequence[int]) -> None:
+  """Deletes the shards that are damaged, so that they are written again. Reads all of them."""
+  written = [(stage, number) for number in numbers for stage in stages]
+  for stage, number in tqdm(written, "Checking", unit="shard", leave=False):
+    if stage.writer.discard_damaged(number):
+      tqdm.write(f"{stage.writer.directory}: shard {number} is damaged and is encoded again")
+  hosts.wait("checked")
 
 
 def _encode_shards(
@@ -178,4 +196,28 @@ def _finish(
       kept = json.dumps({**to_dict(config), "version": __version__})
       write_atomically(output / "config.json", kept.encode())
   hosts.wait("encoded")
-  return Counts(sum(stage.writer.counts().clips for stage in stages), len(lines))
+  clips = sum(stage.writer.counts().clips for stage in stages)
+  if not clips:
+    raise UserError(_nothing_encoded(output, lines))
+  return Counts(clips, len(lines))
+
+
+def _nothing_encoded(output: epath.Path, refusals: Iterable[Refusal]) -> str:
+  """Says why no clip was encoded: the most frequent reasons, with how many files each refused."""
+  reasons = Counter(refusal.reason for refusal in refusals)
+  shown = [
+    f"  {count}x {textwrap.shorten(reason, 140)}" for reason, count in reasons.most_common(REASONS)
+  ]
+  if more := len(reasons) - len(shown):
+    shown.append(f"  and {more} more reasons")
+  way_out = (
+    f"Each is in {output / 'quarantine.jsonl'}. Mend them, or the config's stages, then choose "
+    "another --output or delete that folder."
+  )
+  return "\n".join(
+    [
+      f"Not one clip was encoded: all {reasons.total()} files or lines were refused.",
+      *shown,
+      way_out,
+    ]
+  )

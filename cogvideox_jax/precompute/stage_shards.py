@@ -18,12 +18,17 @@ from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.data import buckets
 from cogvideox_jax.data.clips import Clip, cut_clips
 from cogvideox_jax.data.decoding import File, Piece
+from cogvideox_jax.data.encoded_by import EncodedBy
 from cogvideox_jax.data.manifest import Item, Refusal
 from cogvideox_jax.data.noising import ImageNoise
-from cogvideox_jax.data.records import storage_fault
+from cogvideox_jax.data.records import image_of, storage_fault
 from cogvideox_jax.data.shards import OpenShard, ShardWriter, identity
 from cogvideox_jax.data.video import VideoError, VideoInfo, Window
 from cogvideox_jax.types import Caption, Example
+
+# Latents are a few units wide, and their outliers some tens. More is a fault of the VAE or of its
+# weights, and one such clip would drown the loss of all others. Ours.
+MAX_LATENT = 1000.0
 
 Frames = UInt8[np.ndarray, "F H W 3"]
 States = Float[np.ndarray, "l t"]
@@ -48,6 +53,7 @@ class Stage:
     output: epath.Path,
     shard_items: list[list[Item]],  # The items of each shard.
     networks: str,  # The digest of the VAE and the text encoder.
+    encoders: EncodedBy,
   ):
     """Opens or begins OUTPUT/NAME. UserError if it was made from other items or settings."""
     self.name, self._fps = name, config.data.fps
@@ -64,11 +70,14 @@ class Stage:
         "images": image_noise(config),
       }
     )
-    self.writer = ShardWriter(output / name, len(shard_items), made_from)
-    self._pending = set(self.writer.pending())
+    self.writer = ShardWriter(output / name, len(shard_items), made_from, encoders)
+
+  @cached_property
+  def _pending(self) -> set[int]:
+    return set(self.writer.pending())
 
   def lacks(self, shard: int) -> bool:
-    """Whether a shard had not been written when this process began."""
+    """Whether a shard had not been written when this was asked first."""
     return shard in self._pending
 
   def cut(self, item: Item, info: VideoInfo) -> list[StageClip]:
@@ -133,7 +142,7 @@ class Shard:
         others=tuple(others),
         image=image,
       )
-      if fault := storage_fault(example):
+      if fault := storage_fault(example) or latent_fault(example):
         self._refuse(clip.item, f"stage {stage}, clip {clip.source}: {fault}", [stage])
       else:
         self._outputs[stage].write(example)
@@ -160,6 +169,15 @@ class Shard:
   def _refuse(self, item: Item, reason: str, stages: Iterable[str]) -> None:
     for name in stages:
       self._refusals[name].add(Refusal(item.name, item.line, reason))
+
+
+def latent_fault(example: Example) -> str | None:
+  """Returns why the latents of a clip cannot be those of a sound VAE; None if they can."""
+  for name, mean in (("latents", example.mean), ("image's latents", image_of(example)[:, 0])):
+    largest = float(np.abs(np.float32(mean)).max(initial=0.0))
+    if not largest <= MAX_LATENT:
+      return f"its {name} reach {largest:.0f}; a sound VAE's stay below {MAX_LATENT:.0f}"
+  return None
 
 
 def image_noise(config: TrainConfig) -> ImageNoise | None:
