@@ -5,7 +5,7 @@ the driver of steps.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,11 +21,13 @@ from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.loader import Loader
-from cogvideox_jax.data.rows import DroppedCaption
+from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.rows import DroppedCaption, EmptySplitError, Rows
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.training import (
   checkpoint,
   drive,
+  encoders,
   global_batch,
   meshes,
   resume,
@@ -95,6 +97,10 @@ class Run:
     self._prepared: dict[str, StageRun] = {}
     for stage in self._plan[self._plan.index(self._next) :]:
       self._prepare(stage)
+    prepared = self._prepared.values()
+    datasets = {data.directory: data for stage in prepared for data in stage.datasets}
+    for line in encoders.check(config, datasets.values()):
+      say(line)
     self._create_key, *_ = _keys(config)
 
   @property
@@ -165,8 +171,7 @@ class StageRun:
     resume.check_data(workdir, self.data_digests)
     self._datasets = stage_data.make_rows(config, stage.name, datasets, "train", drop)
     self._held_out = None
-    if config.validation.every:
-      held_out = stage_data.make_rows(config, stage.name, datasets, "validation", drop)
+    if held_out := self._held_out_rows(datasets, drop):
       sizes = {name: rows.per_epoch for name, rows in held_out.items()}
       # Weighted by size, so that all held-out clips count equally whatever the mixture's weights.
       self._held_out = stage_data.make_loader(
@@ -176,6 +181,31 @@ class StageRun:
         config.validation.batches, -(-sum(sizes.values()) // self._settings.rows)
       )
     _, self._train_key, self._validation_key = _keys(config)
+
+  def _held_out_rows(
+    self, datasets: Mapping[str, Dataset], drop: DroppedCaption
+  ) -> dict[str, Rows]:
+    """Returns the held-out rows of each dataset that has some; says which have none."""
+    held_out: dict[str, Rows] = {}
+    for name, dataset in datasets.items() if self._config.validation.every else ():
+      try:
+        made = stage_data.make_rows(
+          self._config, self._stage.name, {name: dataset}, "validation", drop
+        )
+      except EmptySplitError:
+        fraction = self._config.data.validation_fraction
+        say(
+          f"None of the {len(dataset)} clips of {dataset.directory} that fit a row is held out by "
+          f"config.data.validation_fraction={fraction}: they are not validated on."
+        )
+      else:
+        held_out |= made
+    return held_out
+
+  @property
+  def datasets(self) -> list[Dataset]:
+    """The datasets that the stage reads."""
+    return [rows.dataset for rows in self._datasets.values()]
 
   def go(self, state: TrainState, session: Session) -> TrainState:
     """Takes the stage's remaining steps until a signal comes; the last one is saved."""
