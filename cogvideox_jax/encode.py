@@ -14,10 +14,16 @@ from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.precompute import encode_clips
 
 CONFIG = command.config_flag(TrainConfig)
-INPUT = flags.DEFINE_string("input", None, "Manifest (JSON lines) or folder.", required=True)
+INPUT = flags.DEFINE_string("input", None, "Folder of clips, or a manifest: JSON lines, CSV, Parquet.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Where the datasets go.", required=True)
 MODEL = flags.DEFINE_string(
   "model", None, "Model folder or shipped name: VAE, text encoder, tokenizer.", required=True
+)
+SUBFOLDERS = flags.DEFINE_bool(
+  "subfolders", True, "Search the folders inside a folder of clips that has no manifest."
+)
+ALLOW_LINKS = flags.DEFINE_bool(
+  "allow_links", False, "Follow links that lead out of the folder, as those of caches do."
 )
 WORKERS = flags.DEFINE_integer(
   "workers", encode_clips.WORKERS, "Processes that decode files.", lower_bound=1
@@ -29,7 +35,13 @@ def main() -> None:
   with job.joined():
     try:
       counts = encode_clips.encode(
-        CONFIG.value, INPUT.value, OUTPUT.value, MODEL.value, workers=WORKERS.value
+        CONFIG.value,
+        INPUT.value,
+        OUTPUT.value,
+        MODEL.value,
+        workers=WORKERS.value,
+        subfolders=SUBFOLDERS.value,
+        allow_links=ALLOW_LINKS.value,
       )
     except KeyboardInterrupt:
       print(f"Whole shards are kept in {OUTPUT.value}: the same command goes on from there.")

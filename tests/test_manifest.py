@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox_jax.data.manifest import Refusal, read_manifest
+from cogvideox_jax.data.items import Refusal
+from cogvideox_jax.data.manifest import read_manifest
 from cogvideox_jax.errors import UserError
 
+LINK = "a link that leads outside the manifest's folder; --allow_links follows such links"
 CLIPS = Path(__file__).parent / "data" / "clips"
 
 
@@ -46,7 +48,7 @@ def test_lines_become_items_in_their_order(folder):
     {"file": "a.mp4", "captions": ["été"], "unknown": [1]},
   )
   for path in (manifest, folder, str(folder)):
-    items, refusals = read_manifest(path)
+    items, refusals, _ = read_manifest(path)
     assert not refusals
     assert [tuple(item) for item in items] == [
       ("b.webm", folder / "b.webm", ("a wave",), None, 1, "b.webm"),
@@ -87,10 +89,13 @@ def test_lines_become_items_in_their_order(folder):
     ({"file": "../secret.mp4", "caption": "x"}, "../secret.mp4", "outside"),
     ({"file": "sub/../../secret.mp4", "caption": "x"}, "sub/../../secret.mp4", "outside"),
     ({"file": "../clips2/a.mp4", "caption": "x"}, "../clips2/a.mp4", "outside"),
-    ({"file": "/etc/passwd", "caption": "x"}, "/etc/passwd", "outside"),
-    ({"file": "link.mp4", "caption": "x"}, "link.mp4", "outside"),
-    ({"file": "links/secret.mp4", "caption": "x"}, "links/secret.mp4", "outside"),
-    ({"file": "https://host/a.mp4", "caption": "x"}, "https://host/a.mp4", "outside"),
+    ({"file": "/etc/passwd", "caption": "x"}, "/etc/passwd", "an absolute path, outside"),
+    ({"file": "link.mp4", "caption": "x"}, "link.mp4", LINK),
+    ({"file": "links/secret.mp4", "caption": "x"}, "links/secret.mp4", LINK),
+    ({"file": "https://host/a.mp4", "caption": "x"}, "https://host/a.mp4", "a URL, outside"),
+    ({"file": "gs://host/a.mp4", "caption": "x"}, "gs://host/a.mp4", "a URL, outside"),
+    ({"file": "./b.webm", "caption": "x"}, "./b.webm", "'b.webm' is that of line 1"),
+    ({"file": "sub//../b.webm", "caption": "x"}, "sub//../b.webm", "'b.webm' is that of line 1"),
   ],
 )
 def test_a_bad_line_is_refused_and_stops_no_other(folder, line, file, reason):
@@ -105,7 +110,7 @@ def test_a_bad_line_is_refused_and_stops_no_other(folder, line, file, reason):
     line,
     {"file": "sub/c.jpg", "caption": "last"},
   )
-  items, refusals = read_manifest(manifest)
+  items, refusals, _ = read_manifest(manifest)
   assert [(item.id, item.line) for item in items] == [("b.webm", 1), ("sub/c.jpg", 3)]
   [refusal] = refusals
   assert (refusal.file, refusal.line) == (file, 2)
@@ -115,7 +120,7 @@ def test_a_bad_line_is_refused_and_stops_no_other(folder, line, file, reason):
 
 def test_a_link_that_stays_inside_is_a_file(folder):
   (folder / "d.mp4").symlink_to(folder / "a.mp4")
-  items, refusals = read_manifest(write(folder, {"file": "d.mp4", "caption": "x"}))
+  items, refusals, _ = read_manifest(write(folder, {"file": "d.mp4", "caption": "x"}))
   assert [item.id for item in items] == ["d.mp4"] and not refusals
 
 
@@ -123,14 +128,14 @@ def test_a_folder_reached_by_a_link_is_as_good(folder):
   write(folder, {"file": "a.mp4", "caption": "x"})
   link = folder.parent / "by_link"
   link.symlink_to(folder)
-  items, refusals = read_manifest(link)
+  items, refusals, _ = read_manifest(link)
   assert [item.file for item in items] == [link / "a.mp4"] and not refusals
 
 
 def test_windows_line_ends_and_byte_order_marks_are_no_fault(folder):
   line = b'{"file": "a.mp4", "caption": "x"}'
   (folder / "manifest.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n")
-  items, refusals = read_manifest(folder)
+  items, refusals, _ = read_manifest(folder)
   assert [item.captions for item in items] == [("x",)] and not refusals
 
 
@@ -145,7 +150,7 @@ def test_a_folder_pairs_files_with_texts_by_name(folder):
   (folder / "f.mp4").symlink_to(folder.parent / "secret.mp4")
   (folder / "f.txt").write_text("what is not ours")
   (folder / "notes.md").write_text("not a clip")
-  items, refusals = read_manifest(folder)
+  items, refusals, _ = read_manifest(folder)
   assert [tuple(item) for item in items] == [
     ("a.mp4", folder / "a.mp4", ("a wave",), None, 0, "a.mp4"),
     ("c.v2.PNG", folder / "c.v2.PNG", ("a lion",), None, 0, "c.v2.PNG"),
@@ -154,15 +159,16 @@ def test_a_folder_pairs_files_with_texts_by_name(folder):
     Refusal("b.webm", 0, "no caption: there is no b.txt"),
     Refusal("d.mov", 0, "no caption: d.txt cannot be read as UTF-8 text"),
     Refusal("e.mkv", 0, "no caption"),
-    Refusal("f.mp4", 0, "the file is outside the manifest's folder"),
+    Refusal("f.mp4", 0, LINK),
+    Refusal("sub/c.jpg", 0, "no caption: there is no sub/c.txt"),
   ]
 
 
 def test_a_text_cannot_be_a_way_to_read_another_file(folder):
   (folder / "a.txt").symlink_to(folder.parent / "secret.mp4")
-  items, refusals = read_manifest(folder)
+  items, refusals, _ = read_manifest(folder)
   assert not items
-  assert refusals[0] == Refusal("a.mp4", 0, "the file is outside the manifest's folder")
+  assert refusals[0] == Refusal("a.mp4", 0, LINK)
 
 
 def test_nothing_to_read_is_the_users_mistake(tmp_path):

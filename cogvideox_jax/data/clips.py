@@ -10,7 +10,7 @@ from jaxtyping import Bool, UInt64
 
 from cogvideox_jax.data import buckets
 from cogvideox_jax.data.buckets import Bucket
-from cogvideox_jax.data.manifest import Item
+from cogvideox_jax.data.items import Item
 from cogvideox_jax.data.video import VideoInfo, Window
 
 

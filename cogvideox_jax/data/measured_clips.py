@@ -13,7 +13,8 @@ from tqdm import tqdm
 from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.clips import are_held_out, cut_clips, source_hash
 from cogvideox_jax.data.decoding import Decoders, File
-from cogvideox_jax.data.manifest import Item, Refusal, read_manifest
+from cogvideox_jax.data.items import Item, Refusal
+from cogvideox_jax.data.manifest import read_manifest
 from cogvideox_jax.data.media import VideoError
 from cogvideox_jax.data.video import VideoInfo, Window
 from cogvideox_jax.errors import UserError
@@ -85,7 +86,7 @@ def measure(
 ) -> MeasuredClips:
   """Measures every file of a manifest or folder and cuts it into clips, as `encode` does.
 
-  Prints a line for each file that gives no clip.
+  Prints a line for each file that gives no clip, and what was passed over.
 
   Args:
     sizes: (height, width) in pixels; a file takes the nearest.
@@ -95,7 +96,9 @@ def measure(
   Raises:
     UserError: the source does not exist, is empty, or gives no clip.
   """
-  items, refusals = read_manifest(source)
+  items, refusals, notes = read_manifest(source)
+  for note in notes:
+    tqdm.write(note)
   windows: dict[int, list[Window]] = {}
   faults: dict[int, str] = {}
 

@@ -29,7 +29,8 @@ from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.files import disk_errors, write_atomically
-from cogvideox_jax.data.manifest import Item, Refusal, read_manifest
+from cogvideox_jax.data.items import Item, Refusal
+from cogvideox_jax.data.manifest import read_manifest
 from cogvideox_jax.data.noising import ImageNoise, noised_copies
 from cogvideox_jax.data.shards import Counts
 from cogvideox_jax.errors import UserError
@@ -61,6 +62,8 @@ def encode(
   model: str,
   *,
   workers: int = WORKERS,
+  subfolders: bool = True,
+  allow_links: bool = False,
 ) -> Counts:
   """Encodes the clips of a manifest or folder into OUTPUT/STAGE, for each stage of the config.
 
@@ -72,6 +75,8 @@ def encode(
   Args:
     model: a shipped name or a model folder, whose VAE, text encoder and tokenizer are used.
     workers: processes that decode; the result does not depend on them.
+    subfolders: whether folders inside a folder of clips are searched.
+    allow_links: whether links may lead out of the manifest's folder.
 
   Returns:
     How many clips were encoded, over all stages, and how many lines the quarantine has.
@@ -81,7 +86,9 @@ def encode(
       after it, not one clip could be encoded.
   """
   check(config, model)
-  items, refusals = read_manifest(source)
+  items, refusals, notes = read_manifest(source, subfolders=subfolders, allow_links=allow_links)
+  for note in notes if hosts.is_first() else ():
+    print(note)
   folder, output = open_model(model), epath.Path(output)
   networks = FrozenNetworks(folder, config)
   encoders = component_digests.describe(folder, model, config.text.drop, config.data.fps)

@@ -19,7 +19,7 @@ from cogvideox_jax.data import buckets
 from cogvideox_jax.data.clips import Clip, cut_clips
 from cogvideox_jax.data.decoding import File, Piece
 from cogvideox_jax.data.encoded_by import EncodedBy
-from cogvideox_jax.data.manifest import Item, Refusal
+from cogvideox_jax.data.items import Item, Refusal
 from cogvideox_jax.data.noising import ImageNoise
 from cogvideox_jax.data.records import image_of, storage_fault
 from cogvideox_jax.data.shards import OpenShard, ShardWriter, identity
