@@ -14,7 +14,9 @@ from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.precompute import encode_clips
 
 CONFIG = command.config_flag(TrainConfig)
-INPUT = flags.DEFINE_string("input", None, "Folder of clips, or a manifest: JSON lines, CSV, Parquet.", required=True)
+INPUT = flags.DEFINE_string(
+  "input", None, "Folder of clips, or a manifest: JSON lines, CSV, Parquet.", required=True
+)
 OUTPUT = flags.DEFINE_string("output", None, "Where the datasets go.", required=True)
 MODEL = flags.DEFINE_string(
   "model", None, "Model folder or shipped name: VAE, text encoder, tokenizer.", required=True

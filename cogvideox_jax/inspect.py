@@ -95,6 +95,7 @@ def show(cfg: TrainConfig | None, stage: Stage) -> dict:
   folder = epath.Path(OUTPUT.value) / name if OUTPUT.value else dataset.directory
   contents, packed = summary.contents(dataset), summary.packed(rows) if rows else None
   print(summary.as_text(name, contents, packed))
+  print(summary.encoders_text(dataset))
   if rows and packed:
     padding = f"{packed.padding_fraction:.2%} padding; the more frames, the darker"
     title = f"{name}: rows of {rows.row_tokens:,} tokens, {padding}"

@@ -89,6 +89,17 @@ def as_text(name: str, found: Contents, rows: Packed | None) -> str:
   return "\n".join(lines)
 
 
+def encoders_text(dataset: Dataset) -> str:
+  """Returns a line that says what encoded a dataset."""
+  known = dataset.encoded_by
+  if known is None:
+    return "  encoded by          an earlier version, which did not say by which networks"
+  digests = (
+    f"{name} {(getattr(known, name) or 'unknown')[:12]}" for name in ("vae", "text_encoder")
+  )
+  return f"  encoded by          {known.model}; sha256 of {', '.join(digests)}"
+
+
 def as_numbers(found: Contents, rows: Packed | None) -> dict[str, Any]:
   """Returns the same as JSON values."""
   return {**found._asdict(), "packing": rows._asdict() if rows else None}

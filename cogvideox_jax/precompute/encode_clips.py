@@ -127,8 +127,12 @@ def _cut_into_shards(items: Sequence[Item]) -> list[list[Item]]:
 
 def _discard_damaged(stages: Sequence[Stage], numbers: Sequence[int]) -> None:
   """Deletes the shards that are damaged, so that they are written again. Reads all of them."""
-  written = [(stage, number) for number in numbers for stage in stages]
-  for stage, number in tqdm(written, "Checking", unit="shard", leave=False):
+  written = [
+    (stage, number)
+    for stage in stages
+    for number in sorted(set(numbers) - set(stage.writer.pending(numbers)))
+  ]
+  for stage, number in tqdm(written, "Checking", unit="shard", leave=False, disable=not written):
     if stage.writer.discard_damaged(number):
       tqdm.write(f"{stage.writer.directory}: shard {number} is damaged and is encoded again")
   hosts.wait("checked")
