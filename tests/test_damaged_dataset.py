@@ -8,7 +8,7 @@ from drawn_dataset import ROW_TOKENS, make_dataset, make_rows
 from etils import epath
 from test_records import draw_example, write_dataset
 
-from cogvideox_jax.data import encoded_by, mixture, records, shard_notes, shards
+from cogvideox_jax.data import encoded_by, mixture, records, shard_notes
 from cogvideox_jax.data.dataset_index import damaged_files
 from cogvideox_jax.data.encoded_by import EncodedBy
 from cogvideox_jax.data.loader import Loader
@@ -98,7 +98,7 @@ def test_a_record_of_encoders_with_a_flipped_digit_is_damaged_and_no_other_encod
 def mend(folder):
   """What `encode` does when it is run again."""
   examples = [draw_example(number) for number in range(CLIPS)]
-  writer = ShardWriter(folder, 2, shards.identity("test"))
+  writer = ShardWriter(folder, 2, shard_notes.identity("test"))
   discarded = [shard for shard in range(2) if writer.discard_damaged(shard)]
   written = writer.pending()
   for shard in written:
@@ -124,7 +124,7 @@ def test_what_is_whole_is_not_written_again(folder):
 def test_a_damaged_plan_says_what_to_do(folder):
   (folder / "shards.json").write_text('{"format": 2')
   with pytest.raises(UserError, match=r"shards\.json is damaged .*\nIf the dataset was made from"):
-    ShardWriter(folder, 2, shards.identity("test"))
+    ShardWriter(folder, 2, shard_notes.identity("test"))
 
 
 def test_notes_of_earlier_versions_are_read_and_damaged_ones_are_none(tmp_path):

@@ -16,7 +16,7 @@ from cogvideox_jax.conversion import component_digests, diffusers, orbax
 from cogvideox_jax.conversion.component_digests import describe, digest
 from cogvideox_jax.conversion.components import TEXT_ENCODER
 from cogvideox_jax.conversion.folder import open_model
-from cogvideox_jax.data import encoded_by, shards
+from cogvideox_jax.data import encoded_by, shard_notes
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.shards import ShardWriter
 from cogvideox_jax.errors import UserError
@@ -160,7 +160,7 @@ def test_large_parameters_are_hashed_in_chunks(monkeypatch):
 
 def test_a_dataset_is_not_finished_with_other_networks(inputs, tmp_path):
   record = encoded_by.read(inputs / "a")
-  made_from = shards.identity("same")
+  made_from = shard_notes.identity("same")
   ShardWriter(tmp_path, 1, made_from, record)
   assert encoded_by.read(epath.Path(tmp_path)) == record
   later = record._replace(version="later", text_drop="empty")
@@ -172,8 +172,8 @@ def test_a_dataset_is_not_finished_with_other_networks(inputs, tmp_path):
 
 def test_what_an_earlier_version_began_gets_its_record_without_a_version(inputs, tmp_path):
   record = encoded_by.read(inputs / "a")
-  ShardWriter(tmp_path, 1, shards.identity("same"))
-  ShardWriter(tmp_path, 1, shards.identity("same"), record)
+  ShardWriter(tmp_path, 1, shard_notes.identity("same"))
+  ShardWriter(tmp_path, 1, shard_notes.identity("same"), record)
   assert encoded_by.read(epath.Path(tmp_path)) == record._replace(version=None)
 
 

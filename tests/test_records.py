@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from cogvideox_jax.data import dataset_index, records, shards
+from cogvideox_jax.data import dataset_index, records, shard_notes
 from cogvideox_jax.data.clips import clip_name
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.shards import ShardWriter
@@ -40,7 +40,7 @@ def draw_example(number: int, *, frames: int = 3) -> Example:
 
 def write_dataset(directory, examples, *, clips_in_a_shard=3) -> Dataset:
   starts = range(0, len(examples), clips_in_a_shard)
-  writer = ShardWriter(directory, len(starts), shards.identity("test"))
+  writer = ShardWriter(directory, len(starts), shard_notes.identity("test"))
   for shard, start in enumerate(starts):
     writer.write_shard(shard, examples[start : start + clips_in_a_shard])
   writer.finalize()
@@ -219,7 +219,7 @@ def test_a_kill_between_a_note_and_its_shard_leaves_the_shard_pending(tmp_path):
   write_dataset(tmp_path, [draw_example(n) for n in range(6)])
   shard = tmp_path / records.shard_name(0, 2)
   shard.rename(shard.with_name(f"{shard.name}.partial"))
-  writer = ShardWriter(tmp_path, 2, shards.identity("test"))
+  writer = ShardWriter(tmp_path, 2, shard_notes.identity("test"))
   assert writer.pending() == [0]
   assert writer.refusals() == []
 
@@ -246,10 +246,10 @@ def test_the_same_records_have_the_same_digest_and_others_another(tmp_path):
 
 
 def test_a_folder_made_from_other_files_is_refused(tmp_path):
-  ShardWriter(tmp_path, 2, shards.identity({"files": ["a"], "fps": 8}))
-  ShardWriter(tmp_path, 2, shards.identity({"fps": 8, "files": ["a"]}))
+  ShardWriter(tmp_path, 2, shard_notes.identity({"files": ["a"], "fps": 8}))
+  ShardWriter(tmp_path, 2, shard_notes.identity({"fps": 8, "files": ["a"]}))
   with pytest.raises(UserError, match=r"other files or settings\.\nChoose another --output"):
-    ShardWriter(tmp_path, 2, shards.identity({"files": ["a"], "fps": 16}))
+    ShardWriter(tmp_path, 2, shard_notes.identity({"files": ["a"], "fps": 16}))
 
 
 def test_a_dataset_of_an_earlier_version_says_what_to_do(tmp_path):
@@ -284,7 +284,7 @@ def test_a_shard_cut_short_is_found_and_written_again(tmp_path):
   os.truncate(shard, shard.stat().st_size // 2)
   with pytest.raises(UserError, match=re.escape(str(shard))):
     Dataset(tmp_path)
-  writer = ShardWriter(tmp_path, 2, shards.identity("test"))
+  writer = ShardWriter(tmp_path, 2, shard_notes.identity("test"))
   assert writer.pending() == [1]
   writer.write_shard(1, examples[3:])
   writer.finalize()

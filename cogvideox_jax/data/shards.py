@@ -8,13 +8,11 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from cogvideox_jax.data import encoded_by, shard_notes
-from cogvideox_jax.data.clips import source_hash
 from cogvideox_jax.data.dataset_index import DIGESTS, INDEX
 from cogvideox_jax.data.encoded_by import EncodedBy
 from cogvideox_jax.data.files import disk_errors, settle, sha256, write_arrays, write_atomically
@@ -22,11 +20,11 @@ from cogvideox_jax.data.records import (
   FEATURES,
   FORMAT,
   SPLIT,
-  image_of,
   serialize,
   shard_name,
 )
-from cogvideox_jax.data.shard_notes import Note, identity
+from cogvideox_jax.data.shard_columns import columns, metadata
+from cogvideox_jax.data.shard_notes import Note
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Example
 
@@ -52,7 +50,7 @@ class ShardWriter:
 
     Args:
       num_shards: at least 1.
-      made_from: `identity` of the items and settings.
+      made_from: `shard_notes.identity` of the items and settings.
       encoders: what encodes the examples. None: it is not known, and is not recorded.
 
     Raises:
@@ -151,7 +149,7 @@ class ShardWriter:
     with disk_errors(self.directory):
       if clips:
         self._write_tfds_metadata(lengths, sum(note["bytes"] for note in notes))
-      write_arrays(self.directory / INDEX, _columns(notes, lengths, clips))
+      write_arrays(self.directory / INDEX, columns(notes, lengths, clips))
       self._write_digests(notes)
       for left_over in (*self.directory.glob("*.partial"), *self.directory.glob("*/*.partial")):
         left_over.unlink(missing_ok=True)
@@ -210,7 +208,7 @@ class OpenShard:
     record = serialize(example)
     with disk_errors(self._partial):
       self._writer.write(record)
-    self._clips.append(_metadata(example))
+    self._clips.append(metadata(example))
 
   def close(self, refusals: Iterable[dict[str, Any]]) -> None:
     """Finishes the shard.
@@ -234,47 +232,3 @@ def _read_plan(path: epath.Path) -> Any:
       f"{path} is damaged ({error}).\nIf the dataset was made from the same files and settings, "
       "delete this file and run the same encode command again; else delete the whole folder."
     ) from error
-
-
-def _metadata(example: Example) -> dict[str, Any]:
-  return {
-    "source": example.source,
-    "num_frames": int(example.num_frames),
-    "height": int(example.height),
-    "width": int(example.width),
-    "fps": float(example.fps),
-    "latent_shape": example.mean.shape,
-    "text_shape": example.text.shape,
-    "captions": 1 + len(example.others),
-    "score": example.score,
-    "images": len(image_of(example)),
-  }
-
-
-def _columns(
-  notes: list[dict[str, Any]], lengths: list[int], clips: list[dict[str, Any]]
-) -> dict[str, Any]:
-  """Returns the arrays of index.npz."""
-  names = [clip["source"].encode() for clip in clips]
-  scores = [np.nan if clip["score"] is None else clip["score"] for clip in clips]
-
-  def column(name: str) -> np.ndarray:
-    return np.array([clip[name] for clip in clips], np.int32)
-
-  return {
-    "num_frames": column("num_frames"),
-    "height": column("height"),
-    "width": column("width"),
-    "latent_shape": column("latent_shape").reshape(-1, 4),
-    "text_shape": column("text_shape").reshape(-1, 2),
-    "fps": np.array([clip["fps"] for clip in clips], np.float32),
-    "source_hash": np.array([source_hash(clip["source"]) for clip in clips], "<u8"),
-    "captions": column("captions"),
-    "score": np.array(scores, np.float32),
-    "images": column("images"),
-    "names": np.frombuffer(b"".join(names), np.uint8),
-    "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
-    "shard_lengths": np.array(lengths),
-    "shard_bytes": np.array([note["bytes"] for note in notes]),
-    "digest": np.array(identity([note["sha256"] for note in notes])),
-  }

@@ -22,7 +22,8 @@ from cogvideox_jax.data.encoded_by import EncodedBy
 from cogvideox_jax.data.items import Item, Refusal
 from cogvideox_jax.data.noising import ImageNoise
 from cogvideox_jax.data.records import image_of, storage_fault
-from cogvideox_jax.data.shards import OpenShard, ShardWriter, identity
+from cogvideox_jax.data.shard_notes import identity
+from cogvideox_jax.data.shards import OpenShard, ShardWriter
 from cogvideox_jax.data.video import VideoError, VideoInfo, Window
 from cogvideox_jax.types import Caption, Example
 
