@@ -8,7 +8,7 @@ from drawn_dataset import ROW_TOKENS, make_dataset, make_rows
 from etils import epath
 from test_records import draw_example, write_dataset
 
-from cogvideox_jax.data import encoded_by, mixture, records, shard_notes
+from cogvideox_jax.data import encoded_by, mixture, packing, records, shard_notes
 from cogvideox_jax.data.dataset_index import damaged_files
 from cogvideox_jax.data.encoded_by import EncodedBy
 from cogvideox_jax.data.loader import Loader
@@ -139,3 +139,16 @@ def test_notes_of_earlier_versions_are_read_and_damaged_ones_are_none(tmp_path):
   for text in ("", "[]", "7", '{"clips": []}'):
     path.write_text(text)
     assert shard_notes.read(path) is None
+
+
+def test_a_plan_with_a_flipped_byte_is_planned_again(tmp_path):
+  folder = epath.Path(tmp_path)
+  lengths = np.array([9, 3, 5, 7, 2])
+  wanted = packing.cached_layout(lengths, 12, 4, folder)
+  (plan,) = folder.iterdir()
+  whole = plan.read_bytes()
+  for place in range(0, len(whole), 3):
+    plan.write_bytes(whole)
+    flip(plan, place)
+    for column, expected in zip(packing.cached_layout(lengths, 12, 4, folder), wanted, strict=True):
+      np.testing.assert_array_equal(column, expected)

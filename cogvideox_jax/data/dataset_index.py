@@ -17,9 +17,11 @@ MEND = "Run the same encode command again: it writes anew what is damaged."
 NOT_FINISHED = "Make it with `python -m cogvideox_jax.encode`; the same command finishes it."
 # The columns of the index that are not those of `Index`.
 _OTHERS = {"names", "name_ends", "shard_lengths", "shard_bytes", "digest"}
-# What numpy and zipfile raise for damaged files, found by flipping every byte.
-_FAULTS = (ValueError, EOFError, KeyError, OSError, RuntimeError, zipfile.BadZipFile)
-_FAULTS = (*_FAULTS, zlib.error, struct.error, MemoryError)
+# What numpy and zipfile raise for damaged .npz files, found by flipping every byte.
+NPZ_FAULTS = (
+  *(ValueError, EOFError, KeyError, OSError, RuntimeError, MemoryError),
+  *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 class Index(NamedTuple):
@@ -51,7 +53,7 @@ def read_index(directory: epath.Path) -> dict[str, np.ndarray]:
     raise UserError(
       f"{directory} is not an encoded dataset, or was not finished.\n{NOT_FINISHED}"
     ) from error
-  except _FAULTS as error:
+  except NPZ_FAULTS as error:
     raise UserError(f"{path} is damaged.\n{MEND}") from error
   wanted = {*Index._fields, *_OTHERS}
   missing = wanted - columns.keys()

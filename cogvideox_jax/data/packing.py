@@ -11,7 +11,6 @@ index, never the records.
 import bisect
 import hashlib
 import math
-import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from einops import rearrange
 from etils import epath
 from jaxtyping import Bool, Int, Shaped, UInt64
 
+from cogvideox_jax.data.dataset_index import NPZ_FAULTS
 from cogvideox_jax.data.files import write_arrays
 from cogvideox_jax.types import TEXT, VISION, Batch, Example
 
@@ -123,7 +123,7 @@ def cached_layout(
   try:
     with path.open("rb") as file, np.load(file) as arrays:
       return Layout(arrays["lengths"], arrays["rows"])
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+  except NPZ_FAULTS:
     pass  # Absent or damaged: plan it again.
   layout = plan_layout(lengths, row_tokens, max_clips)
   try:
