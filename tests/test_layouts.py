@@ -59,6 +59,16 @@ LAYOUTS = {  # Name of a file -> what writes it into the folder.
   "excel.csv": lambda path: path.write_bytes(as_csv("file,caption").encode("utf-16")),
   "windows.jsonl": lambda path: path.write_bytes(lines(rows("file", "caption")).encode("utf-16")),
   "big.jsonl": lambda path: path.write_bytes(lines(rows("file", "caption")).encode("utf-16-be")),
+  "columns.json": lambda path: path.write_text(json.dumps({"file": FILES, "caption": CAPTIONS})),
+  "by_name.json": lambda path: path.write_text(
+    json.dumps(dict(zip(FILES, CAPTIONS, strict=True)), indent=1)
+  ),
+  "kohya.json": lambda path: path.write_text(
+    json.dumps({f: {"caption": c} for f, c in zip(FILES, CAPTIONS, strict=True)})
+  ),
+  "nested.json": lambda path: path.write_text(
+    json.dumps({"version": 1, "data": rows("path", "caption")}, indent=1)
+  ),
   "list.csv": lambda path: path.write_text(as_csv("image_path,captions")),
 }
 
@@ -146,6 +156,11 @@ def test_a_missing_caption_in_a_list_is_the_refusal_of_its_line(folder):
       r"cannot be read .*\nSave it as UTF-8",
     ),
     ("metadata.csv", lambda path: path.write_text("file,caption\n"), "is empty"),
+    (
+      "captions.json",
+      lambda path: path.write_text(json.dumps({"clips": {"a": 1}, "n": 2}, indent=1)),
+      r"has 1 rows with the columns clips, n: none of them names the clip's file",
+    ),
     ("shards.tar", lambda path: path.write_bytes(b""), "is an archive"),
   ],
 )

@@ -8,7 +8,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from cogvideox_jax.conversion import component_fields, diffusers
+from cogvideox_jax.conversion import component_fields, diffusers, orbax
 from cogvideox_jax.conversion.folder import ModelFolder
 from cogvideox_jax.conversion.tensors import Lazy
 from cogvideox_jax.data.encoded_by import EncodedBy
@@ -25,7 +25,7 @@ def describe(folder: ModelFolder, name: str, text_drop: str, fps: float) -> Enco
   """Returns what a dataset says that this model, with these settings, encodes.
 
   It reads all weights of the VAE and the text encoder, layer by layer. The digest of a component
-  that the folder lacks, or has no weights of, is None.
+  that the folder lacks, or has no weights of that are read here, is None.
 
   Args:
     name: what the user calls the model.
@@ -66,7 +66,7 @@ def digest(params: Params) -> str:
 
 def _digest_of(folder: ModelFolder, component: str) -> str | None:
   files = folder.path / component
-  if not files.is_dir() or {file.name for file in files.iterdir()} <= {diffusers.CONFIG}:
+  if not files.is_dir() or not (orbax.is_in(files) or list(files.glob("*.safetensors"))):
     return None
   return digest(folder.open(component)[1])
 

@@ -7,19 +7,17 @@ none. The fields get the names of our own manifest, by the names that other tool
 import csv
 import importlib
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from cogvideox_jax.data import texts
+from cogvideox_jax.data import json_rows, texts
+from cogvideox_jax.data.json_rows import FILES, named
 from cogvideox_jax.errors import UserError
 
-# The names of columns that hold a clip's file and caption, in the order in which they are looked
-# for: ours, those of Hugging Face's folders, and those of finetrainers, CogKit and musubi-tuner.
-FILES = ("file", "file_name", "filename", "video", "video_file", "video_path", "image")
-FILES = (*FILES, "image_file", "image_path", "media_path", "file_path", "filepath", "path")
+# The names of columns that hold a clip's caption, in the order in which they are looked for. Those
+# of Hugging Face's folders, of finetrainers, CogKit and musubi-tuner are among them.
 CAPTIONS = ("caption", "text", "prompt", "description")
 # Names of tables in a folder, and of lists that belong together, in the order of preference.
 TABLES = tuple(
@@ -101,44 +99,8 @@ def find_table(folder: epath.Path) -> epath.Path | None:
   return next((folder / name for name in TABLES if (folder / name).is_file()), None)
 
 
-def _json(path: epath.Path, data: bytes) -> Iterator[Row]:
-  """JSON lines, or one array of objects."""
-  encoding = texts.encoding_of(data)
-  if encoding != "utf-8-sig":
-    data = data.decode(encoding).encode()
-  if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" and (array := _array(data)) is not None:
-    for number, fields in enumerate(array, 1):
-      yield _checked(number, fields)
-    return
-  # Split as bytes, because single lines may be in another encoding.
-  for number, line in enumerate(data.split(b"\n"), 1):
-    if line.strip():
-      yield _parse(number, line)
-
-
-def _array(data: bytes) -> list[Any] | None:
-  """Returns a JSON array of the whole file; None if it is none."""
-  try:
-    found = json.loads(data.decode("utf-8-sig"))
-  except (ValueError, RecursionError):
-    return None
-  return found if isinstance(found, list) else None
-
-
-def _parse(number: int, line: bytes) -> Row:
-  try:
-    fields = json.loads(line.decode("utf-8-sig"))  # An editor may begin the file with a BOM.
-  except UnicodeDecodeError:
-    return Row(number, None, "the line is not UTF-8")
-  except (ValueError, RecursionError) as error:
-    return Row(number, None, f"the line is not JSON: {error}")
-  return _checked(number, fields)
-
-
-def _checked(number: int, fields: Any) -> Row:
-  if not isinstance(fields, dict):
-    return Row(number, None, "the line is not a JSON object")
-  return Row(number, fields)
+def _json(_: epath.Path, data: bytes) -> Iterator[Row]:
+  return (Row(*row) for row in json_rows.read(data))
 
 
 def _csv(path: epath.Path, data: bytes) -> Iterator[Row]:
@@ -209,17 +171,17 @@ def _check_columns(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Raises a UserError if a table, as a whole, is not one of clips."""
   columns = list(dict.fromkeys(name for row in rows for name in row))
   shown = ", ".join(map(str, columns[:12])) or "none"
-  if rows and not any(_named(row, FILES) for row in rows):
+  if rows and not any(named(row, FILES) for row in rows):
     raise UserError(
       f"{path} has {len(rows)} rows with the columns {shown}: none of them names the clip's file.\n"
       f"Call it file (or {', '.join(FILES[1:6])}); its path starts from the manifest's folder."
     )
-  if rows and not any(_named(row, (*CAPTIONS, "captions")) for row in rows):
+  if rows and not any(named(row, (*CAPTIONS, "captions")) for row in rows):
     raise UserError(
       f"{path} has {len(rows)} rows with the columns {shown}: none of them is the caption.\n"
       f"Call it caption (or {', '.join(CAPTIONS[1:])})."
     )
-  names = [row.get(_named(row, FILES)) for row in rows]
+  names = [row.get(named(row, FILES)) for row in rows]
   if any(isinstance(name, dict) for name in names):
     raise UserError(
       f"{path} holds the videos or images themselves, as Hugging Face's datasets may do.\n"
@@ -227,19 +189,13 @@ def _check_columns(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _named(row: Mapping[str, Any], names: Sequence[str]) -> str:
-  """Returns the first of the names that a row has, in the row's spelling; empty if it has none."""
-  spelled = {str(name).strip().lower(): name for name in row}
-  return next((spelled[name] for name in names if name in spelled), "")
-
-
 def _renamed(fields: Any) -> Any:
   """Returns the fields with the names of our manifest."""
   if not isinstance(fields, Mapping):
     return fields
   ours = dict(fields)
-  if "file" not in ours and (name := _named(ours, FILES)):
+  if "file" not in ours and (name := named(ours, FILES)):
     ours["file"] = ours.pop(name)
-  if not {"caption", "captions"} & ours.keys() and (name := _named(ours, CAPTIONS)):
+  if not {"caption", "captions"} & ours.keys() and (name := named(ours, CAPTIONS)):
     ours["caption"] = ours.pop(name)
   return ours
