@@ -184,3 +184,13 @@ def test_an_element_of_an_array_that_is_no_object_is_its_own_refusal(folder, ele
   items, (refusal,), _ = read_manifest(folder)
   assert len(items) == 2
   assert (refusal.line, refusal.reason) == (3, "the line is not a JSON object")
+
+
+def test_a_table_of_something_else_does_not_hide_the_clips_beside_their_captions(folder):
+  (folder / "metadata.json").write_text(json.dumps({"camera": "x", "date": 1}))
+  with pytest.raises(UserError, match="has 1 rows with the columns camera, date"):
+    read_manifest(folder)
+  (folder / "videos" / "a.txt").write_text("a wave")
+  items, refusals, notes = read_manifest(folder)
+  assert [item.name for item in items] == ["videos/a.mp4"] and len(refusals) == 1
+  assert "none of them names the clip's file" in notes[0] and "1 .json" in notes[1]

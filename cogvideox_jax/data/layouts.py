@@ -30,6 +30,10 @@ CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 EXAMPLE = '{"file": "a.mp4", "caption": "A cat jumps."}'
 
 
+class OtherTableError(UserError):
+  """A table is not one of clips."""
+
+
 class Row(NamedTuple):
   """A line of a table."""
 
@@ -42,7 +46,8 @@ def read_table(path: epath.Path) -> list[Row]:
   """Returns the rows of a table, whose fields have the names of our manifest.
 
   Raises:
-    UserError: the table cannot be read, or none of its columns names a file or a caption.
+    OtherTableError: none of its columns names a file, or a caption.
+    UserError: it cannot be read.
   """
   reader = READERS.get(path.suffix.lower(), _json)
   try:
@@ -172,12 +177,12 @@ def _check_columns(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   columns = list(dict.fromkeys(name for row in rows for name in row))
   shown = ", ".join(map(str, columns[:12])) or "none"
   if rows and not any(named(row, FILES) for row in rows):
-    raise UserError(
+    raise OtherTableError(
       f"{path} has {len(rows)} rows with the columns {shown}: none of them names the clip's file.\n"
       f"Call it file (or {', '.join(FILES[1:6])}); its path starts from the manifest's folder."
     )
   if rows and not any(named(row, (*CAPTIONS, "captions")) for row in rows):
-    raise UserError(
+    raise OtherTableError(
       f"{path} has {len(rows)} rows with the columns {shown}: none of them is the caption.\n"
       f"Call it caption (or {', '.join(CAPTIONS[1:])})."
     )

@@ -13,7 +13,7 @@ from etils import epath
 from cogvideox_jax.data import layouts
 from cogvideox_jax.data.clip_folder import read_folder
 from cogvideox_jax.data.items import Item, Refusal, Source, make_item
-from cogvideox_jax.data.layouts import EXAMPLE, Row
+from cogvideox_jax.data.layouts import EXAMPLE, OtherTableError, Row
 from cogvideox_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cogvideox_jax.data.places import RefusedError
 from cogvideox_jax.errors import UserError
@@ -44,12 +44,29 @@ def read_manifest(
   if not path.is_dir():
     return _read_table(path, allow_links)
   if table := layouts.find_table(path):
-    return _read_table(table, allow_links)
+    try:
+      return _read_table(table, allow_links)
+    except OtherTableError as other:
+      if table.stem == "manifest":
+        raise
+      # It may belong to something else, and the clips have their captions beside them.
+      return _folder_with_table(path, other, subfolders, allow_links)
   if lists := layouts.find_lists(path):
     rows = layouts.read_lists(*lists)
     notes = [f"Read {lists[0].name} and {lists[1].name} of {path}, line by line."]
     return _of_rows(rows, path, allow_links, notes)
   return read_folder(path, subfolders=subfolders, allow_links=allow_links)
+
+
+def _folder_with_table(
+  folder: epath.Path, other: OtherTableError, subfolders: bool, allow_links: bool
+) -> Source:
+  """Returns the clips beside a table that is not one of clips; raises `other` if there are none."""
+  try:
+    found = read_folder(folder, subfolders=subfolders, allow_links=allow_links)
+  except UserError as error:
+    raise other from error
+  return found._replace(notes=[str(other).splitlines()[0], *found.notes])
 
 
 def _existing(path: epath.PathLike) -> epath.Path:
