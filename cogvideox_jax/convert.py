@@ -14,7 +14,14 @@ from absl import flags
 from etils import epath
 
 from cogvideox_jax import command, model_flags
-from cogvideox_jax.conversion import lora, model_contents, model_layouts, sat_release
+from cogvideox_jax.conversion import (
+  diffusers_limits,
+  lora,
+  model_contents,
+  model_layouts,
+  sat_release,
+)
+from cogvideox_jax.conversion.diffusers_limits import SampleSize
 from cogvideox_jax.conversion.folder import SHIPPED, resolve
 from cogvideox_jax.conversion.lora import LoRA
 from cogvideox_jax.conversion.model_contents import Model
@@ -31,11 +38,19 @@ TYPES = {dtype.name: dtype for dtype in DTYPES.values() if dtype.kind != "i"}
 DTYPE = flags.DEFINE_enum(
   "dtype", "keep", ["keep", *TYPES], "Type of the weights; keep: as the source has them."
 )
+SAMPLE_SIZE = flags.DEFINE_string(
+  "sample_size",
+  None,
+  "HEIGHTxWIDTHxFRAMES in pixels and frames: the size at which --format=diffusers is exact; by "
+  "default the model's sample size.",
+)
 model_flags.declare()
 
 
 def main() -> None:
   target = epath.Path(TARGET.value)
+  if sample_size() and FORMAT.value != "diffusers":
+    raise UserError(f"--sample_size is for --format=diffusers; {FORMAT.value} needs none.")
   if is_lora(epath.Path(SOURCE.value)):
     write_lora(epath.Path(SOURCE.value), target)
   else:
@@ -43,10 +58,19 @@ def main() -> None:
     with opened(SOURCE.value) as model:
       if LORA.value and updates:
         fuse(model, epath.Path(LORA.value), updates)
+      if FORMAT.value == "diffusers":
+        model.notes = diffusers_limits.fit(model, sample_size())
+        for note in model.notes:
+          print(f"In diffusers: {note}")
       if DTYPE.value != "keep":
         model.map_params(lambda network: model_contents.cast(network, TYPES[DTYPE.value]))
       model_layouts.write(model, target, FORMAT.value)
   print(f"Wrote {target}.")
+
+
+def sample_size() -> SampleSize | None:
+  """The value of --sample_size; raises UserError if it is of another form."""
+  return SampleSize.parse(SAMPLE_SIZE.value) if SAMPLE_SIZE.value is not None else None
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def main(_) -> None:
     trained = resume.read_config(epath.Path(TRANSFORMER.value))
     weights = checkpoint.load_weights(TRANSFORMER.value)
     diffusers.save_transformer(target / "transformer", trained.model, half(weights))
-    diffusers.save_scheduler(target / "scheduler", trained.noise)
+    diffusers.save_scheduler(target / "scheduler", trained.noise, SETTINGS.solver)
   write_index(target, SETTINGS)
 
 

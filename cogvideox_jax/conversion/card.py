@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -47,12 +47,19 @@ def _head(text: str) -> str:
   return match[1] if match else ""
 
 
-def write(folder: epath.Path, origin: Origin, configs: Mapping[str, Any], layout: str) -> None:
+def write(
+  folder: epath.Path,
+  origin: Origin,
+  configs: Mapping[str, Any],
+  layout: str,
+  notes: Sequence[str] = (),
+) -> None:
   """Writes the card and copies the licence's text. All other files must be there already.
 
   Args:
     configs: network's name -> its config.
     layout: the `--format` that the files have.
+    notes: what differs in the layout's library, a sentence each.
   """
   for file in origin.files:
     (folder / file.name).write_bytes(file.read_bytes())
@@ -73,7 +80,7 @@ pipeline_tag: text-to-video
 
 Written by cogvideox_jax (`convert --format={layout}`) from `{origin.name}`.{origin.note}
 
-## Licence
+{_differences(layout, notes)}## Licence
 
 {source}
 
@@ -89,6 +96,14 @@ Written by cogvideox_jax (`convert --format={layout}`) from `{origin.name}`.{ori
 |---|---|
 """ + "\n".join(rows)
   (folder / NAME).write_text(text + "\n")
+
+
+def _differences(layout: str, notes: Sequence[str]) -> str:
+  """The section of what differs in the layout's library; empty if nothing does."""
+  if not notes:
+    return ""
+  lines = "\n".join(f"- {note}" for note in notes)
+  return f"## What {layout} does not know\n\n{lines}\n\n"
 
 
 def _licence(origin: Origin, config: DiTConfig | None) -> tuple[str, str]:

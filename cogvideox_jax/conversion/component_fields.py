@@ -17,6 +17,7 @@ from cogvideox_jax.models.vae_config import VAEConfig
 
 Fields = Mapping[str, Any]
 
+SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}  # By solver.
 VERSION = "0.42.1"  # The diffusers release whose folder layout is written.
 
 # Our field -> their field with the same value.
@@ -122,7 +123,7 @@ def read_transformer(fields: Fields, where: str) -> DiTConfig:
   patch_frames, patch = fields.get("patch_size_t"), fields.get("patch_size", 2)
   if patch_frames is None:
     _check_fixed(fields, {"patch_bias": True}, where)  # With patch_size_t there always is a bias.
-  positions = fields.get(POSITION_RULE, _implied_positions(fields))
+  positions = fields.get(POSITION_RULE, implied_positions(fields))
   if positions not in RULES:
     raise UserError(f"{where}: {POSITION_RULE} is {positions!r}, not one of {RULES}.")
   fields = {"use_learned_positional_embeddings": False, **fields}  # CogVideoX 1.0 leaves it out.
@@ -154,12 +155,12 @@ def write_transformer(config: DiTConfig) -> dict[str, Any]:
     "patch_size_t": frames if frames > 1 else None,
     "use_rotary_positional_embeddings": config.positions != "sincos",
   }
-  if config.positions != _implied_positions(fields):
+  if config.positions != implied_positions(fields):
     fields[POSITION_RULE] = config.positions
   return fields
 
 
-def _implied_positions(fields: Fields) -> str:
+def implied_positions(fields: Fields) -> str:
   """The position rule that diffusers applies to a model with these fields."""
   if not fields.get("use_rotary_positional_embeddings", False):
     return "sincos"
@@ -231,10 +232,13 @@ def read_noise(fields: Fields, where: str) -> NoiseConfig:
   return config
 
 
-def write_noise(config: NoiseConfig) -> dict[str, Any]:
-  """The fields that diffusers reads the same noise schedule from."""
+def write_noise(config: NoiseConfig, solver: str = "ddim") -> dict[str, Any]:
+  """The fields that diffusers reads the same noise schedule, and the solver, from.
+
+  solver: one of SCHEDULERS.
+  """
   return {
-    "_class_name": "CogVideoXDDIMScheduler",
+    "_class_name": SCHEDULERS[solver],
     "_diffusers_version": VERSION,
     **_theirs(config, NOISE_NAMES),
     **NOISE_FIXED,

@@ -82,9 +82,9 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
   return Tokenizer(folder)
 
 
-def save_scheduler(folder: epath.PathLike, config: NoiseConfig) -> None:
-  """Writes a `scheduler` folder."""
-  write_fields(folder, SCHEDULER_CONFIG, component_fields.write_noise(config))
+def save_scheduler(folder: epath.PathLike, config: NoiseConfig, solver: str = "ddim") -> None:
+  """Writes a `scheduler` folder; solver: one of `component_fields.SCHEDULERS`."""
+  write_fields(folder, SCHEDULER_CONFIG, component_fields.write_noise(config, solver))
 
 
 def save_tokenizer(folder: epath.PathLike, tokenizer: Tokenizer) -> None:

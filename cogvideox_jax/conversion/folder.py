@@ -161,6 +161,7 @@ def index_fields(settings: Settings, takes_image: bool = False) -> dict[str, Any
     "_class_name": "CogVideoXImageToVideoPipeline" if takes_image else "CogVideoXPipeline",
     "_diffusers_version": component_fields.VERSION,
     **{component: list(where) for component, where in CLASSES.items()},
+    "scheduler": ["diffusers", component_fields.SCHEDULERS[settings.solver]],
     SETTINGS: dataclasses.asdict(settings),
   }
 

@@ -4,7 +4,7 @@ Parameters are lazy, so that a conversion holds about one layer in memory.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,9 @@ class Network:
     """
     self.component: Component = COMPONENTS[name]
     self.config, self.params = config, params
-    self.fields = self.component.write_config(config) if fields is None else fields
+    self.fields: Mapping[str, Any] = (
+      self.component.write_config(config) if fields is None else fields
+    )
 
 
 @dataclasses.dataclass
@@ -44,6 +46,8 @@ class Model:
   tokenizer: epath.Path | None = None  # The tokenizer's folder.
   scheduler: Mapping[str, Any] | None = None  # The fields of the scheduler's config.
   index: Mapping[str, Any] | None = None  # The fields of model_index.json.
+  trained_sizes: tuple[tuple[int, int], ...] = ()  # Height and width in pixels, if known.
+  notes: Sequence[str] = ()  # What differs in the library of the target's layout.
 
   def map_params(self, change: Callable[[Network], Params]) -> None:
     """Replaces the parameters of every network."""

@@ -48,7 +48,8 @@ def write(model: Model, target: epath.Path, layout: str) -> None:
       diffusers.write_fields(draft / "scheduler", diffusers.SCHEDULER_CONFIG, model.scheduler)
     if model.index is not None:
       diffusers.write_fields(draft, INDEX, model.index)
-    card.write(draft, model.origin, {name: x.config for name, x in model.networks.items()}, layout)
+    configs = {name: network.config for name, network in model.networks.items()}
+    card.write(draft, model.origin, configs, layout, model.notes)
 
 
 @contextlib.contextmanager

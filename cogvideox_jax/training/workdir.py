@@ -46,8 +46,8 @@ def load(
   if not is_workdir(workdir):
     return kind.from_pretrained(model, progress=progress, offload=offload)
   config = read_config(workdir)
-  transformer = _transformer(config, workdir, weights)
-  return with_transformer(config, transformer, load_frozen(config), progress, kind, offload)
+  _, found = _transformer(config, workdir, weights)
+  return with_transformer(config, found, load_frozen(config), progress, kind, offload)
 
 
 def is_workdir(path: epath.Path) -> bool:
@@ -57,8 +57,8 @@ def is_workdir(path: epath.Path) -> bool:
 
 def _transformer(
   config: TrainConfig, workdir: epath.Path, weights: str
-) -> tuple[DiTConfig, Params]:
-  """Returns the transformer of the newest good checkpoint, with the positions of its stage.
+) -> tuple[stages.Stage, tuple[DiTConfig, Params]]:
+  """Returns the stage of the newest good checkpoint, and its transformer with the positions of it.
 
   Its arrays are read when they are used.
   """
@@ -68,7 +68,7 @@ def _transformer(
   with orbax.naming_writer(workdir / "checkpoints" / str(found.step)):
     shapes = TRANSFORMER.shapes(model)
     tensors.check_params(tensors.flatten(found.params), tensors.flatten(shapes))
-  return model, found.params
+  return stage, (model, found.params)
 
 
 def open_trained(workdir: epath.Path, weights: str) -> Model:
@@ -81,9 +81,10 @@ def open_trained(workdir: epath.Path, weights: str) -> Model:
   """
   config = read_config(workdir)
   trained = model_layouts.read_folder(open_model(config.components).path)
-  model, params = _transformer(config, workdir, weights)
+  stage, (model, params) = _transformer(config, workdir, weights)
   trained.networks["transformer"] = Network("transformer", model, params, None)
-  trained.scheduler = write_noise(config.noise)
+  trained.trained_sizes = tuple(config.stages[stage.name].sizes)
+  trained.scheduler = write_noise(config.noise, config.preview.solver)
   trained.index = index_fields(_settings(config), model.takes_image)
   base = trained.origin.name
   trained.origin = trained.origin._replace(
