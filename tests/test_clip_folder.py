@@ -80,9 +80,12 @@ def test_videos_and_labels_as_sat_has_them_belong_together(tmp_path):
 
 def test_what_encode_wrote_inside_is_not_read_as_clips(tmp_path):
   make(tmp_path, "a.mp4", "a.txt", "encoded/quarantine.jsonl", "encoded/tiny/clips.png")
+  make(tmp_path, "run/metrics.jsonl", "run/previews/step_1.mp4")
   source = read_manifest(tmp_path)
   assert names(source) == ["a.mp4"] and not source.refusals
-  assert source.notes == [f"Passed over in {tmp_path}: 1 folder(s) that encode wrote."]
+  assert source.notes == [
+    f"Passed over in {tmp_path}: 2 folder(s) that encode or a training wrote."
+  ]
 
 
 @pytest.mark.parametrize(

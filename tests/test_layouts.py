@@ -87,8 +87,10 @@ def test_a_table_of_another_tool_is_read(folder, name):
 def test_our_own_manifest_comes_first(folder):
   (folder / "metadata.jsonl").write_text(lines(rows()))
   (folder / "manifest.jsonl").write_text('{"file": "videos/b.mp4", "caption": "ours"}\n')
-  (item,) = read_manifest(folder).items
-  assert item.captions == ("ours",)
+  (item,), _, notes = read_manifest(folder)
+  assert item.captions == ("ours",) and not notes
+  (folder / "manifest.jsonl").unlink()
+  assert read_manifest(folder).notes == [f"Read metadata.jsonl of {folder}."]
 
 
 def test_a_list_of_captions_a_score_and_an_id_are_kept(folder):
@@ -105,7 +107,7 @@ def test_a_list_of_captions_a_score_and_an_id_are_kept(folder):
 def test_two_lists_are_read_line_by_line(folder, videos, prompts):
   (folder / videos).write_text("\n".join(FILES) + "\n\n")
   (folder / prompts).write_text("\r\n".join(CAPTIONS) + "\r\n")
-  for source in (folder, folder / videos):
+  for source in (folder, folder / videos, folder / prompts):
     items, refusals, _ = read_manifest(source)
     assert not refusals
     assert [(item.id, item.captions[0], item.line) for item in items] == [
@@ -160,6 +162,11 @@ def test_a_missing_caption_in_a_list_is_the_refusal_of_its_line(folder):
       "captions.json",
       lambda path: path.write_text(json.dumps({"clips": {"a": 1}, "n": 2}, indent=1)),
       r"has 1 rows with the columns clips, n: none of them names the clip's file",
+    ),
+    (
+      "clips.txt",
+      lambda path: path.write_text("videos/a.mp4 a wave\nvideos/b.mp4 a boat\n"),
+      r"is not a table of clips: none of its 2 lines can be read, the first\nbecause the line",
     ),
     ("shards.tar", lambda path: path.write_bytes(b""), "is an archive"),
   ],

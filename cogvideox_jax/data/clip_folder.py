@@ -6,7 +6,7 @@ Rules, each with a line that says how often it applied:
 - Its caption is NAME.txt beside it, in any case; in folders that SAT trains on, labels/NAME.txt for
   videos/NAME.mp4.
 - Hidden files and folders, and those that systems keep beside (`__MACOSX`, `@eaDir`), are passed
-  over, and so are folders that `encode` wrote.
+  over, and so are folders that `encode` or a training wrote.
 - A picture with the name of a video beside it is the video's thumbnail, and passed over.
 """
 
@@ -25,7 +25,8 @@ from cogvideox_jax.data.places import RefusedError, inside, is_bucket
 from cogvideox_jax.errors import UserError
 
 _KEPT_BESIDE = ("__macosx", "@eadir", "$recycle.bin", "lost+found")
-_ENCODED = ("shards.json", "quarantine.jsonl")  # They stand in folders that `encode` wrote.
+# One of them stands in each folder that `encode` or a training wrote.
+_WRITTEN = {"shards.json", "quarantine.jsonl", "metrics.jsonl"}
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".zip")  # Of other tools.
 _SHOWN = 8  # The most kinds of files that a line counts.
 
@@ -107,8 +108,8 @@ def _walk(folder: epath.Path, subfolders: bool, allow_links: bool) -> _Walked:
       folders.clear()
       continue
     seen.add(real)
-    if place != "." and set(_ENCODED) & set(names):
-      passed["folder(s) that encode wrote"] += 1
+    if place != "." and _WRITTEN & set(names):
+      passed["folder(s) that encode or a training wrote"] += 1
       folders.clear()
       continue
     passed.update(_prune(folder / place, folders, subfolders, allow_links))

@@ -60,6 +60,11 @@ def read_table(path: epath.Path) -> list[Row]:
     ) from error
   if not rows:
     raise UserError(f"the manifest {path} is empty.\nWrite a line a clip, such as {EXAMPLE}")
+  if all(row.fault for row in rows):
+    raise OtherTableError(
+      f"{path} is not a table of clips: none of its {len(rows)} lines can be read, the first\n"
+      f"because {rows[0].fault}. Write JSON lines, such as {EXAMPLE}"
+    )
   _check_columns(path, [row.fields for row in rows if isinstance(row.fields, Mapping)])
   return [row._replace(fields=_renamed(row.fields)) for row in rows]
 

@@ -45,7 +45,9 @@ def read_manifest(
     return _read_table(path, allow_links)
   if table := layouts.find_table(path):
     try:
-      return _read_table(table, allow_links)
+      found = _read_table(table, allow_links)
+      notes = [] if table.name == MANIFEST else [f"Read {table.name} of {path}."]
+      return found._replace(notes=notes)
     except OtherTableError as other:
       if table.stem == "manifest":
         raise
@@ -102,7 +104,8 @@ def _read_table(manifest: epath.Path, allow_links: bool) -> Source:
     raise UserError(f"{manifest} is a single clip.\nGive its folder, or a manifest that names it.")
   if suffix in (".tar", ".zip", ".gz", ".tgz"):
     raise UserError(f"{manifest} is an archive.\nUnpack it, and give its folder.")
-  if manifest.name in layouts.FILE_LISTS and (lists := layouts.find_lists(manifest.parent)):
+  is_list = manifest.name in layouts.FILE_LISTS + layouts.CAPTION_LISTS
+  if is_list and (lists := layouts.find_lists(manifest.parent)):
     return _of_rows(layouts.read_lists(*lists), manifest.parent, allow_links, [])
   return _of_rows(layouts.read_table(manifest), manifest.parent, allow_links, [])
 
