@@ -361,7 +361,7 @@ def test_a_damaged_shard_is_encoded_again_and_the_others_are_not(
   assert "shard 1 is damaged and is encoded again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", [np.nan, 6e4, -6e4, 5e3])
+@pytest.mark.parametrize("value", [np.nan, 6e4, -6e4, 200.0])
 def test_latents_that_no_sound_vae_makes_are_refused(tmp_path, model, config, monkeypatch, value):
   clips = write_clips(tmp_path / "clips", 4)
   moments = FrozenNetworks.moments
@@ -375,5 +375,5 @@ def test_latents_that_no_sound_vae_makes_are_refused(tmp_path, model, config, mo
   assert encode_clips.encode(typed(config), clips, tmp_path / "out", model) == (3, 1)
   refusal = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
   assert refusal["file"] == "001.mp4"
-  words = "not finite" if np.isnan(value) else f"latents reach {abs(value):.0f}; a sound VAE's"
+  words = "not finite" if np.isnan(value) else f"latents reach {abs(value):.0f}, which is"
   assert words in refusal["reason"]

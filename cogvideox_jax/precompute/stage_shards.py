@@ -27,9 +27,9 @@ from cogvideox_jax.data.shards import OpenShard, ShardWriter
 from cogvideox_jax.data.video import VideoError, VideoInfo, Window
 from cogvideox_jax.types import Caption, Example
 
-# Latents are a few units wide, and their outliers some tens. More is a fault of the VAE or of its
-# weights, and one such clip would drown the loss of all others. Ours.
-MAX_LATENT = 1000.0
+# Latents times the VAE's scaling factor have about unit variance, and outliers of ten or so. More
+# than this is a fault of the VAE or of its weights, and would drown the loss of all clips. Ours.
+MAX_SCALED_LATENT = 100.0
 
 Frames = UInt8[np.ndarray, "F H W 3"]
 States = Float[np.ndarray, "l t"]
@@ -58,6 +58,7 @@ class Stage:
   ):
     """Opens or begins OUTPUT/NAME. UserError if it was made from other items or settings."""
     self.name, self._fps = name, config.data.fps
+    self.scaling_factor = encoders.scaling_factor
     self._sizes, self._durations = config.stages[name].sizes, config.stages[name].durations
     made_from = identity(
       {
@@ -93,6 +94,7 @@ class Shard:
   def __init__(self, number: int, items: list[Item], stages: list[Stage]):
     self.items = items
     self._number, self._stages = number, stages
+    self._scaling_factor = min((stage.scaling_factor for stage in stages), default=1.0)
     self._planned: dict[str, list[StageClip]] = {}  # By the item's id.
     self._refusals: dict[str, set[Refusal]] = {stage.name: set() for stage in stages}
 
@@ -143,7 +145,7 @@ class Shard:
         others=tuple(others),
         image=image,
       )
-      if fault := storage_fault(example) or latent_fault(example):
+      if fault := storage_fault(example) or latent_fault(example, self._scaling_factor):
         self._refuse(clip.item, f"stage {stage}, clip {clip.source}: {fault}", [stage])
       else:
         self._outputs[stage].write(example)
@@ -172,12 +174,19 @@ class Shard:
       self._refusals[name].add(Refusal(item.name, item.line, reason))
 
 
-def latent_fault(example: Example) -> str | None:
-  """Returns why the latents of a clip cannot be those of a sound VAE; None if they can."""
+def latent_fault(example: Example, scaling_factor: float) -> str | None:
+  """Returns why the latents of a clip cannot be those of a sound VAE; None if they can.
+
+  Args:
+    scaling_factor: of the VAE; the latents are not scaled by it.
+  """
   for name, mean in (("latents", example.mean), ("image's latents", image_of(example)[:, 0])):
     largest = float(np.abs(np.float32(mean)).max(initial=0.0))
-    if not largest <= MAX_LATENT:
-      return f"its {name} reach {largest:.0f}; a sound VAE's stay below {MAX_LATENT:.0f}"
+    if not largest * scaling_factor <= MAX_SCALED_LATENT:
+      return (
+        f"its {name} reach {largest:.0f}, which is {largest * scaling_factor:.0f} when scaled; "
+        f"those of a sound VAE stay below {MAX_SCALED_LATENT:.0f}"
+      )
   return None
 
 
