@@ -110,6 +110,8 @@ def write_lora(source: epath.Path, target: epath.Path) -> None:
   if FORMAT.value == "orbax":
     raise UserError("A LoRA is kept in diffusers' or SAT's files: give --format=diffusers or sat.")
   updates = lora.read(source, LORA_ALPHA.value)
+  if DTYPE.value != "keep":
+    updates = lora.cast(updates, TYPES[DTYPE.value])
   target.mkdir(parents=True, exist_ok=True)
   if FORMAT.value == "sat":
     lora.write_sat(target / lora.SAT_FILE, updates)

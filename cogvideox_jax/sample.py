@@ -84,7 +84,11 @@ def main() -> None:
   arguments = call_arguments(pipe)
   fps = pipe.settings.fps if FPS.value is None else FPS.value
   given = read_given(arguments, fps)
+  asked = len(given["video"]) if "video" in given else arguments["num_frames"]
   frames = pipe(**{**arguments, **given}, output_type="uint8").frames[0]
+  if len(frames) > asked:
+    print(f"The VAE decodes {len(frames)} frames; the first {asked}, as asked for, are written.")
+    frames = frames[:asked]
   with progress.phase("write") as bar:
     made_with = {"model": MODEL.value, "fps": fps, "version": __version__, **arguments}
     made_with |= lora_arguments()

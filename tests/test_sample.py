@@ -45,6 +45,13 @@ def test_flags_not_given_are_as_the_model_has_them(run):
   assert (info.num_frames, info.height, info.width, info.fps) == (9, 16, 24, 12.0)
 
 
+@pytest.mark.parametrize("num_frames", [5, 13])
+def test_as_many_frames_are_written_as_were_asked_for(run, num_frames, capsys):
+  assert probe(run(num_frames=num_frames, steps=1)).num_frames == num_frames
+  said = f"The VAE decodes {num_frames + 3} frames; the first {num_frames}, as asked for, are writt"
+  assert capsys.readouterr().out.count(said) == 1
+
+
 def test_the_file_tells_all_it_was_made_with_and_what_was_cut_is_said(run):
   prompt = 'a "red" circle, Привет 🎈'
   with pytest.warns(UserWarning, match="longer than the model's 6.*ignored: 'circle"):

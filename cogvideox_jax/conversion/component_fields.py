@@ -5,6 +5,7 @@ file with another value is refused by an error that names the field. Fields that
 computed numbers (versions, tile sizes, training-only settings) are not checked.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,6 +122,8 @@ def read_transformer(fields: Fields, where: str) -> DiTConfig:
   """
   _check_fixed(fields, TRANSFORMER_FIXED, where)
   patch_frames, patch = fields.get("patch_size_t"), fields.get("patch_size", 2)
+  for name, value in (("patch_size_t", patch_frames or 1), ("patch_size", patch)):
+    _typed(value, int, f"{where}: {name}")
   if patch_frames is None:
     _check_fixed(fields, {"patch_bias": True}, where)  # With patch_size_t there always is a bias.
   positions = fields.get(POSITION_RULE, implied_positions(fields))
@@ -128,7 +131,7 @@ def read_transformer(fields: Fields, where: str) -> DiTConfig:
     raise UserError(f"{where}: {POSITION_RULE} is {positions!r}, not one of {RULES}.")
   fields = {"use_learned_positional_embeddings": False, **fields}  # CogVideoX 1.0 leaves it out.
   return DiTConfig(
-    **_ours(fields, TRANSFORMER_NAMES, where),
+    **_ours(fields, TRANSFORMER_NAMES, where, DiTConfig),
     ofs_width=fields.get("ofs_embed_dim") or 0,
     patch=(patch_frames or 1, patch, patch),
     positions=positions,
@@ -173,7 +176,7 @@ def read_vae(fields: Fields, where: str) -> VAEConfig:
   channels = fields.get("block_out_channels", VAEConfig().channels)
   sizes = {"sample_height": 480, "sample_width": 720}  # diffusers' defaults.
   fields = {"invert_scale_latents": False, **sizes, **fields}
-  return VAEConfig(**_ours(fields, VAE_NAMES, where), channels=tuple(channels))
+  return VAEConfig(**_ours(fields, VAE_NAMES, where, VAEConfig), channels=tuple(channels))
 
 
 def write_vae(config: VAEConfig) -> dict[str, Any]:
@@ -196,7 +199,7 @@ def read_text_encoder(fields: Fields, where: str) -> T5Config:
   _check_fixed(fields, TEXT_FIXED, where)
   # Files from before 2022 leave this field out and mean 128.
   fields = {"relative_attention_max_distance": 128, **fields}
-  return T5Config(**_ours(fields, TEXT_NAMES, where))
+  return T5Config(**_ours(fields, TEXT_NAMES, where, T5Config))
 
 
 def write_text_encoder(config: T5Config) -> dict[str, Any]:
@@ -222,7 +225,20 @@ def read_noise(fields: Fields, where: str) -> NoiseConfig:
   `where` and errors are as in `read_transformer`.
   """
   _check_fixed(fields, NOISE_FIXED, where)
-  config = NoiseConfig(**_ours({**NOISE_DEFAULTS, **fields}, NOISE_NAMES, where))
+  kind = fields.get("_class_name")
+  if kind is not None and kind not in SCHEDULERS.values():
+    known = " or ".join(SCHEDULERS.values())
+    raise UserError(
+      f"{where}: the scheduler is {kind}, which samples other models; CogVideoX has {known}.\n"
+      "Give the scheduler folder of the model's release."
+    )
+  config = NoiseConfig(**_ours({**NOISE_DEFAULTS, **fields}, NOISE_NAMES, where, NoiseConfig))
+  if not 0 < config.beta_start <= config.beta_end < 1 or config.snr_shift <= 0 or config.steps < 1:
+    raise UserError(
+      f"{where}: beta_start {config.beta_start:g}, beta_end {config.beta_end:g}, snr_shift_scale "
+      f"{config.snr_shift:g} and num_train_timesteps {config.steps} are no noise schedule:\n"
+      "0 < beta_start <= beta_end < 1, and the others are above 0."
+    )
   for name, value, choices in (
     ("prediction_type", config.prediction, PREDICTIONS),
     ("timestep_spacing", config.spacing, SPACINGS),
@@ -246,12 +262,36 @@ def write_noise(config: NoiseConfig, solver: str = "ddim") -> dict[str, Any]:
   }
 
 
-def _ours(fields: Fields, names: Mapping[str, str], where: str) -> dict[str, Any]:
-  """The values of `names`' fields under our names."""
+def _ours(fields: Fields, names: Mapping[str, str], where: str, config: type) -> dict[str, Any]:
+  """The values of `names`' fields under our names.
+
+  config: the dataclass that takes them, whose types they must have.
+  """
   missing = [theirs for theirs in names.values() if theirs not in fields]
   if missing:
     raise UserError(f"{where} lacks {', '.join(missing)}: it is damaged, or of another model.")
-  return {ours: fields[theirs] for ours, theirs in names.items()}
+  return {
+    ours: _typed(fields[theirs], config.__dataclass_fields__[ours].type, f"{where}: {theirs}")
+    for ours, theirs in names.items()
+  }
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+
+
+def _typed(value: Any, wanted: Any, what: str) -> Any:
+  """A field's value, if it has the type of our config's field; null stands for false.
+
+  Raises:
+    UserError: it has another type, or is a number that is not finite, or a negative size.
+  """
+  if wanted is bool and value is None:
+    return False
+  accepted = int | float if wanted is float else wanted
+  fits = isinstance(value, accepted) and (wanted is bool or not isinstance(value, bool))
+  if not fits or (wanted is float and not math.isfinite(value)) or (wanted is int and value < 0):
+    raise UserError(f"{what} is {value!r}; it must be {_KINDS[wanted]}. Fetch the file again.")
+  return float(value) if wanted is float else value
 
 
 def _theirs(config, names: Mapping[str, str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ of the weights, bfloat16 included.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MAX_SHARD_BYTES = 5_000_000_000
+VARIANTS = ("", ".fp16", ".bf16", ".fp32")  # Of weight files, in the order of preference.
 
 
 def open_weights(component: Component, folder: epath.PathLike, config: Any) -> Params:
@@ -98,14 +100,21 @@ def save_tokenizer(folder: epath.PathLike, tokenizer: Tokenizer) -> None:
 
 
 def _weight_files(folder: epath.PathLike, stem: str) -> list[epath.Path]:
-  """The safetensors files in a folder: one, or those that an index lists."""
+  """The safetensors files in a folder: one, or those that an index lists.
+
+  Without them, those of a variant (`STEM.fp16.safetensors`), or numbered ones without an index.
+  """
   folder = epath.Path(folder)
-  index = folder / f"{stem}.safetensors.index.json"
-  if index.exists():
+  indexes = [folder / f"{stem}.safetensors.index{variant}.json" for variant in VARIANTS]
+  singles = [folder / f"{stem}{variant}.safetensors" for variant in VARIANTS]
+  where = os.fspath(folder)
+  if index := next((path for path in indexes if path.exists()), None):
     fields, where = read_fields(folder, index.name)
     files = [folder / name for name in sorted(set(fields.get("weight_map", {}).values()))]
+  elif single := next((path for path in singles if path.exists()), None):
+    files = [single]
   else:
-    files, where = [folder / f"{stem}.safetensors"], os.fspath(folder)
+    files = _numbered(folder, stem) or singles[:1]
   missing = [file.name for file in files if not file.exists()]
   if missing or not files:
     raise UserError(
@@ -113,6 +122,20 @@ def _weight_files(folder: epath.PathLike, stem: str) -> list[epath.Path]:
       "again, with its .safetensors files; weights in .bin or .pt files are not read."
     )
   return files
+
+
+def _numbered(folder: epath.Path, stem: str) -> list[epath.Path]:
+  """All of the files `STEM-00001-of-00003.safetensors`, if there is one of them."""
+  pattern = re.compile(re.escape(stem) + r"(\.\w+)?-\d+-of-(\d+)(\.\w+)?\.safetensors")
+  found = sorted(filter(None, (pattern.fullmatch(path.name) for path in folder.iterdir())), key=str)
+  if not found:
+    return []
+  first = found[0]
+  before, after, total = first[1] or "", first[3] or "", first[2]
+  return [
+    folder / f"{stem}{before}-{number:0{len(total)}d}-of-{total}{after}.safetensors"
+    for number in range(1, int(total) + 1)
+  ]
 
 
 def read_fields(folder: epath.PathLike, name: str) -> tuple[dict[str, Any], str]:

@@ -108,12 +108,23 @@ class ModelFolder(NamedTuple):
   def _component(self, name: str) -> epath.Path:
     """The folder of a component."""
     folder = self.path / name
+    check_average(self.path, name)
     if not folder.is_dir():
       raise UserError(
         f"The model {self.path} has no {name}/.\nA model folder needs {', '.join(CLASSES)}: fetch "
         "or write it again, or name another one."
       )
     return folder
+
+
+def check_average(path: epath.Path, name: str) -> None:
+  """Raises UserError if a model folder has a component's moving average alone."""
+  average = path / f"{name}_ema"
+  if average.is_dir() and not (path / name).is_dir():
+    raise UserError(
+      f"{path} has {average.name}/, the moving average of a training, and no {name}/.\n"
+      f"Copy or rename it to {name}/ to use it."
+    )
 
 
 def open_network(name: str, folder: epath.Path) -> tuple[Any, Params]:

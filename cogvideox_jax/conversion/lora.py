@@ -17,7 +17,14 @@ from etils import epath
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
-from cogvideox_jax.conversion import lora_names, lora_scales, sat_names, tensors, torch_files
+from cogvideox_jax.conversion import (
+  lora_names,
+  lora_scales,
+  numbers,
+  sat_names,
+  tensors,
+  torch_files,
+)
 from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.conversion.lora_names import ALPHA, PREFIX, A, B, Part
 from cogvideox_jax.conversion.names import Row
@@ -100,6 +107,8 @@ def read(
       raise UserError(f"{path}: {ASK_ALPHA.format(rank=rank)}.")
     warnings.warn(f"{path}: {ASK_ALPHA.format(rank=rank)}. Taken at scale 1.", stacklevel=2)
   scales = dict.fromkeys(matrices, 1.0) if scales is None else scales
+  for name, (a, b) in matrices.items():
+    numbers.check_finite(f"{path}: the update of {name}", a, b, np.asarray(scales[name]))
   return {name: Update(a, b, scales[name]) for name, (a, b) in matrices.items()}
 
 
@@ -127,6 +136,16 @@ def is_lora(path: epath.Path) -> bool:
   """Whether a safetensors or .pt file holds nothing but LoRA tensors."""
   with torch_files.opened(path) as stored:
     return all(lora_names.is_lora_tensor(name) for name in stored)
+
+
+def cast(lora: LoRA, dtype: np.dtype) -> LoRA:
+  """The same updates in another dtype; UserError if a number is too large for it."""
+  return {
+    name: Update(
+      numbers.cast(x.a, dtype, f"A of {name}"), numbers.cast(x.b, dtype, f"B of {name}"), x.scale
+    )
+    for name, x in lora.items()
+  }
 
 
 def write(path: epath.PathLike, lora: LoRA) -> None:

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from cogvideox_jax.conversion import diffusers
+from cogvideox_jax.conversion import diffusers, numbers
 from cogvideox_jax.conversion.card import Origin
 from cogvideox_jax.conversion.components import COMPONENTS, Component
 from cogvideox_jax.conversion.folder import INDEX
 from cogvideox_jax.conversion.tensors import Layer, Lazy
+from cogvideox_jax.sharding import path_name
 from cogvideox_jax.types import Params
 
 
@@ -79,19 +80,22 @@ class Model:
 
 def cast(network: Network, dtype: np.dtype) -> Params:
   """The network's parameters, lazily cast to another dtype."""
-  return jax.tree.map(lambda leaf: _Cast(leaf, dtype), network.params)
+  return jax.tree.map_with_path(
+    lambda path, leaf: _Cast(leaf, dtype, path_name(path)), network.params
+  )
 
 
 class _Cast(Lazy):
   """A parameter in another dtype."""
 
-  def __init__(self, base: Any, dtype: np.dtype):
+  def __init__(self, base: Any, dtype: np.dtype, name: str):
+    self._name = name  # Of the parameter, for errors.
     self.shape, self.dtype = base.shape, dtype
     self.layers = base.layers if isinstance(base, Lazy) else (...,)
     self._base = base
 
   def __getitem__(self, layer: Layer) -> np.ndarray:
-    return np.asarray(self._base[layer]).astype(self.dtype)
+    return numbers.cast(np.asarray(self._base[layer]), self.dtype, self._name)
 
 
 def write_safetensors(network: Network, folder: epath.Path) -> None:

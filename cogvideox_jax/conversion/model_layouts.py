@@ -7,7 +7,7 @@ from etils import epath
 
 from cogvideox_jax.conversion import card, diffusers, orbax, sat_release
 from cogvideox_jax.conversion.components import COMPONENTS
-from cogvideox_jax.conversion.folder import INDEX, open_network
+from cogvideox_jax.conversion.folder import INDEX, check_average, open_network
 from cogvideox_jax.conversion.model_contents import Model, Network, write_safetensors
 from cogvideox_jax.errors import UserError
 
@@ -20,6 +20,7 @@ def read_folder(path: epath.Path) -> Model:
   """
   model = Model(card.Origin.of(path))
   for name in COMPONENTS:
+    check_average(path, name)
     if (folder := path / name).is_dir():
       fields, _ = diffusers.read_fields(folder, diffusers.CONFIG)
       model.networks[name] = Network(name, *open_network(name, folder), fields)

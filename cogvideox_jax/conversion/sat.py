@@ -16,6 +16,7 @@ from cogvideox_jax.conversion.sat_names import (
   NOT_OURS,
   PREFIX,
   Source,
+  lora_names,
   transformer_source,
   vae_source,
 )
@@ -83,6 +84,11 @@ class FromSAT(Tensors):
       UserError: a tensor is missing, or does not belong to the model.
     """
     self._stored, self._sources = stored, sources
+    if lora_names(stored):
+      raise UserError(
+        "These weights are a base model and a LoRA of SAT in one file.\n"
+        "Give the file as --lora, with the base model that it was trained on as the model."
+      )
     wanted = {source.name for source in sources.values()}
     found = {name for name in stored if not NOT_OURS.fullmatch(name)}
     # Files of 2B and 1.5 may hold the position table, which is computed here.

@@ -22,14 +22,16 @@ TEXT_FOLDER = "t5-v1_1-xxl"  # The text encoder in transformers' layout, and the
 
 
 def is_release(path: epath.Path) -> bool:
-  """Whether a path is a .pt file, or a folder laid out like THUDM's releases."""
+  """Whether a path is a .pt file, a folder laid out like THUDM's releases, or one of a training."""
   if path.is_dir():
     return bool(_torch_files(path))
   return path.suffix in (".pt", ".pth", ".bin")
 
 
 def _torch_files(path: epath.Path) -> dict[str, epath.Path]:
-  """The .pt files of transformer and VAE that a release has."""
+  """The .pt files of transformer and VAE that a release has, or that a training of SAT saved."""
+  if not (path / "transformer").is_dir() and (file := _training_file(path)):
+    return {"transformer": file}
   found = {}
   for name in ("transformer", "vae"):
     files = sorted(path.glob(f"{name}/*.pt")) + sorted(path.glob(f"{name}/*/*.pt"))
@@ -38,6 +40,36 @@ def _torch_files(path: epath.Path) -> dict[str, epath.Path]:
     if files:
       found[name] = files[0]
   return found
+
+
+def _training_file(path: epath.Path) -> epath.Path | None:
+  """The checkpoint in a folder of SAT's training: ITERATION/mp_rank_00_model_states.pt.
+
+  Of several iterations, the file `latest` names one.
+
+  Raises:
+    UserError: the checkpoint is in parts, or nothing says which of several is meant.
+  """
+  latest = path / "latest"
+  folders = [path, *sorted(folder for folder in path.iterdir() if folder.is_dir())]
+  if latest.exists():
+    folders = [path / latest.read_text().strip()]
+  whole = [file for folder in folders for file in sorted(folder.glob("mp_rank_*_states.pt"))]
+  parts = [file for folder in folders for file in folder.glob("*zero_pp_rank_*_model_states.pt")]
+  if parts:
+    raise UserError(
+      f"{parts[0].parent} holds parts of a ZeRO-3 training, each with a piece of every weight.\n"
+      "Join them with the zero_to_fp32.py that DeepSpeed wrote beside them, and give its .pt file."
+    )
+  if len({file.parent for file in whole}) > 1:
+    listed = ", ".join(sorted({file.parent.name for file in whole}))
+    raise UserError(f"{path} holds several checkpoints ({listed}): give the path of one.")
+  if len(whole) > 1:
+    raise UserError(
+      f"{whole[0].parent} holds {len(whole)} files of model-parallel ranks; only a checkpoint of "
+      "one rank is read.\nMerge them with SAT (model_parallel_size 1) first."
+    )
+  return whole[0] if whole else None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,10 @@ Needs the extra `convert`. torch's restricted loader builds nothing but tensors 
 """
 
 import json
+import pickle
+import re
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +34,43 @@ TYPES = {
 }
 
 
+# What rebuilds numpy's arrays and numbers, such as the states of random generators that trainers
+# keep beside the weights. Each makes an array or a number of data, and runs nothing. The second
+# name is that of numpy 1.
+NUMPY = [
+  (np.ndarray, "numpy.ndarray"),
+  (np.dtype, "numpy.dtype"),
+  *((function, f"{module}.multiarray.{function.__name__}")
+    for module in ("numpy._core", "numpy.core")
+    for function in (np._core.multiarray._reconstruct, np._core.multiarray.scalar)),
+  *((type(np.dtype(code)), f"numpy.dtypes.{type(np.dtype(code)).__name__}")
+    for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"),
+]  # fmt: skip
+
+
+def load(source: Path):
+  """What a .pt file holds, by torch's restricted loader; files of before torch 1.6, too."""
+  try:
+    with torch.serialization.safe_globals(NUMPY):
+      return torch.load(
+        source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source)
+      )
+  except pickle.UnpicklingError as error:
+    kind = re.search(r"GLOBAL (\S+)|Unsupported class (\S+)", str(error))
+    if kind is None:
+      raise SystemExit("it is damaged or no file of torch's") from error
+    raise SystemExit(
+      f"it holds an object, {kind[1] or kind[2]}, that is no tensor, and building it "
+      "could run code. Save the tensors alone: torch.save(model.state_dict(), FILE)"
+    ) from error
+  except (RuntimeError, EOFError, KeyError) as error:
+    reason = (str(error).splitlines() or ["the file ends too early"])[0]
+    raise SystemExit(f"it is damaged or no file of torch's ({reason})") from error
+
+
 def read(source: Path, folder: Path) -> None:
   """Copies the tensors of a .pt file into safetensors files in a folder."""
-  content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+  content = load(source)
   for name in CONTAINERS:
     content = content.get(name, content) if isinstance(content, dict) else content
   if not isinstance(content, dict):

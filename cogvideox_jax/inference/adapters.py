@@ -1,5 +1,6 @@
 """LoRA adapters of a pipeline, with the names of diffusers' `CogVideoXLoraLoaderMixin`."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -96,6 +97,9 @@ class Adapters:
     self._base = None
 
   def _apply(self, adapters: dict[str, tuple[LoRA, float]]) -> None:
+    for name, (_, weight) in adapters.items():
+      if not math.isfinite(weight):
+        raise UserError(f"The weight of the adapter {name!r} is {weight}: it must be finite.")
     base = self._params if self._base is None else self._base
     # On the devices, because JAX cannot slice layers of arrays that are sharded in host memory.
     with on_devices(base) as readable:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -12,6 +13,12 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
   """Raises UserError for a value that is not one of the choices."""
   if value not in choices:
     raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}.")
+
+
+def check_finite(what: str, array: Array | np.ndarray, advice: str) -> None:
+  """Raises UserError, with advice, if an array has NaN or infinity."""
+  if not bool(jnp.isfinite(jnp.asarray(array)).all()):
+    raise UserError(f"{what} has numbers that are not finite (NaN or infinity).\n{advice}")
 
 
 def check_shape(name: str, array: Array | np.ndarray, shape: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32
 
 from cogvideox_jax.conversion import tensors
 from cogvideox_jax.inference import out_of_memory
+from cogvideox_jax.inference.checks import check_finite
 from cogvideox_jax.inference.noise_draws import POSTERIOR
 from cogvideox_jax.inference.offload import loaded_for, put
 from cogvideox_jax.inference.progress import Progress
@@ -69,6 +70,7 @@ class FrameCoder:
       vae = nnx.merge(self._graphdef, params)
       for batch in batches:
         frames = decode(vae, latents[batch] / self.config.scaling_factor, tiling=self.tiling)
+        check_finite("The decoded video", frames, "The VAE is damaged: fetch it again.")
         videos.append(np.asarray(jnp.clip(frames / 2 + 0.5, 0, 1)))
         bar.update()
     return np.concatenate(videos)[: len(latents)]

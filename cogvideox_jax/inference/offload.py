@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from cogvideox_jax.conversion import tensors
+from cogvideox_jax.conversion import numbers, tensors
 from cogvideox_jax.inference import out_of_memory
 from cogvideox_jax.inference.step_sharding import shard_step
+from cogvideox_jax.sharding import path_name
 from cogvideox_jax.types import Params
 
 HOST, DEVICE = "pinned_host", "device"  # JAX's kinds of memory.
@@ -53,7 +55,16 @@ def put(params: Params, sharding: Sharding, on_host: bool) -> Params:
   """
   target = sharding.with_memory_kind(HOST if on_host else DEVICE)
   with out_of_memory.explained(out_of_memory.LOAD, [out_of_memory.OFFLOAD] * on_host):
-    return jax.tree.map(lambda leaf: jax.device_put(tensors.whole(leaf), target), params)
+    return jax.tree.map_with_path(
+      lambda path, leaf: jax.device_put(_checked(path, tensors.whole(leaf)), target), params
+    )
+
+
+def _checked(path: Any, leaf: Any) -> Any:
+  """A parameter that comes from a file; UserError if it has numbers that are not finite."""
+  if isinstance(leaf, np.ndarray):
+    numbers.check_finite(f"The parameter {path_name(path)}", leaf)
+  return leaf
 
 
 def to_host(tree: Any) -> Any:

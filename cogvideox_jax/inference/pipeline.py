@@ -28,6 +28,7 @@ from cogvideox_jax.inference.adapters import Adapters
 from cogvideox_jax.inference.arguments import TextToVideoArguments
 from cogvideox_jax.inference.call_signature import takes
 from cogvideox_jax.inference.callback import call_back
+from cogvideox_jax.inference.checks import check_finite
 from cogvideox_jax.inference.denoising import StepProgram, denoise
 from cogvideox_jax.inference.frame_coding import FrameCoder
 from cogvideox_jax.inference.offload import loaded_for, put_transformer, to_host
@@ -44,6 +45,10 @@ from cogvideox_jax.models.t5 import T5Config
 from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.types import Params
 
+_DIVERGED = (
+  "The weights, with any LoRA, lead to an overflow: lower the LoRA's weight or guidance_scale, try "
+  "dtype float32, or take an earlier checkpoint."
+)
 Kind = TypeVar("Kind", bound="Pipeline")
 
 
@@ -190,6 +195,7 @@ class Pipeline(Adapters):
       image_latents: what the transformer reads beside them, for each chunk.
     """
     latents = self._denoise(request, initial, image_latents)
+    check_finite("The result of denoising", latents, _DIVERGED)
     output_type = request.arguments.output_type
     if output_type == "latent":
       return VideoOutput(np.asarray(latents))
@@ -206,6 +212,7 @@ class Pipeline(Adapters):
   ) -> Float[Array, "b f h w c"]:
     """Encodes the prompts and takes the latents of each chunk through all steps."""
     text = self._prompt_encoder.encode(request, self.progress, self._replicated)
+    check_finite("The text states", text, "The text encoder overflows: try dtype float32.")
     texts = [text[:, chunk.prompts] for chunk in request.chunks]
     images = image_latents or [None] * len(initial)
     # Put the first latents on all devices: otherwise the input sharding of the first step differs

@@ -1,5 +1,6 @@
 """A call whose arguments were checked, before anything is compiled."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.arguments import CallArguments, Embeds
 from cogvideox_jax.inference.callback import check_callback
-from cogvideox_jax.inference.checks import check_choice, check_shape
+from cogvideox_jax.inference.checks import check_choice, check_finite, check_shape
 from cogvideox_jax.inference.denoising import Step, solver_steps
 from cogvideox_jax.inference.noise_draws import INITIAL, draw_for
 from cogvideox_jax.inference.output import OUTPUT_TYPES
@@ -90,6 +91,7 @@ def make_request(
   shape, extra_frames = latent_shape(size, model.transformer, model.vae)
   if arguments.latents is not None:
     check_shape("latents", arguments.latents, (len(videos.seeds), *shape))
+    check_finite("latents", arguments.latents, "Pass others, or leave them out.")
   slots = chunks(len(videos.seeds), arguments.batch_size)
   return Request(
     arguments=arguments,
@@ -127,6 +129,8 @@ def _steps(model: SampledModel, arguments: CallArguments, last_steps: int | None
   start = arguments.num_inference_steps - steps
   solver = SOLVERS[name](model.schedule, arguments.num_inference_steps, start)
   scale = float(arguments.guidance_scale)
+  if not math.isfinite(scale):
+    raise UserError(f"guidance_scale={scale}: must be a finite number, such as 6.")
   scales = guidance.scales(arguments.use_dynamic_cfg, scale, solver.timesteps, steps)
   return solver_steps(solver, scales)
 
@@ -171,6 +175,7 @@ def _halves(model: SampledModel, arguments: CallArguments, text_tokens: int) -> 
     if not isinstance(half, list):
       shape = (len(half), text_tokens, model.transformer.text_width)
       check_shape("prompt_embeds", half, shape)
+      check_finite("prompt_embeds or negative_prompt_embeds", half, "Encode the prompts anew.")
   return halves
 
 
