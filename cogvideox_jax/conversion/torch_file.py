@@ -7,6 +7,7 @@ Needs the extra `convert`. torch's restricted loader builds nothing but tensors 
 `torch_files` runs this as a process of its own, so that its memory is freed at the end.
 """
 
+import importlib
 import json
 import pickle
 import re
@@ -34,6 +35,7 @@ TYPES = {
 }
 
 
+_MULTIARRAY = importlib.import_module("numpy._core.multiarray")
 # What rebuilds numpy's arrays and numbers, such as the states of random generators that trainers
 # keep beside the weights. Each makes an array or a number of data, and runs nothing. The second
 # name is that of numpy 1.
@@ -42,7 +44,7 @@ NUMPY = [
   (np.dtype, "numpy.dtype"),
   *((function, f"{module}.multiarray.{function.__name__}")
     for module in ("numpy._core", "numpy.core")
-    for function in (np._core.multiarray._reconstruct, np._core.multiarray.scalar)),
+    for function in (_MULTIARRAY._reconstruct, _MULTIARRAY.scalar)),
   *((type(np.dtype(code)), f"numpy.dtypes.{type(np.dtype(code)).__name__}")
     for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"),
 ]  # fmt: skip
