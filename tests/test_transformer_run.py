@@ -47,10 +47,16 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
-  """A run to its end, which tests may look at but not go on with."""
+  """A run to its end, at which tests only look, because they come in any order."""
   workdir = epath.Path(tmp_path_factory.mktemp("finished"))
   assert transformer_run.train(make_config(inputs), workdir) == 0
   return workdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+  """A finished run that a test may go on with."""
+  return epath.Path(shutil.copytree(finished, tmp_path / "copied"))
 
 
 def lines(path):
@@ -141,15 +147,15 @@ def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
   assert ends[0]["digest"] == ends[1]["digest"]
 
 
-def test_what_is_computed_again_may_change(inputs, finished):
-  assert transformer_run.train(make_config(inputs, remat="full"), finished) == 0
+def test_what_is_computed_again_may_change(inputs, copied):
+  assert transformer_run.train(make_config(inputs, remat="full"), copied) == 0
 
 
-def test_a_finished_run_is_left_as_it_is(inputs, finished):
-  digests = (finished / "checkpoints" / "6" / "digests.json").read_text()
-  assert transformer_run.train(make_config(inputs), finished) == 0
-  assert (finished / "checkpoints" / "6" / "digests.json").read_text() == digests
-  assert lines(finished / "events.jsonl")[-1] == {"event": "resumed", "step": 6}
+def test_a_finished_run_is_left_as_it_is(inputs, copied):
+  digests = (copied / "checkpoints" / "6" / "digests.json").read_text()
+  assert transformer_run.train(make_config(inputs), copied) == 0
+  assert (copied / "checkpoints" / "6" / "digests.json").read_text() == digests
+  assert lines(copied / "events.jsonl")[-1] == {"event": "resumed", "step": 6}
 
 
 @pytest.mark.parametrize(
@@ -162,19 +168,17 @@ def test_a_finished_run_is_left_as_it_is(inputs, finished):
     ),
   ],
 )
-def test_another_config_in_the_same_workdir_is_refused(inputs, finished, change, message):
+def test_another_config_in_the_same_workdir_is_refused(inputs, copied, change, message):
   with pytest.raises(UserError, match=message):
-    transformer_run.train(make_config(inputs, **change), finished)
+    transformer_run.train(make_config(inputs, **change), copied)
 
 
-def test_data_may_move_but_not_change(inputs, finished, tmp_path):
+def test_data_may_move_but_not_change(inputs, copied, tmp_path):
   shutil.copytree(inputs / "data", tmp_path / "moved")
-  assert (
-    transformer_run.train(make_config(inputs, data__path=str(tmp_path / "moved")), finished) == 0
-  )
+  assert transformer_run.train(make_config(inputs, data__path=str(tmp_path / "moved")), copied) == 0
   other = make_inputs(epath.Path(tmp_path) / "other", seed=1)
   with pytest.raises(UserError, match="the records of 'tiny' are not the same"):
-    transformer_run.train(make_config(inputs, data__path=str(other / "data")), finished)
+    transformer_run.train(make_config(inputs, data__path=str(other / "data")), copied)
 
 
 def mix(inputs, weights):
