@@ -151,6 +151,7 @@ def train_program(case: Case, inputs: Inputs, params: Params) -> Run:
       noise_schedule(NoiseConfig(1000, 0.00085, 0.012, 1.0, zero_terminal_snr=True)),
       LatentConfig(PATCH, scaling_factor=0.7, image_scale=0.7, image_drop_rate=0.0),
       explicit_uniform=True,
+      weighting="clips",
     ),
     accumulation=step.Accumulation(
       split=lambda tree: jax.tree.map(lambda x: x[None], tree), pin=lambda grads: grads

@@ -101,6 +101,7 @@ def get_config() -> ConfigDict:
   config.train.carry_optimizer = True
   config.train.growth = "extrapolate"
   config.train.explicit_uniform = True
+  config.train.weighting = "clips"
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 1e-4

@@ -77,8 +77,8 @@ def make_pipeline(
   )
 
 
-def v_loss(denoise, latents, timesteps, batch, schedule):
+def v_loss(denoise, latents, timesteps, batch, schedule, weighting="tokens"):
   """The loss of a whole batch, on latents that are given rather than drawn."""
   timed = objective.TimedBatch(batch, timesteps, jnp.arange(len(batch.segment_ids)))
-  total = objective.squared_error(denoise, latents, timed, schedule)
-  return total / objective.vision_tokens(batch)
+  total = objective.squared_error(denoise, latents, timed, schedule, weighting)
+  return total / objective.counted(batch, weighting)

@@ -46,12 +46,12 @@ def network(x, timesteps):
 
 
 def loss_of(denoise, timed, key, latents=PLAIN):
-  tokens = objectives.vision_tokens(timed.batch)
-  return objectives.loss_share(objective(latents), denoise, timed, tokens, key)
+  count = objectives.counted(timed.batch, "tokens")
+  return objectives.loss_share(objective(latents), denoise, timed, count, key)
 
 
 def objective(latents=PLAIN, explicit_uniform=True):
-  return Objective(SCHEDULE, latents, explicit_uniform)
+  return Objective(SCHEDULE, latents, explicit_uniform, "tokens")
 
 
 def draws(batch):
@@ -64,7 +64,7 @@ def draws(batch):
 def test_equals_the_published_weighting_of_the_error_of_x0():
   batch = packed([3, 5], [6], n=14)
   latents, timesteps = draws(batch)
-  timesteps = jnp.minimum(timesteps, 998)  # At 999 the published weight is infinite.
+  timesteps = timesteps.at[0, 1].set(999)  # Where alpha is 0; there the published weight is 1.
   seen = []
 
   def denoise(x, timesteps):
@@ -108,17 +108,36 @@ def test_text_and_padding_count_nothing_even_when_not_a_number():
   assert expected[1] != 0
 
 
-def test_packed_clips_give_the_token_weighted_loss_of_the_clips_alone():
+@pytest.mark.parametrize("weighting", ["clips", "tokens"])
+def test_packed_clips_give_the_weighted_loss_of_the_clips_alone(weighting):
   batch = packed([3, 5], n=14)
   latents, timesteps = draws(batch)
-  together = v_loss(lambda x, _: jnp.sin(x), latents, timesteps, batch, SCHEDULE)
+  together = v_loss(lambda x, _: jnp.sin(x), latents, timesteps, batch, SCHEDULE, weighting)
   alone = []
   for segment, tokens in [(1, np.s_[0:5]), (2, np.s_[5:12])]:
     clip = packed([tokens.stop - tokens.start - L], n=tokens.stop - tokens.start, slots=1)
     steps = timesteps[:, jnp.array([0, segment])]
     mine = Latents(latents.x0[:, tokens], latents.noise[:, tokens], None)
-    alone.append(v_loss(lambda x, _: jnp.sin(x), mine, steps, clip, SCHEDULE))
-  np.testing.assert_allclose(together, (3 * alone[0] + 5 * alone[1]) / 8, rtol=1e-6)
+    alone.append(v_loss(lambda x, _: jnp.sin(x), mine, steps, clip, SCHEDULE, weighting))
+  weights = {"clips": (1 / 2, 1 / 2), "tokens": (3 / 8, 5 / 8)}[weighting]
+  np.testing.assert_allclose(together, np.dot(weights, alone), rtol=1e-6)
+  assert abs(alone[0] - alone[1]) > 0.01 * alone[0]
+
+
+@pytest.mark.parametrize("weighting", ["clips", "tokens"])
+def test_rows_of_a_batch_add_up_to_its_loss(weighting):
+  batch, key = packed([3, 5], [6], [1, 1, 2], [], n=20), jax.random.key(4)
+  whole = objective()._replace(weighting=weighting)
+  timed = draw_timesteps(whole, batch, key)
+  count = objectives.counted(batch, weighting)
+  assert count == {"clips": 6, "tokens": 18}[weighting]
+
+  def share(rows):
+    part = jax.tree.map(lambda x: x[rows], timed)
+    return objectives.loss_share(whole, lambda x, _: jnp.sin(x), part, count, key)
+
+  shares = [share(np.array(rows)) for rows in ([0, 2], [1], [3])]
+  np.testing.assert_allclose(sum(shares), share(np.arange(4)), rtol=1e-6)
 
 
 def shown(batch, timestep, latents):
@@ -164,8 +183,8 @@ def test_each_clip_is_noised_to_its_own_timestep(explicit):
   assert len(set(timesteps[0, 1:4])) == 3
   assert not timesteps[:, 0].any()
   assert not timesteps[1, 2:].any()
-  in_intervals = (timesteps[0] < 500).all() and timesteps[1, 1] >= 500
-  assert in_intervals or not explicit
+  halves = {*(timesteps[0, 1:4] // 500), 2 + timesteps[1, 1] // 500}
+  assert halves in ({0, 3}, {1, 2}) or not explicit
 
 
 def test_the_loss_follows_the_key_alone():

@@ -27,7 +27,7 @@ from cogvideox_jax.training.state import Updates
 from cogvideox_jax.types import VISION, Example
 
 LATENTS = LatentConfig(DIT_CONFIG.patch, scaling_factor=0.7, image_scale=0.7, image_drop_rate=0.0)
-OBJECTIVE = Objective(noise_schedule(NOISE), LATENTS, explicit_uniform=True)
+OBJECTIVE = Objective(noise_schedule(NOISE), LATENTS, True, "clips")
 SGD = optax.sgd(0.1)  # With which the change of a weight is a tenth of its gradient.
 KEY = jax.random.key(7)
 PARAMS = draw(DiT, DIT_CONFIG)[1]

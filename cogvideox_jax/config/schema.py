@@ -21,6 +21,7 @@ from cogvideox_jax.config_keys import (
 )
 from cogvideox_jax.conversion.folder import TEXT_DROPS
 from cogvideox_jax.diffusion.noise import NoiseConfig
+from cogvideox_jax.diffusion.objective import WEIGHTINGS
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.models import graphs
 from cogvideox_jax.models.dit_config import DiTConfig
@@ -233,6 +234,14 @@ class ScheduleConfig:
     metadata=key(
       "Whether each row of the batch draws its timesteps from its own interval.",
       "paper section 2.5",
+    )
+  )
+  weighting: str = field(
+    metadata=key(
+      "What the loss is a mean of. clips: every clip of a batch counts the same; tokens: every "
+      "vision token does, so that a long clip counts for many images.",
+      "SAT and diffusers: clips",
+      choices=WEIGHTINGS,
     )
   )
 

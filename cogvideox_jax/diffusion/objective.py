@@ -4,7 +4,7 @@ All that another objective, such as flow matching, would replace stands in this 
 
 1. `draw_timesteps`: what is drawn for each clip;
 2. `noised`: what the network sees of a clip's latents, and what it is to predict;
-3. `squared_error`: how the errors of tokens are weighed.
+3. `squared_error`: how the errors of timesteps, clips and tokens are weighed.
 
 The rest of the training step knows neither timesteps nor v: it passes `TimedBatch`es from
 `draw_timesteps` to `loss_share`.
@@ -21,6 +21,10 @@ from cogvideox_jax.diffusion.latents import LatentConfig, Latents, draw_latents
 from cogvideox_jax.diffusion.noise import NoiseSchedule, add_noise, velocity
 from cogvideox_jax.types import VISION, Batch
 
+# What the loss is a mean of. clips: every clip of a batch counts the same, whatever its size, as in
+# the published training. tokens: every vision token does, so a long clip counts for many images.
+WEIGHTINGS = ("clips", "tokens")
+
 # The network with its parameters and everything it is told about the batch: noised vision patches,
 # those of an image behind them if it sees one, and the timestep of every segment -> its prediction.
 Denoise = Callable[[Float[Array, "b n seen"], Real[Array, "b s"]], Float[Array, "b n p"]]
@@ -32,6 +36,7 @@ class Objective(NamedTuple):
   schedule: NoiseSchedule
   latents: LatentConfig
   explicit_uniform: bool  # Spread the timesteps evenly over the batch, or draw each by itself.
+  weighting: str  # Of WEIGHTINGS.
 
   def with_all_images(self) -> "Objective":
     """The same objective, but no image is dropped: for validation."""
@@ -77,31 +82,38 @@ def loss_share(
   objective: Objective,
   denoise: Denoise,
   timed: TimedBatch,
-  tokens: Int[Array, ""],
+  count: Int[Array, ""],
   key: Key[Array, ""],
 ) -> Float[Array, ""]:
   """Returns what rows of a global batch add to its loss.
 
-  The loss is the squared error of v, a mean over the numbers of all real vision tokens of the
-  global batch. It is not a mean of means: long and short clips, full and half-empty rows count by
-  their tokens, and any mesh and any microbatches give the same number.
+  The loss is the squared error of v, a mean over the clips of the global batch, or over its real
+  vision tokens, as `objective.weighting` says. It is not a mean over rows or devices, so packing,
+  half-empty rows, any mesh and any microbatches give the same number.
 
   Args:
-    tokens: `vision_tokens` of the global batch.
+    count: `counted` in the global batch.
     key: latents and noise are drawn with it.
   """
   latents = draw_latents(timed.batch, key, objective.latents, timed.rows)
-  return squared_error(denoise, latents, timed, objective.schedule) / tokens
+  error = squared_error(denoise, latents, timed, objective.schedule, objective.weighting)
+  return error / count
 
 
 def squared_error(
-  denoise: Denoise, latents: Latents, timed: TimedBatch, schedule: NoiseSchedule
+  denoise: Denoise,
+  latents: Latents,
+  timed: TimedBatch,
+  schedule: NoiseSchedule,
+  weighting: str,
 ) -> Float[Array, ""]:
-  """Returns the squared error of v, summed over vision tokens: a mean over the numbers of each.
+  """Returns the squared error of v, summed over clips or vision tokens.
 
-  Every timestep has the weight 1. The published code weighs the error of x0 by 1 / (1 - alpha),
-  which is the same loss. Extra latent frames in front count as any other, because a sampler
-  denoises them by the network's own v and drops them only at the end.
+  The error of a token is a mean over its numbers, that of a clip a mean over its tokens. The
+  published code takes the mean of each clip, then of the clips. Every timestep has the weight 1:
+  the published code weighs the error of x0 by 1 / (1 - alpha), which is the same loss. Extra latent
+  frames in front count as any other, because a sampler denoises them by the network's own v and
+  drops them only at the end.
   """
   x0, noise, image = latents
   segment_ids = jnp.asarray(timed.batch.segment_ids)
@@ -111,12 +123,24 @@ def squared_error(
   v = denoise(seen, timed.timesteps)
   error = v.astype(jnp.float32) - target
   squares = jnp.where(_is_vision(timed.batch)[..., None], jnp.square(error), 0)
+  if weighting == "clips":
+    tokens = jnp.take_along_axis(_tokens_of_clips(timed.batch), segment_ids, axis=1)
+    squares = squares / jnp.maximum(tokens, 1)[..., None]
   return squares.sum() / x0.shape[-1]
 
 
-def vision_tokens(batch: Batch) -> Int[Array, ""]:
-  """The number of vision tokens, without padding; 1 if there is none."""
+def counted(batch: Batch, weighting: str) -> Int[Array, ""]:
+  """Returns the number of clips of a batch, or of its vision tokens without padding; at least 1."""
+  if weighting == "clips":
+    return jnp.maximum(jnp.max(batch.segment_ids, axis=1).sum(), 1)
   return jnp.maximum(_is_vision(batch).sum(), 1)
+
+
+def _tokens_of_clips(batch: Batch) -> Int[Array, "b s"]:
+  """Returns the number of vision tokens of each segment; 0 where there is no clip."""
+  segments = jnp.arange(batch.grids.shape[1])
+  in_segment = jnp.asarray(batch.segment_ids)[..., None] == segments
+  return (in_segment & _is_vision(batch)[..., None]).sum(axis=1)
 
 
 def _is_vision(batch: Batch) -> Bool[Array, "b n"]:

@@ -14,9 +14,9 @@ from cogvideox_jax.diffusion.objective import (
   Objective,
   TimedBatch,
   at_timestep,
+  counted,
   draw_timesteps,
   loss_share,
-  vision_tokens,
 )
 from cogvideox_jax.models.dit import timestep_sinusoid
 from cogvideox_jax.training.state import TrainState, Updates
@@ -61,11 +61,11 @@ def train_step(
   """
   timestep_key, latent_key = jax.random.split(jax.random.fold_in(key, state.step))
   timed = draw_timesteps(objective, batch, timestep_key)
-  tokens = vision_tokens(batch)
+  count = counted(batch, objective.weighting)
 
   def loss_of(params: Params, microbatch: TimedBatch) -> Float32[Array, ""]:
     denoise = denoiser(network, params, microbatch.batch)
-    return loss_share(objective, denoise, microbatch, tokens, latent_key)
+    return loss_share(objective, denoise, microbatch, count, latent_key)
 
   def gradient_of(microbatch: TimedBatch) -> tuple[Float32[Array, ""], Params]:
     share, grads = jax.value_and_grad(loss_of)(state.params, microbatch)
@@ -95,11 +95,11 @@ def validation_step(
   No image is dropped. The same key gives the same noise, so that losses of different weights can be
   compared.
   """
-  tokens, objective = vision_tokens(batch), objective.with_all_images()
+  count, objective = counted(batch, objective.weighting), objective.with_all_images()
 
   def share(microbatch: TimedBatch) -> Float32[Array, ""]:
     denoise = denoiser(network, params, microbatch.batch)
-    return loss_share(objective, denoise, microbatch, tokens, key)
+    return loss_share(objective, denoise, microbatch, count, key)
 
   def at(timestep: Int[Array, ""]) -> Float32[Array, ""]:
     return _sum_over(share, accumulation.split(at_timestep(batch, timestep)))

@@ -85,8 +85,12 @@ def make_functions(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.
 
 def make_objective(config: TrainConfig) -> Objective:
   """Makes the objective; `config.components` gives the scale of the latents."""
-  schedule = noise_schedule(config.noise)
-  return Objective(schedule, components.latent_config(config), config.train.explicit_uniform)
+  return Objective(
+    noise_schedule(config.noise),
+    components.latent_config(config),
+    config.train.explicit_uniform,
+    config.train.weighting,
+  )
 
 
 def _microbatches(stage: StageConfig, mesh: Mesh, rules: sharding.Rules) -> int:
