@@ -83,8 +83,8 @@ def split_cpu(devices: int) -> None:
   rows, keep as many cores busy. This changes nothing on other hardware. Call it before JAX looks at
   its devices.
   """
-  # By default XLA has a thread for each core. A device that waits for another one may hold a thread,
-  # so with few cores none could be left for the device that is waited for.
+  # By default XLA has a thread for each core. A device that waits for another one may hold a
+  # thread, so with few cores none could be left for the device that is waited for.
   os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, THREADS_PER_DEVICE * devices)))
   is_set = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if not is_set and "JAX_NUM_CPU_DEVICES" not in os.environ:

@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
   config.seed = 0
   config.components = ""
   config.init_from = ""
+  config.init = ConfigDict()
+  config.init.keep = ""
   config.dtype = "auto"
   config.remat = "branches"
 

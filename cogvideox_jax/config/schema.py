@@ -346,6 +346,20 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+  """How a training begins with the weights of `init_from`."""
+
+  keep: str = field(
+    metadata=key(
+      "Whose positions, patch, noise schedule, dropped caption and image scale hold if those of "
+      "the weights differ from the config's. source: those of the weights, in all stages; config: "
+      "the config's; empty: the difference is refused.",
+      choices=("", "source", "config"),
+    )
+  )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
   """The transformer's training: the keys of configs/base.py."""
 
@@ -362,6 +376,7 @@ class TrainConfig:
       "Model folder or workdir whose transformer the training starts from. Empty: drawn weights."
     )
   )
+  init: InitConfig = field(metadata=key("The weights of init_from."))
   dtype: str = field(
     metadata=key(
       "Type that the networks compute in. auto: float32 on CPUs, bfloat16 elsewhere.",

@@ -146,10 +146,16 @@ def stage_model(config: TrainConfig, name: str) -> DiTConfig:
     stage's, so that both span the same positions. From 256 to 480 pixels the ratio is the 1.875 of
     the published 2B. Time is not divided, because a frame lasts as long in all stages.
 
+  If `config.init.keep` is "source", `config.model` has the rule of the weights that the training
+  began with, and positions grow from that one: extrapolation leaves it, interpolation divides by
+  the ratio as well. The published `rope` spans the same positions at every size by itself.
+
   Learned positions are a table for one size (config/), so they do not grow.
   """
-  model = config.model
+  model, keeps = config.model, config.init.keep == "source"
   if len(config.stages) == 1 or model.learned_positions:
+    return model
+  if keeps and (config.train.growth == "extrapolate" or model.positions == "rope"):
     return model
   if config.train.growth == "extrapolate":
     if model.positions == "sincos":
@@ -157,6 +163,8 @@ def stage_model(config: TrainConfig, name: str) -> DiTConfig:
     return dataclasses.replace(model, positions="rope_index")
   ratio = _short_side(config, name) / _short_side(config, min(config.stages))
   rule = "sincos" if model.positions == "sincos" else "rope_scaled"
+  if keeps and model.positions == rule:
+    ratio *= model.spatial_interpolation
   return dataclasses.replace(model, positions=rule, spatial_interpolation=ratio)
 
 

@@ -31,6 +31,7 @@ from cogvideox_jax.training import (
   global_batch,
   meshes,
   resume,
+  source_facts,
   stage_data,
   stages,
   step_functions,
@@ -63,6 +64,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
   """
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
+  config = source_facts.settle(config, workdir)
   resume.check_config(workdir, config)
   open_model(config.components)  # Raises if there are none, because the loss needs the VAE's scale.
   run = Run(config, workdir)
