@@ -280,13 +280,13 @@ def test_each_stage_has_its_own_peak_warmup_and_cosine():
   for stage in stages.plan(config):
     rate = stages.learning_rate(config, stage.name)
     values = np.array([float(rate(step)) for step in range(stage.start, stage.end + 1)])
-    assert values[0] == 0 and values[-1] == pytest.approx(0, abs=1e-12)
+    assert values[0] > 0 and values[-1] == pytest.approx(0, abs=1e-12)
     assert values.max() == pytest.approx(peaks[stage.name])
     assert values.argmax() == stage.steps // 10
     assert (np.diff(values[: stage.steps // 10]) > 0).all()
     assert (np.diff(values[stage.steps // 10 :]) < 0).all()
   rate = stages.learning_rate(typed(base.get_config()), "stage2")
-  assert float(rate(400_500)) == pytest.approx(0.5e-4)  # Half of config.optimizer.warmup_steps.
+  assert float(rate(400_500)) == pytest.approx(501 / 1001 * 1e-4)  # Midway in the warm-up.
 
 
 def test_the_logged_rate_is_the_one_that_moved_the_weights(inputs):

@@ -14,6 +14,7 @@ from small_run import make_config, make_inputs, settings
 from typed_config import typed
 
 from cogvideox_jax.data.loader import Loader
+from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.diffusion import timesteps
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import (
@@ -68,8 +69,9 @@ def test_every_step_is_logged_and_the_last_is_saved(finished):
   assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
   assert all(line.keys() >= LOGGED for line in logged)
   assert all(0 <= line["padding_fraction"] < 0.5 for line in logged)
-  assert logged[0]["learning_rate"] == 0 and logged[2]["learning_rate"] == pytest.approx(
-    tiny.get_config().optimizer.learning_rate
+  peak = tiny.get_config().optimizer.learning_rate
+  assert [line["learning_rate"] for line in logged[:3]] == pytest.approx(
+    [peak / 3, peak / 1.5, peak]
   )
   events = lines(finished / "events.jsonl")
   assert events[0] == {"event": "resumed", "step": 0}
@@ -189,6 +191,19 @@ def mix(inputs, weights):
       path = str(inputs / "data" if folder == "first" else inputs / folder / "data" / "tiny")
       config.data.mixture[folder] = base.source(path, weight)
   return typed(config, **settings(inputs, data__path="", train__steps=4))
+
+
+def test_datasets_of_a_mixture_have_an_order_and_dropped_captions_of_their_own(inputs):
+  config = mix(inputs, {"first": 1, "second": 1})
+  dataset = Dataset(inputs / "data" / "tiny")
+  same = {"first": dataset, "second": dataset}
+  one, other = stage_data.make_rows(config, "tiny", same, "train", "zeros").values()
+  alone = stage_data.make_rows(config, "tiny", {"first": dataset}, "train", "zeros")["first"]
+  plans = [rows._epoch_plan(0) for rows in (one, other, alone)]
+  assert (plans[0].dropped != plans[1].dropped).any()
+  assert (plans[0].rows.clips != plans[1].rows.clips).any()
+  # A dataset keeps them when others come or go.
+  np.testing.assert_array_equal(plans[0].rows.clips, plans[2].rows.clips)
 
 
 def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(

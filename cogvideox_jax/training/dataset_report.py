@@ -16,7 +16,7 @@ from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture, pictures
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.pictures import Image8, Tile
-from cogvideox_jax.data.records import Dataset
+from cogvideox_jax.data.records import Dataset, stage_folder
 from cogvideox_jax.data.rows import Rows
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
@@ -90,8 +90,18 @@ def readers(config: TrainConfig, datasets: Iterable[str], wanted: str) -> dict[s
 
 def training_rows(config: TrainConfig, stage: str, dataset: Dataset) -> Rows:
   """Returns the rows that a stage trains on. They do not depend on which captions it drops."""
-  (rows,) = stage_data.make_rows(config, stage, {"": dataset}, "train", "zeros").values()
+  name = _name_in_mixture(config, stage, dataset)
+  (rows,) = stage_data.make_rows(config, stage, {name: dataset}, "train", "zeros").values()
   return rows
+
+
+def _name_in_mixture(config: TrainConfig, stage: str, dataset: Dataset) -> str:
+  """Returns the name by which a stage's mixture knows a dataset; empty if it does not."""
+  encoded_for = config.stages[stage].data or stage
+  for name, source in config.data.mixture.items():
+    if dataset.directory == stage_folder(epath.Path(source.path), encoded_for):
+      return name
+  return ""
 
 
 def list_rows(

@@ -12,9 +12,10 @@ from cogvideox_jax.errors import UserError
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Returns a schedule: from 0 up to the peak during the warm-up, then down along a cosine.
+  """Returns a schedule: up to the peak during the warm-up, then down along a cosine.
 
-  The cosine ends at the last step with `final_fraction` of the peak.
+  The warm-up rises by equal steps. The first update has one of them, because it would change
+  nothing at a rate of 0. The cosine falls to `final_fraction` of the peak.
 
   Args:
     steps: updates of the whole schedule.
@@ -31,7 +32,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
   peak = config.learning_rate
   return optax.warmup_cosine_decay_schedule(
-    init_value=0.0 if warmup else peak,
+    init_value=peak / (warmup + 1),
     peak_value=peak,
     warmup_steps=warmup,
     decay_steps=steps,

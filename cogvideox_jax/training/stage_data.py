@@ -1,5 +1,6 @@
 """Opens and checks the encoded clips that a run trains on, and plans them as rows."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -114,13 +115,24 @@ def make_rows(
     best=settings.best,
     patch=model.patch,
     with_images=model.takes_image,
-    seed=config.seed,
     drop=drop,
     drop_rate=config.text.drop_rate,
     validation_fraction=config.data.validation_fraction,
     split=split,
   )
-  return {name: make(dataset) for name, dataset in datasets.items()}
+  return {name: make(dataset, seed=_seed(config, name)) for name, dataset in datasets.items()}
+
+
+def _seed(config: TrainConfig, name: str) -> int:
+  """Returns the seed of a dataset's rows.
+
+  Each dataset of a mixture has its own. Otherwise datasets of one size would be shuffled alike, and
+  drop the captions of the same clips.
+  """
+  if not config.data.mixture:
+    return config.seed
+  digest = hashlib.sha256(f"{config.seed} {name}".encode()).digest()
+  return int.from_bytes(digest[:4])
 
 
 def make_loader(
