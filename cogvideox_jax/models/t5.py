@@ -18,6 +18,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from cogvideox_jax.models.precision import exact_in_float32
+
 EPSILON = 1e-6
 
 
@@ -94,6 +96,7 @@ class Block(nnx.Module):
     self.mlp_norm = _norm(config, dtype, rngs)
     self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
 
+  @exact_in_float32
   def __call__(
     self, x: Float[Array, "b l t"], bias: Float[Array, "*b heads l l"]
   ) -> Float[Array, "b l t"]:

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.models.precision import exact_in_float32
 from cogvideox_jax.models.tiling import Tiling
 from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.models.vae_layers import (
@@ -49,6 +50,7 @@ class Encoder(nnx.Module):
     self.norm_out = EncoderNorm(channels[-1], config, rngs=rngs)
     self.conv_out = CausalConv(channels[-1], 2 * config.latent_channels, rngs=rngs)
 
+  @exact_in_float32
   def __call__(self, x: Float[Array, "b F H W c"], carry: Carry) -> Float[Array, "b f h w z2"]:
     x = self.conv_in(x, carry)
     for level in (*self.down, self.mid):
@@ -72,6 +74,7 @@ class Decoder(nnx.Module):
     self.norm_out = DecoderNorm(channels[-1], config, rngs=rngs)
     self.conv_out = CausalConv(channels[-1], config.in_channels, rngs=rngs)
 
+  @exact_in_float32
   def __call__(self, z: Float[Array, "b f h w z"], carry: Carry) -> Float[Array, "b F H W c"]:
     x = self.conv_in(z, carry)
     for level in (self.mid, *self.up):
