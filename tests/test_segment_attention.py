@@ -200,6 +200,8 @@ def test_it_compiles_for_a_tpu(monkeypatch, topology, tokens, dtype):
   monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
   monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  jax.devices()  # Reads the flags of XLA, of which libtpu does not know all those of CPUs.
+  monkeypatch.setenv("XLA_FLAGS", "")
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
   sharding = SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((1, tokens, 2, 64), dtype, sharding=sharding)
