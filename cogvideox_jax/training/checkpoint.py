@@ -27,6 +27,9 @@ from cogvideox_jax.version import name_writer
 
 T = TypeVar("T")
 Arrays = dict[str, Any]  # Path -> array.
+# Devices that hold copies of an array each write a slice of it, unless slices would be smaller than
+# this: cutting small arrays took most of the time of a small save.
+MIN_SLICE_BYTES = 2**20
 STATE_FIELDS = {"ema": "ema", "raw": "params"}  # Name of the weights -> field of the state.
 
 
@@ -79,6 +82,7 @@ class Checkpoints:
     context = ocp.Context()
     # A folder for each array, so that a message can name the array that is damaged.
     context.array.saving.use_ocdbt = False
+    context.array.saving.min_slice_bytes_for_replica_parallel = MIN_SLICE_BYTES
     with context:
       response = ocp.save_async(self._folder / str(step), tree, overwrite=True)
     self._pending = step, self._worker.submit(self._commit, step, response.result, held)
