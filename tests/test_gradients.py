@@ -56,7 +56,10 @@ def torch_inputs(stored):
   return inputs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind",
+  [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("5b", "15"))) for kind in KINDS],
+)  # Their image-to-video models hold all that these do.
 def test_gradients_of_the_transformer(kind):
   name = f"transformer_{kind}"
   config, params = FOLDER.model(name)

@@ -68,7 +68,9 @@ def test_the_maximum_is_subtracted_only_where_scores_may_be_large(monkeypatch):
   assert np.isfinite(out[..., 1, :]).all()
 
 
-@pytest.mark.parametrize("longest", [600, 2400], ids=["narrow", "half"])
+@pytest.mark.parametrize(
+  "longest", [pytest.param(600, marks=pytest.mark.slow, id="narrow"), pytest.param(2400, id="half")]
+)
 def test_a_row_may_have_more_blocks_than_a_byte_counts(longest):
   segment_ids = row(*[600] * 20, longest, 1, 99, n=130 * 128)[None]
   q, k, v = drawn(segment_ids)[..., :1, :]

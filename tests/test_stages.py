@@ -167,6 +167,7 @@ def stop_after(config, folder, step):
     return transformer_run.train(config, folder)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_every_stage_and_at_every_boundary_ends_with_the_same_bits(
   inputs, whole, tmp_path
 ):

@@ -113,7 +113,14 @@ def test_a_sharded_step_in_any_number_of_microbatches_equals_that_of_one_device(
   jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), sharded.params, expected.params)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+@pytest.mark.parametrize(
+  "remat",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("branches", "offload")))
+    for name in REMAT
+    if name != "none"
+  ],
+)
 def test_what_is_computed_again_changes_nothing(run, remat):
   batch = batch_of()
   expected, expected_metrics = run(START, batch, KEY)
