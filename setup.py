@@ -1,9 +1,11 @@
 """What is installed, and with which extras. requirements.txt holds the core's dependencies."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
+from setuptools.command.build_py import build_py
 
 FOLDER = Path(__file__).parent
 
@@ -34,6 +36,19 @@ EXTRAS = {
   "dev": ["pre-commit==4.7.0", "pyright==1.1.414", "ruff==0.17.6"],
 }
 
+
+class BuildWithConfigs(build_py):
+  """Adds the configs, which are beside the package, to what is installed: `--config=tiny`."""
+
+  def run(self) -> None:
+    super().run()
+    if not self.editable_mode:
+      target = Path(self.build_lib) / "cogvideox_jax" / "shipped" / "configs"
+      target.mkdir(parents=True, exist_ok=True)
+      for file in (FOLDER / "configs").glob("*.py"):
+        shutil.copy(file, target)
+
+
 setup(
   name="cogvideox-jax",
   version=version(),
@@ -49,4 +64,5 @@ setup(
   package_data={"cogvideox_jax": ["assets/**", "py.typed"]},
   install_requires=requirements(),
   extras_require=EXTRAS,
+  cmdclass={"build_py": BuildWithConfigs},
 )

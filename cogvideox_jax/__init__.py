@@ -5,8 +5,11 @@ Names are looked up on first use (PEP 562), so that a process that decodes video
 """
 
 import importlib
+import re
+import sys
 from typing import TYPE_CHECKING
 
+from cogvideox_jax.interrupts import leave_on_signals
 from cogvideox_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -19,6 +22,13 @@ _HOMES = {
   "Pipeline": "cogvideox_jax.inference.pipeline",
   "load": "cogvideox_jax.training.workdir",
 }
+
+
+# `python -m cogvideox_jax.NAME`: a signal may come while the command's libraries load.
+if sys.argv[:1] == ["-m"] and any(
+  re.fullmatch(r"cogvideox_jax\.\w+", arg) for arg in sys.orig_argv
+):
+  leave_on_signals()
 
 
 def __getattr__(name: str):

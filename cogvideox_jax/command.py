@@ -5,7 +5,7 @@ preempted after a save; 84 another process of the job died; 130 interrupted.
 """
 
 import contextlib
-import errno
+import math
 import re
 import sys
 import textwrap
@@ -18,22 +18,24 @@ from typing import Generic, TypeVar
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from cogvideox_jax import interrupts, streams
+from cogvideox_jax.config.choice import choose, shipped_folder
 from cogvideox_jax.config.help import describe
-from cogvideox_jax.config.read import read
-from cogvideox_jax.errors import INTERRUPTED, USER_ERROR, UserError
+from cogvideox_jax.config.locations import with_absolute_paths
+from cogvideox_jax.config.read import entries, read
+from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.errors import INTERRUPTED, USER_ERROR, UserError, remedy
 
 _Schema = TypeVar("_Schema")
 
+# What the schemas of configs are for.
+_TAKERS = {
+  TrainConfig: ("the transformer's training", "train, encode, inspect, compile and demo", "tiny"),
+  VAETrainConfig: ("the VAE's training", "train_vae", "vae_tiny"),
+}
+
 flags.disclaim_key_flags()  # So that `--help` lists the flags below as those of the command.
 
-# Operating system errors that the user can solve, with advice.
-_MACHINE_FAULTS = {
-  errno.ENOSPC: "The disk is full. Make room, then run the same command again.",
-  errno.EDQUOT: "The disk quota is used up. Make room, then run the same command again.",
-  errno.EACCES: "Permission denied. Choose another place, or change its permissions.",
-  errno.EPERM: "Not permitted. Choose another place, or change its permissions.",
-  errno.EROFS: "The file system is read-only. Choose another place.",
-}
 # absl and ml_collections raise these for mistakes in flags and config files.
 _FLAG_FAULTS = (flags.Error, AttributeError, ImportError, KeyError, SyntaxError)
 
@@ -47,7 +49,7 @@ def run(main: Callable[..., int | None], *operands: str) -> None:
   """
 
   def guarded(argv: list[str]) -> int | None:
-    with user_mistakes():
+    with streams.lasting(), user_mistakes():
       given = argv[1:]
       if given[len(operands) :]:
         raise UserError(
@@ -57,6 +59,7 @@ def run(main: Callable[..., int | None], *operands: str) -> None:
         raise UserError(f"Missing: {' '.join(missing)}\nSee --help.")
       return main(*given)
 
+  interrupts.leave_on_signals()
   app.run(guarded, flags_parser=_parse_flags)
 
 
@@ -95,14 +98,27 @@ class ConfigFlag(Generic[_Schema]):
 
   @cached_property
   def value(self) -> _Schema:
-    """The config with the overrides of the command line.
+    """The config with the overrides of the command line. Its paths are absolute.
 
     Raises:
       UserError: no config is given, or it has an unknown key, lacks one, or has a wrong type.
     """
     if self._parsed is None:
       raise UserError("Missing flag: --config=...\nSee --help for the flags.")
-    return read(self._schema, self._parsed)
+    self._check_kind(set(self._parsed))
+    return with_absolute_paths(read(self._schema, self._parsed))
+
+  def _check_kind(self, given: set[str]) -> None:
+    """Raises UserError if a config with these keys is rather one of another command."""
+    names = {schema: {entry.name for entry in entries(schema)} for schema in _TAKERS}
+    own = names.pop(self._schema)
+    for schema, others in names.items():
+      if given & (others - own) and not given & (own - others):
+        (what, takers, _), (_, _, example) = _TAKERS[schema], _TAKERS[self._schema]
+        raise UserError(
+          f"This config is one of {what}, which {takers} take{'' if ',' in takers else 's'}.\n"
+          f"Run such a command, or give another config here, such as --config={example}"
+        )
 
 
 def config_flag(schema: type[_Schema], *, required: bool = True) -> ConfigFlag[_Schema]:
@@ -137,9 +153,10 @@ def user_mistakes() -> Iterator[None]:
   except KeyboardInterrupt:
     _leave("Interrupted.", INTERRUPTED)
   except OSError as error:
-    if error.errno not in _MACHINE_FAULTS:
+    if not (advice := remedy(error)):
       raise
-    _leave(f"{error.filename or 'A file'}: {_MACHINE_FAULTS[error.errno]}", USER_ERROR)
+    where = error.filename if isinstance(error.filename, str) else "A file"
+    _leave(f"{where}: {advice} Then run the same command again.", USER_ERROR)
 
 
 def _leave(message: str, code: int) -> None:
@@ -149,17 +166,32 @@ def _leave(message: str, code: int) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  with user_mistakes():
-    config = _config_file(argv)
+  with streams.lasting(), user_mistakes():
+    argv, config = _choose_config(argv)
     if config:
-      _check_readable(config)
+      # Configs say `from configs import base`, which must work from any working directory.
+      sys.path += [str(config.resolve().parent.parent), str(shipped_folder().parent)]
     flags.FLAGS.set_gnu_getopt()  # Flags may follow operands.
     try:
-      return flags.FLAGS(sorted(argv, key=_asks_for_help))
+      others = flags.FLAGS(sorted(argv, key=_asks_for_help))
+      _check_finite()
+      return others
     except _FLAG_FAULTS as error:
       raise UserError(_explain(error, argv, config)) from error
     except SystemExit:  # After --help, for which absl has a failing exit code.
       sys.exit(0)
+    except Exception as error:
+      if not any(_place_in_config(cause, config) for cause in _chain(error)):
+        raise
+      raise UserError(_explain(error, argv, config)) from error
+
+
+def _check_finite() -> None:
+  """Raises UserError for a flag that is infinite or not a number. Keys have ranges of their own."""
+  for name in flags.FLAGS:
+    value = flags.FLAGS[name].value
+    if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
+      raise UserError(f"Wrong value: --{name}={value}\nWanted: a finite number")
 
 
 def _asks_for_help(argument: str) -> bool:
@@ -167,22 +199,19 @@ def _asks_for_help(argument: str) -> bool:
   return re.match(r"--?help_config(=|$)", argument) is not None
 
 
-def _config_file(argv: list[str]) -> Path | None:
-  """The file in `--config=FILE` or `--config FILE`; None if there is none."""
-  line = "\0".join(argv) + "\0"
-  found = re.search(r"\0--?config[=\0]([^\0:]*)", line)
-  return Path(found[1]) if found else None
-
-
-def _check_readable(config: Path) -> None:
-  if not config.is_file():
-    raise UserError(
-      f"Config file not found: {config}\n"
-      f"Paths are taken from here: {Path.cwd()}\n"
-      "Give an existing file, such as --config=configs/tiny.py"
-    )
-  # Configs say `from configs import base`, which must work from any working directory.
-  sys.path.append(str(config.resolve().parent.parent))
+def _choose_config(argv: list[str]) -> tuple[list[str], Path | None]:
+  """Returns the arguments with the file in place of what `--config` names, and the file."""
+  found, chosen, follows = [], None, False
+  for argument in argv:
+    match = re.fullmatch(r"(--?config)(=(.*))?", argument, re.DOTALL)
+    if follows or (match and match[2]):
+      given = argument if follows or not match else match[3]
+      choice = choose(given)
+      chosen = choice.file
+      argument = choice.argument if follows or not match else f"{match[1]}={choice.argument}"
+    follows = not follows and match is not None and not match[2]
+    found.append(argument)
+  return found, chosen
 
 
 def _explain(error: BaseException, argv: list[str], config: Path | None) -> str:
@@ -192,6 +221,8 @@ def _explain(error: BaseException, argv: list[str], config: Path | None) -> str:
     place = _place_in_config(cause, config)
     if place:
       return f"Mistake in the config file, {place}:\n{_first_and_last_line(cause)}"
+  if isinstance(error, flags.IllegalFlagValueError) and config and "--config=None" in str(error):
+    return f"get_config() of {config} returns nothing.\nEnd it with: return config"
   if isinstance(error, flags.IllegalFlagValueError):
     return _explain_value(str(error))
   if isinstance(chain[-1], KeyError):

@@ -20,6 +20,7 @@ class Range:
 
 ABOVE_ZERO = Range("above 0", lambda number: 0 < number < inf)
 AT_LEAST_ZERO = Range("at least 0", lambda number: 0 <= number < inf)
+SEED = Range("from 0 to 4294967295", lambda number: 0 <= number < 2**32)
 FRACTION = Range("from 0 to 1", lambda number: 0 <= number <= 1)
 FINITE = Range("finite", isfinite)
 
@@ -34,6 +35,8 @@ class Key:
   choices: tuple[str, ...]  # The values that a string may have; empty if it may be any.
   form: str  # Completes "it must ..." for a tuple, or a group of keys that users name.
   may_be_empty: bool  # Whether a tuple may have no items.
+  is_path: bool  # Whether its texts are paths, or empty.
+  names: tuple[str, ...]  # Texts that are names and no paths.
 
 
 _MARK = "config_key"
@@ -47,9 +50,11 @@ def key(
   choices: tuple[str, ...] = (),
   form: str = "",
   may_be_empty: bool = False,
+  is_path: bool = False,
+  names: tuple[str, ...] = (),
 ) -> Mapping[str, Key]:
   """The metadata of a dataclass field that is a config key, or a group of keys."""
-  return {_MARK: Key(meaning, source, allowed, choices, form, may_be_empty)}
+  return {_MARK: Key(meaning, source, allowed, choices, form, may_be_empty, is_path, names)}
 
 
 def key_of(field: Field) -> Key | None:

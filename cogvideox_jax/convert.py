@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import command, model_flags
+from cogvideox_jax import command, model_flags, path_flags
 from cogvideox_jax.conversion import (
   diffusers_limits,
   lora,
@@ -27,12 +27,15 @@ from cogvideox_jax.conversion.lora import LoRA
 from cogvideox_jax.conversion.model_contents import Model
 from cogvideox_jax.conversion.model_layouts import LAYOUTS
 from cogvideox_jax.conversion.safetensors_file import DTYPES
+from cogvideox_jax.devices import open_devices
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.model_flags import LORA, LORA_ALPHA, LORA_WEIGHT, WEIGHTS
 from cogvideox_jax.training import workdir
 
-SOURCE = flags.DEFINE_string("source", None, "The model, or LoRA file, to convert.", required=True)
-TARGET = flags.DEFINE_string("target", None, "The folder to write; new or empty.", required=True)
+SOURCE = path_flags.define(
+  "source", None, "The model, or LoRA file, to convert.", required=True, names=SHIPPED
+)
+TARGET = path_flags.define("target", None, "The folder to write; new or empty.", required=True)
 FORMAT = flags.DEFINE_enum("format", None, list(LAYOUTS), "The layout to write.", required=True)
 TYPES = {dtype.name: dtype for dtype in DTYPES.values() if dtype.kind != "i"}
 DTYPE = flags.DEFINE_enum(
@@ -51,6 +54,8 @@ def main() -> None:
   target = epath.Path(TARGET.value)
   if sample_size() and FORMAT.value != "diffusers":
     raise UserError(f"--sample_size is for --format=diffusers; {FORMAT.value} needs none.")
+  model_layouts.check_target(target)
+  open_devices()
   if is_lora(epath.Path(SOURCE.value)):
     write_lora(epath.Path(SOURCE.value), target)
   else:

@@ -15,12 +15,13 @@ from etils import epath
 from flax import nnx
 from jaxtyping import UInt8
 
-from cogvideox_jax import command
+from cogvideox_jax import command, path_flags
 from cogvideox_jax.config.checks import check
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.data.contact_sheet import contact_sheet
 from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.shape_scenes import held_out_prompts
+from cogvideox_jax.devices import open_devices
 from cogvideox_jax.evaluation.shape_scores import score
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.models.dit import DiT
@@ -28,7 +29,7 @@ from cogvideox_jax.sharding import split_cpu
 from cogvideox_jax.training import stages, transformer_run, workdir
 
 CONFIG = command.config_flag(TrainConfig)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.", required=True)
+WORKDIR = path_flags.define("workdir", None, "Where the run lives.", required=True)
 PROMPTS = flags.DEFINE_integer("prompts", 64, "Held-out captions to score with.", lower_bound=1)
 
 BATCH_SIZE = 16  # Videos that are sampled at once, which bounds the memory.
@@ -39,6 +40,7 @@ def main() -> int:
   cfg, folder = CONFIG.value, epath.Path(WORKDIR.value)
   check(cfg, cfg.components)
   split_cpu(cfg.cpu_devices)
+  open_devices()
   start = time.perf_counter()
   exit_code = transformer_run.train(cfg, folder)
   train_seconds = time.perf_counter() - start

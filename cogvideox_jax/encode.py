@@ -8,18 +8,25 @@ that JAX knows, this is all. Elsewhere add --coordinator=HOST:PORT --process_cou
 """
 
 from absl import flags
+from etils import epath
 
-from cogvideox_jax import command, job
+from cogvideox_jax import command, job, path_flags
 from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.conversion.folder import SHIPPED
+from cogvideox_jax.exclusive import exclusive
 from cogvideox_jax.precompute import encode_clips
 
 CONFIG = command.config_flag(TrainConfig)
-INPUT = flags.DEFINE_string(
+INPUT = path_flags.define(
   "input", None, "Folder of clips, or a manifest: JSON lines, CSV, Parquet.", required=True
 )
-OUTPUT = flags.DEFINE_string("output", None, "Where the datasets go.", required=True)
-MODEL = flags.DEFINE_string(
-  "model", None, "Model folder or shipped name: VAE, text encoder, tokenizer.", required=True
+OUTPUT = path_flags.define("output", None, "Where the datasets go.", required=True)
+MODEL = path_flags.define(
+  "model",
+  None,
+  "Model folder or shipped name: VAE, text encoder, tokenizer.",
+  required=True,
+  names=SHIPPED,
 )
 SUBFOLDERS = flags.DEFINE_bool(
   "subfolders", True, "Search the folders inside a folder of clips that has no manifest."
@@ -34,10 +41,11 @@ job.declare_flags()
 
 
 def main() -> None:
-  with job.joined():
+  config = CONFIG.value  # Its mistakes come before any folder is made.
+  with job.joined(), exclusive(epath.Path(OUTPUT.value)):
     try:
       counts = encode_clips.encode(
-        CONFIG.value,
+        config,
         INPUT.value,
         OUTPUT.value,
         MODEL.value,

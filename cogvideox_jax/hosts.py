@@ -1,7 +1,12 @@
 """Joins the processes of a job, one a host, lets them exchange data and wait for one another."""
 
+import contextlib
 import functools
 import hashlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cogvideox_jax.errors import UserError
 
 NO_CLUSTER = "coordinator_address should be defined"  # JAX's error where there is no cluster.
+FIRST_WORD = 8.0  # Seconds of waiting for other processes, after which a process says so.
 HEARTBEAT = 30  # Seconds without a sign of life of a process, after which JAX ends the others.
 # One of these stands in the errors that JAX raises when another process of the job is gone.
 SIGNS_OF_LOSS = ("Gloo", "oordination service", "heartbeat", "Connection closed by peer")
@@ -43,7 +49,8 @@ def join(group: Group) -> None:
   jax.config.update("jax_enable_preemption_service", False)
   if group == Group():
     try:
-      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+      with _said("this process waits for the other processes of the job"):
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     except ValueError as error:
       # Any other error is an incomplete cluster, in which each process would do all the work alone.
       if NO_CLUSTER not in str(error):
@@ -59,19 +66,48 @@ def join(group: Group) -> None:
       "--process_count=N, and its own --process_id from 0 to N-1."
     )
   try:
-    jax.distributed.initialize(
-      group.coordinator,
-      group.count,
-      group.index,
-      # Listen on this address only, because the coordinator asks for no password.
-      coordinator_bind_address=group.coordinator,
-      heartbeat_timeout_seconds=HEARTBEAT,
-    )
+    with _said(_waiting(group)):
+      jax.distributed.initialize(
+        group.coordinator,
+        group.count,
+        group.index,
+        # Listen on this address only, because the coordinator asks for no password.
+        coordinator_bind_address=group.coordinator,
+        heartbeat_timeout_seconds=HEARTBEAT,
+      )
   except (RuntimeError, ValueError) as error:
+    reason = next(iter(str(error).splitlines()), "")[:300]
     raise UserError(
-      f"the {group.count} processes do not meet at {group.coordinator}: {error}\n"
+      f"the {group.count} processes do not meet at {group.coordinator}: {reason}\n"
       "Start all of them with the same --coordinator, HOST:PORT of process 0."
     ) from error
+
+
+def _waiting(group: Group) -> str:
+  """Returns what a process waits for while the processes of a job meet."""
+  if group.index == 0:
+    return f"process 0 waits at {group.coordinator} for the other {group.count - 1} processes"
+  return f"process {group.index} cannot reach process 0 at {group.coordinator} yet, or others lack"
+
+
+@contextlib.contextmanager
+def _said(text: str) -> Iterator[None]:
+  """Prints the text after FIRST_WORD seconds and then each minute, until the end."""
+  ended, begun = threading.Event(), time.monotonic()
+
+  def say() -> None:
+    seconds = FIRST_WORD
+    while not ended.wait(seconds):
+      print(f"{text} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
+      seconds = 60.0
+
+  thread = threading.Thread(target=say, name="waiting", daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    thread.join()
 
 
 def is_first() -> bool:

@@ -23,22 +23,28 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import command
+from cogvideox_jax import command, path_flags, paths
 from cogvideox_jax.config.checks import check
 from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.conversion.folder import SHIPPED
 from cogvideox_jax.data import pictures, summary
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.rows import Rows
+from cogvideox_jax.devices import open_devices
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import dataset_report
 
 CONFIG = command.config_flag(TrainConfig, required=False)
-MODEL = flags.DEFINE_string(
+MODEL = path_flags.define(
   "model",
   None,
   "The model whose VAE decodes clips.png; default: the config's components. Empty: none.",
+  names=SHIPPED,
+  may_be_empty=True,
 )
-OUTPUT = flags.DEFINE_string("output", "", "The folder for the pictures; default: the stage's.")
+OUTPUT = path_flags.define(
+  "output", "", "The folder for the pictures; default: the stage's.", may_be_empty=True
+)
 STAGE = flags.DEFINE_string(
   "stage", "", "The stage of the config to show; default: each stage that has a dataset here."
 )
@@ -58,7 +64,9 @@ class Stage(NamedTuple):
 
 
 def main(dataset: str) -> None:
-  path = epath.Path(dataset)
+  wanted = parse_range(ROWS.value) if ROWS.value else None
+  path = epath.Path(paths.absolute(dataset))
+  open_devices()
   found = dataset_report.open_stages(path)
   cfg = CONFIG.value if CONFIG.given else dataset_report.kept_config(path)
   if cfg:
@@ -66,8 +74,8 @@ def main(dataset: str) -> None:
   if STAGE.value and not cfg:
     raise UserError(f"--stage={STAGE.value} is a stage of a config: give a --config=FILE.")
   stages = make_stages(cfg, found)
-  if ROWS.value:
-    result = {"rows": list_rows(cfg, stages, parse_range(ROWS.value))}
+  if wanted:
+    result = {"rows": list_rows(cfg, stages, wanted)}
     if not JSON.value:
       print(*result["rows"], sep="\n")
   else:

@@ -1,11 +1,13 @@
-"""Lets a job end on Ctrl-C or SIGTERM where it chooses, not in the middle of a step.
+"""Lets a job end on Ctrl-C, SIGTERM or SIGHUP where it chooses, not in the middle of a step.
 
 Python would raise KeyboardInterrupt in whatever line runs. Inside a callback from JAX that turns
 into another error, or is lost.
 """
 
+import contextlib
+import os
 import signal
-import sys
+import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
@@ -13,6 +15,39 @@ from typing import Any, TypeVar
 from cogvideox_jax.errors import INTERRUPTED, PREEMPTED
 
 T = TypeVar("T")
+STOPS = (signal.SIGTERM, signal.SIGHUP)  # The machine goes; the terminal went.
+GRACE = 10.0  # Seconds that a command which has nothing to save may take to leave by itself.
+
+
+def leave_on_signals() -> None:
+  """Makes SIGTERM and SIGHUP end the process with PREEMPTED. Calling it again changes nothing.
+
+  `Interrupts` takes over while there is something to save. A signal that was ignored, as SIGHUP is
+  under nohup, stays ignored.
+  """
+  if signal.getsignal(signal.SIGTERM) == _leave:
+    return
+  for number in STOPS:
+    if signal.getsignal(number) == signal.SIG_DFL:
+      signal.signal(number, _leave)
+  # Python runs handlers between two of its own lines, and one line may compile for minutes.
+  read, write = os.pipe()
+  os.set_blocking(write, False)
+  signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+  threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+  raise SystemExit(PREEMPTED)
+
+
+def _watch(numbers: int) -> None:
+  """Ends a process that does not leave by itself. Reads the numbers of the signals that come."""
+  while number := os.read(numbers, 1):
+    if number[0] in STOPS and signal.getsignal(number[0]) == _leave:
+      timer = threading.Timer(GRACE, os._exit, [PREEMPTED])
+      timer.daemon = True
+      timer.start()
 
 
 class Interrupts:
@@ -25,8 +60,9 @@ class Interrupts:
     self._before: dict[signal.Signals, Any] = {}
 
   def __enter__(self) -> "Interrupts":
-    for number in (signal.SIGINT, signal.SIGTERM):
-      self._before[number] = signal.signal(number, self._receive)
+    for number in (signal.SIGINT, *STOPS):
+      if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+        self._before[number] = signal.signal(number, self._receive)
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -38,7 +74,7 @@ class Interrupts:
 
     Raises:
       KeyboardInterrupt: Ctrl-C was pressed.
-      SystemExit: SIGTERM came.
+      SystemExit: SIGTERM or SIGHUP came.
     """
     for item in items:
       if self.exit_code == INTERRUPTED:
@@ -48,10 +84,16 @@ class Interrupts:
       yield item
 
   def _receive(self, number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGTERM:
+    if number in STOPS:
       self.exit_code = PREEMPTED
     elif self.exit_code is None:
       self.exit_code = INTERRUPTED
-      print(f"\n{self._promise} Press Ctrl-C again to leave at once.", file=sys.stderr)
+      _say(f"\n{self._promise} Press Ctrl-C again to leave at once.\n")
     else:
       raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+  """Prints without Python's buffers, which the line that was interrupted may be writing to."""
+  with contextlib.suppress(OSError):  # Nobody may be left to read it.
+    os.write(2, text.encode())

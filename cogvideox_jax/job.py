@@ -13,6 +13,7 @@ import jax
 from absl import flags
 
 from cogvideox_jax import command, hosts
+from cogvideox_jax.devices import open_devices
 from cogvideox_jax.errors import PEER_DIED
 
 COORDINATOR = flags.DEFINE_string(
@@ -41,6 +42,7 @@ def joined() -> Iterator[None]:
   ends them.
   """
   hosts.join(hosts.Group(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value))
+  open_devices()
   try:
     with command.user_mistakes():
       yield

@@ -5,6 +5,7 @@ A command that uses them calls `declare`, so that its --help lists them.
 
 from absl import flags
 
+from cogvideox_jax import path_flags
 from cogvideox_jax.conversion import lora
 from cogvideox_jax.conversion.lora import LoRA
 
@@ -14,7 +15,9 @@ WEIGHTS = flags.DEFINE_enum(
   ["ema", "raw"],
   "Which weights of a training workdir to use: their moving average, or the last ones.",
 )
-LORA = flags.DEFINE_string("lora", None, "LoRA file to add, or a folder that holds one.")
+LORA = path_flags.define(
+  "lora", None, "LoRA file to add, or a folder that holds one.", may_be_empty=True
+)
 LORA_WEIGHT = flags.DEFINE_float("lora_weight", 1.0, "Weight of --lora; it multiplies its scale.")
 LORA_ALPHA = flags.DEFINE_float(
   "lora_alpha",
@@ -36,7 +39,7 @@ def read_lora() -> LoRA | None:
   Raises:
     UserError: as `lora.read`; or nothing says the scale of a file of SAT.
   """
-  if LORA.value is None:
+  if not LORA.value:
     return None
   weight_given = flags.FLAGS["lora_weight"].present
   return lora.read(LORA.value, LORA_ALPHA.value, must_know_alpha=not weight_given)

@@ -7,31 +7,47 @@ Defaults come from the model's folder, or from its training. The comment of the 
 all arguments that the video was made with.
 """
 
+import errno
+import os
+import tempfile
 from typing import Any
 
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import __version__, command, model_flags
+from cogvideox_jax import __version__, command, model_flags, path_flags, paths
+from cogvideox_jax.conversion.folder import SHIPPED
 from cogvideox_jax.data.media import VideoError
 from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.video import read
+from cogvideox_jax.devices import open_devices
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference.arguments import CallArguments
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
+from cogvideox_jax.inference.request import SampledModel, make_request
+from cogvideox_jax.inference.size import default_size
 from cogvideox_jax.inference.video_to_video import VideoToVideo
 from cogvideox_jax.model_flags import LORA, LORA_ALPHA, LORA_WEIGHT, WEIGHTS
 from cogvideox_jax.training import workdir
 
-MODEL = flags.DEFINE_string(
-  "model", None, "A model folder, a shipped name (tiny), or a training workdir.", required=True
+MODEL = path_flags.define(
+  "model",
+  None,
+  "A model folder, a shipped name (tiny), or a training workdir.",
+  required=True,
+  names=SHIPPED,
 )
 PROMPT = flags.DEFINE_string("prompt", None, "What the video shows.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "The mp4 file to write.", required=True)
-IMAGE = flags.DEFINE_string("image", None, "Image file that the video begins with.")
-VIDEO = flags.DEFINE_string("video", None, "Video file to change as the prompt says.")
+OUTPUT = path_flags.define("output", None, "The mp4 file to write.", required=True)
+IMAGE = path_flags.define(
+  "image", None, "Image file that the video begins with.", may_be_empty=True
+)
+VIDEO = path_flags.define(
+  "video", None, "Video file to change as the prompt says.", may_be_empty=True
+)
 STRENGTH = flags.DEFINE_float(
   "strength", 0.8, "How much to change --video; at 1 nothing of it remains.", 0.0, 1.0
 )
@@ -48,7 +64,9 @@ NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "Frames, 4k + 1; by defaul
 FPS = flags.DEFINE_float(
   "fps", None, "Frames per second of the file; by default the model's.", lower_bound=0.1
 )
-STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; by default the model's.")
+STEPS = flags.DEFINE_integer(
+  "steps", None, "Denoising steps; by default the model's.", lower_bound=1
+)
 GUIDANCE_SCALE = flags.DEFINE_float(
   "guidance_scale",
   None,
@@ -67,7 +85,14 @@ model_flags.declare()
 def main() -> None:
   output = epath.Path(OUTPUT.value)
   check_output(output)
+  open_devices()
+  check_files()
   lora = model_flags.read_lora()
+  model = workdir.describe(MODEL.value)
+  arguments = call_arguments(model)
+  check_request(model, arguments)
+  fps = model.settings.fps if FPS.value is None else FPS.value
+  given = read_given(arguments, fps)
   progress = Progress()
   with progress.phase("load") as bar:
     pipe = workdir.load(
@@ -81,16 +106,13 @@ def main() -> None:
       pipe.add_lora(lora, "default", LORA_WEIGHT.value)
     pipe.enable_tiling(TILING.value)
     bar.update()
-  arguments = call_arguments(pipe)
-  fps = pipe.settings.fps if FPS.value is None else FPS.value
-  given = read_given(arguments, fps)
   asked = len(given["video"]) if "video" in given else arguments["num_frames"]
   frames = pipe(**{**arguments, **given}, output_type="uint8").frames[0]
   if len(frames) > asked:
     print(f"The VAE decodes {len(frames)} frames; the first {asked}, as asked for, are written.")
     frames = frames[:asked]
   with progress.phase("write") as bar:
-    made_with = {"model": MODEL.value, "fps": fps, "version": __version__, **arguments}
+    made_with = {"fps": fps, "version": __version__, **arguments, **files_given()}
     made_with |= lora_arguments()
     write_mp4(output, frames, fps, metadata=made_with)
     bar.update()
@@ -102,7 +124,28 @@ def main() -> None:
 def lora_arguments() -> dict[str, Any]:
   """The flags of the LoRA, if there is one."""
   alpha = {} if LORA_ALPHA.value is None else {"lora_alpha": LORA_ALPHA.value}
-  return {"lora": LORA.value, "lora_weight": LORA_WEIGHT.value, **alpha} if LORA.value else {}
+  given = path_flags.as_given(LORA)
+  return {"lora": given, "lora_weight": LORA_WEIGHT.value, **alpha} if LORA.value else {}
+
+
+def check_files() -> None:
+  """Raises UserError for a file that is not there, before the model is read."""
+  for flag in (IMAGE, VIDEO, LORA):
+    if flag.value and not epath.Path(flag.value).exists():
+      raise UserError(f"--{flag.name}={path_flags.as_given(flag)}: there is no {flag.value}.")
+
+
+def check_request(model: SampledModel, arguments: dict[str, Any]) -> None:
+  """Raises UserError for arguments that the model cannot follow, before its weights are read."""
+  kind().check_channels(model.transformer)
+  others = {name: value for name, value in arguments.items() if name != "strength"}
+  num_frames = others.pop("num_frames")
+  make_request(model, CallArguments(**others), None if VIDEO.value else num_frames)
+
+
+def files_given() -> dict[str, Any]:
+  """The flags that name files, as they were given, for the comment of the mp4."""
+  return {flag.name: path_flags.as_given(flag) for flag in (MODEL, IMAGE, VIDEO) if flag.value}
 
 
 def kind() -> type[Pipeline]:
@@ -136,31 +179,31 @@ def check_output(path: epath.Path) -> None:
   """Makes the folder of the output; raises UserError unless the file can be written there."""
   if path.suffix != ".mp4":
     raise UserError(f"--output={path}: videos are written as mp4; give a name ending in .mp4.")
-  draft = path.with_name(f".{path.name}.draft")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_bytes(b"")
-    draft.unlink()
+    if path.is_dir():
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not paths.is_address(os.fspath(path)):
+      with tempfile.TemporaryFile(dir=path.parent):
+        pass
   except OSError as error:
     raise UserError(
       f"--output={path}: nothing can be written there ({error.strerror}).\nChoose another folder."
     ) from error
 
 
-def call_arguments(pipe: Pipeline) -> dict[str, Any]:
+def call_arguments(model: SampledModel) -> dict[str, Any]:
   """The arguments of the call: the flags, and the model's defaults for flags not given."""
-  size = pipe.default_size
+  size, settings = default_size(model.transformer, model.vae), model.settings
   given = {
     "height": (HEIGHT.value, size.height),
     "width": (WIDTH.value, size.width),
     "num_frames": (NUM_FRAMES.value, size.num_frames),
-    "num_inference_steps": (STEPS.value, pipe.settings.num_inference_steps),
-    "solver": (SOLVER.value, pipe.settings.solver),
-    "guidance_scale": (GUIDANCE_SCALE.value, pipe.settings.guidance_scale),
+    "num_inference_steps": (STEPS.value, settings.num_inference_steps),
+    "solver": (SOLVER.value, settings.solver),
+    "guidance_scale": (GUIDANCE_SCALE.value, settings.guidance_scale),
   }
-  files = {"image": IMAGE.value, "video": VIDEO.value}
   return {
-    **{name: path for name, path in files.items() if path},
     **({"strength": STRENGTH.value} if VIDEO.value else {}),
     "prompt": PROMPT.value,
     "negative_prompt": NEGATIVE_PROMPT.value,

@@ -12,7 +12,7 @@ knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --pr
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import command, hosts, job
+from cogvideox_jax import command, hosts, job, path_flags
 from cogvideox_jax.aot.report import as_table, report
 from cogvideox_jax.config.checks import check
 from cogvideox_jax.config.read import to_json
@@ -22,7 +22,7 @@ from cogvideox_jax.sharding import split_cpu
 from cogvideox_jax.training.transformer_run import train
 
 CONFIG = command.config_flag(TrainConfig)
-WORKDIR = flags.DEFINE_string(
+WORKDIR = path_flags.define(
   "workdir", None, "Folder of checkpoints, previews and metrics; may be a bucket."
 )
 DRY_RUN = flags.DEFINE_string(

@@ -8,16 +8,15 @@ On several hosts, run it once on each; all must see the same files. TPU pods and
 knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --process_id=0 to N-1.
 """
 
-from absl import flags
 from etils import epath
 
-from cogvideox_jax import command, hosts, job
+from cogvideox_jax import command, hosts, job, path_flags
 from cogvideox_jax.config.read import to_json
 from cogvideox_jax.config.schema import VAETrainConfig
 from cogvideox_jax.sharding import split_cpu
 
 CONFIG = command.config_flag(VAETrainConfig)
-WORKDIR = flags.DEFINE_string(
+WORKDIR = path_flags.define(
   "workdir", None, "Folder of checkpoints, previews, metrics and the VAE.", required=True
 )
 job.declare_flags()

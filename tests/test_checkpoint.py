@@ -191,3 +191,12 @@ def test_a_save_that_cannot_be_written_is_one_message_and_harms_no_other(tmp_pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert checkpoint.good_steps(folder) == [1]
   assert_same(checkpoints.restore(shapes_of(states[1])).state, states[1])
+
+
+def test_what_orbax_left_unfinished_is_removed_at_the_next_start_and_nothing_else(tmp_path):
+  for name in ("7.orbax-checkpoint-tmp-123", "6", "notes.orbax-checkpoint-tmp", "kept"):
+    (tmp_path / name).mkdir()
+  (tmp_path / "8.orbax-checkpoint-tmp").symlink_to(tmp_path / "kept")
+  checkpoint.Checkpoints(epath.Path(tmp_path), keep=1, on_saved=lambda *_: None)
+  left = sorted(path.name for path in tmp_path.iterdir())
+  assert left == ["6", "8.orbax-checkpoint-tmp", "kept", "notes.orbax-checkpoint-tmp"]

@@ -17,6 +17,7 @@ from cogvideox_jax.data.clips import source_hash
 from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.measured_clips import measure
 from cogvideox_jax.data.mp4 import write_mp4
+from cogvideox_jax.data.video import read
 from cogvideox_jax.errors import UserError
 
 SIZES, DURATIONS, FPS = ((16, 16), (16, 24)), (1, 5), 8.0
@@ -296,3 +297,16 @@ def test_memory_does_not_grow_with_the_clips(decoders, tmp_path, monkeypatch):
     for _ in islice(iterator, batches.per_epoch):
       held.append(int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
   assert max(held[10:]) - held[10] < 2**24
+
+
+def test_a_batch_names_the_files_of_its_clips(folder, clips, decoders):
+  batches = make_batches(clips, decoders)
+  for k in range(batches.per_epoch):
+    frames = batches.batch(k)
+    names = batches.clips(k)
+    assert len(names) == len(frames)
+    for clip, name in zip(frames, names, strict=True):
+      _, height, width, _ = clip.shape
+      first = read(folder / name, fps=FPS, num_frames=1, height=height, width=width)
+      is_first = np.array_equal(clip[0], first[0])
+      assert is_first or name == "3.mp4"  # It gives several clips.

@@ -14,6 +14,7 @@ from etils import epath
 
 from cogvideox_jax import sharding
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.exclusive import exclusive
 from cogvideox_jax.training import checkpoint, drive, session
 from cogvideox_jax.training import state as states
 from cogvideox_jax.training.drive import Every
@@ -207,3 +208,25 @@ def test_batches_are_put_on_the_mesh_ahead_of_their_steps_and_none_is_lost():
   assert next(ahead) == 0 and done == [0, 1, 2]
   assert [next(ahead) for _ in range(3)] == [10, 20, 30] and done == [0, 1, 2, 3, 4, 5]
   assert [*ahead] == [40, 50, 60, 70, 80]
+
+
+def test_a_workdir_that_is_removed_ends_the_run_with_one_message(workdir):
+  """Whether a line of the log or a checkpoint comes next."""
+
+  def step_and_remove(state, batch):
+    if int(state.step) == 1:
+      workdir.rmtree()
+    return take_step(state, batch)
+
+  for log_every, save_every in ((1, 5), (100, 1)):
+    workdir.mkdir(parents=True, exist_ok=True)
+    with exclusive(workdir) as check_lock:
+      report = Report("test", 4, ("loss",), log_every=log_every, way_out="Give up.")
+      with pytest.raises(UserError, match=r"was removed or renamed while this run wrote to it"):  # noqa: SIM117
+        with session.opened(workdir, keep=2, mesh=MESH, check_lock=check_lock) as one:
+          state = one.begin(LIKE, create, steps=4, frozen=FROZEN)
+          batches = (jnp.float32(k) for k in itertools.count(1))
+          drive.take_steps(
+            state, batches, step_and_remove, one, report, last=4, save_every=save_every
+          )
+    workdir.rmtree(missing_ok=True)

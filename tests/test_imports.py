@@ -13,14 +13,14 @@ PACKAGE = "cogvideox_jax"
 # From the bottom up. What stands on one line may not import one another, except within a folder.
 LAYERS = (
   ("errors", "types", "config_keys", "version"),
-  ("sharding", "hosts", "interrupts", "xla"),
+  ("sharding", "hosts", "interrupts", "devices", "paths", "streams", "xla"),
   ("sharded_attention", "data", "models", "diffusion"),
   ("conversion",),
   ("config",),
-  ("frozen_networks",),
+  ("frozen_networks", "exclusive"),
   ("precompute", "inference", "evaluation"),
   ("training",),
-  ("aot",),
+  ("aot", "path_flags"),
   ("command", "model_flags"),
   ("job",),
 )

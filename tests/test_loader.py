@@ -163,3 +163,16 @@ def test_memory_is_flat_over_ten_thousand_batches(datasets):
   next(itertools.islice(batches, 9000, None))
   assert held() - before < 2**24  # A leak of one row's tokens a batch would be 70 MB.
   batches.close()
+
+
+def test_the_clips_of_a_batch_are_those_of_all_its_rows(datasets):
+  loader = make_loader(datasets, mine=run_of(1, 2))
+  rows = [loader.row(index) for index in range(3 * ROWS, 4 * ROWS)]
+  wanted = [
+    f"{name}: {datasets[name].dataset.source(clip)}"
+    for name, row in rows
+    for clip in row.clips.tolist()
+  ]
+  assert loader.clips(3) == wanted
+  alone = Loader({"": datasets["images"]}, mixture.begin({"": 1}), rows=ROWS)
+  assert set(alone.clips(0)) <= {datasets["images"].dataset.source(clip) for clip in range(90)}

@@ -89,3 +89,12 @@ def test_a_number_that_is_not_finite_stops_the_run_and_names_the_step(log, tmp_p
     recorder.add(2, {"loss": jnp.float32(1), "grad_norm": jnp.float32(value)})
   stop = {"event": "not_finite", "step": 2, "metrics": ["grad_norm"]}
   assert lines(tmp_path / "events.jsonl") == [stop]
+
+
+def test_a_loss_that_is_not_finite_names_the_clips_of_its_batch(log, tmp_path):
+  recorder = recorder_of(log, lag=0)
+  recorder._report = recorder._report._replace(clips=lambda step: [f"{step}.mp4", "b.mp4"])
+  with pytest.raises(UserError, match=r"events\.jsonl names the 2 clips of its batch"):
+    recorder.add(4, {"loss": jnp.float32(jnp.nan)})
+  found = {"event": "not_finite", "step": 4, "metrics": ["loss"], "clips": ["4.mp4", "b.mp4"]}
+  assert lines(tmp_path / "events.jsonl") == [found]

@@ -6,15 +6,20 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from commands import run_command
-from drawn import make_pipeline
+from drawn import DIT_CONFIG, NOISE, VAE_CONFIG, make_pipeline
+from etils import epath
 
 from cogvideox_jax import __version__, sample
 from cogvideox_jax.conversion.folder import Settings
+from cogvideox_jax.data.files import write_whole
 from cogvideox_jax.data.mp4 import read_metadata
 from cogvideox_jax.data.video import probe
+from cogvideox_jax.diffusion.noise import noise_schedule
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.offload import is_on_host
 from cogvideox_jax.inference.pipeline import Pipeline
+from cogvideox_jax.inference.request import SampledModel
+from cogvideox_jax.training import workdir
 
 
 @pytest.fixture
@@ -26,6 +31,8 @@ def run(monkeypatch, tmp_path):
     return make_pipeline(settings=settings, offload=offload)
 
   monkeypatch.setattr(Pipeline, "from_pretrained", load)
+  known = SampledModel(DIT_CONFIG, VAE_CONFIG, noise_schedule(NOISE), settings)
+  monkeypatch.setattr(workdir, "describe", lambda _: known)
 
   flags.FLAGS.mark_as_parsed()
 
@@ -129,3 +136,15 @@ def test_a_missing_model_ends_with_2_and_how_to_get_one(tmp_path):
   assert "nowhere" in ended.errors and "tiny" in ended.errors
   assert "Traceback" not in ended.errors
   assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_check_of_the_output_touches_no_file(tmp_path):
+  """Not even through links of names that a draft might have."""
+  (tmp_path / "theirs").write_text("theirs")
+  for name in (".video.mp4.draft", "video.mp4.unfinished"):
+    (tmp_path / name).symlink_to(tmp_path / "theirs")
+  before = sorted(path.name for path in tmp_path.iterdir())
+  sample.check_output(epath.Path(tmp_path) / "video.mp4")
+  write_whole(tmp_path / "video.mp4", b"ours")
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "video.mp4"])
+  assert (tmp_path / "theirs").read_text() == "theirs"

@@ -16,10 +16,11 @@ from cogvideox_jax.config_keys import (
   AT_LEAST_ZERO,
   FINITE,
   FRACTION,
+  SEED,
   Range,
   key,
 )
-from cogvideox_jax.conversion.folder import TEXT_DROPS
+from cogvideox_jax.conversion.folder import SHIPPED, TEXT_DROPS
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.diffusion.objective import WEIGHTINGS
 from cogvideox_jax.diffusion.solvers import SOLVERS
@@ -113,7 +114,9 @@ class SourceConfig:
   """One dataset of a mixture."""
 
   path: str = field(
-    metadata=key("An encoded dataset as in data.path, or the folder of one stage under any name.")
+    metadata=key(
+      "An encoded dataset as in data.path, or the folder of one stage under any name.", is_path=True
+    )
   )
   weight: float = field(
     metadata=key(
@@ -131,7 +134,8 @@ class DataConfig:
 
   path: str = field(
     metadata=key(
-      "Folder of an encoded dataset. Empty: render and encode the embedded clips in WORKDIR/data."
+      "Folder of an encoded dataset. Empty: render and encode the embedded clips in WORKDIR/data.",
+      is_path=True,
     )
   )
   mixture: Mapping[str, SourceConfig] = field(
@@ -331,6 +335,7 @@ class PreviewConfig:
       "Image files, one for each prompt, for models that see an image.",
       form="hold names of files",
       may_be_empty=True,
+      is_path=True,
     )
   )
   num_frames: int = field(metadata=key("Pixel frames of a preview, 4k+1."))
@@ -364,16 +369,20 @@ class TrainConfig:
   """The transformer's training: the keys of configs/base.py."""
 
   seed: int = field(
-    metadata=key(
-      "Seed of drawn weights, order of clips, timesteps and noise.", allowed=AT_LEAST_ZERO
-    )
+    metadata=key("Seed of drawn weights, order of clips, timesteps and noise.", allowed=SEED)
   )
   components: str = field(
-    metadata=key("Model folder, or shipped name, with the VAE, text encoder and tokenizer.")
+    metadata=key(
+      "Model folder, or shipped name, with the VAE, text encoder and tokenizer.",
+      is_path=True,
+      names=SHIPPED,
+    )
   )
   init_from: str = field(
     metadata=key(
-      "Model folder or workdir whose transformer the training starts from. Empty: drawn weights."
+      "Model folder or workdir whose transformer the training starts from. Empty: drawn weights.",
+      is_path=True,
+      names=SHIPPED,
     )
   )
   init: InitConfig = field(metadata=key("The weights of init_from."))
@@ -421,7 +430,10 @@ class VAEDataConfig:
   """Which clips to train the VAE on."""
 
   path: str = field(
-    metadata=key("Manifest or folder of videos. Empty: render the embedded clips in WORKDIR/data.")
+    metadata=key(
+      "Manifest or folder of videos. Empty: render the embedded clips in WORKDIR/data.",
+      is_path=True,
+    )
   )
   clips: int = field(
     metadata=key("Embedded clips to render if there is no path.", allowed=AT_LEAST_ZERO)
@@ -478,9 +490,7 @@ class VAEPreviewConfig:
 class VAETrainConfig:
   """The VAE's training: the keys of configs/vae_tiny.py."""
 
-  seed: int = field(
-    metadata=key("Seed of drawn weights, batches and noise.", allowed=AT_LEAST_ZERO)
-  )
+  seed: int = field(metadata=key("Seed of drawn weights, batches and noise.", allowed=SEED))
   model: VAEConfig = field(metadata=key("The VAE."))
   data: VAEDataConfig = field(metadata=key("Which clips to train on."))
   train: VAEScheduleConfig = field(metadata=key("How long to train."))

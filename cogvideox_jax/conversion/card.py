@@ -76,7 +76,7 @@ library_name: {"cogvideox_jax" if layout == "orbax" else layout}
 pipeline_tag: text-to-video
 ---
 
-# {folder.name.removesuffix(".partial")}
+# {folder.name}
 
 Written by cogvideox_jax (`convert --format={layout}`) from `{origin.name}`.{origin.note}
 

@@ -22,6 +22,7 @@ from cogvideox_jax.conversion.components import (
 )
 from cogvideox_jax.conversion.safetensors_file import SafetensorsFiles
 from cogvideox_jax.conversion.tensors import Tensors
+from cogvideox_jax.data.files import new_draft
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
@@ -171,7 +172,7 @@ def write_weights(folder: epath.PathLike, stem: str, found: Tensors) -> None:
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   shards = _shards(found)
-  partial_files = [folder / f"{stem}-{number}.partial" for number in range(len(shards))]
+  partial_files = [new_draft(folder / f"{stem}-{number}") for number in range(len(shards))]
   for path, names in zip(partial_files, shards, strict=True):
     safetensors_file.write(path, found, names)
   for old in folder.glob(f"{stem}*.safetensors*"):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from cogvideox_jax import paths
 from cogvideox_jax.conversion import component_fields, diffusers, orbax, tensors
 from cogvideox_jax.conversion.components import COMPONENTS
 from cogvideox_jax.data.tokenizer import Tokenizer
@@ -156,7 +157,7 @@ def resolve(name: epath.PathLike) -> epath.Path:
   """
   if name in SHIPPED:
     return epath.resource_path("cogvideox_jax") / "assets" / name
-  path = epath.Path(name)
+  path = epath.Path(paths.absolute(name))
   if not path.is_dir():
     raise UserError(
       f"There is no model at {name}.\nGive a shipped name ({', '.join(SHIPPED)}) or a folder in "

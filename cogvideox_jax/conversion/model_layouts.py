@@ -9,6 +9,8 @@ from cogvideox_jax.conversion import card, diffusers, orbax, sat_release
 from cogvideox_jax.conversion.components import COMPONENTS
 from cogvideox_jax.conversion.folder import INDEX, check_average, open_network
 from cogvideox_jax.conversion.model_contents import Model, Network, write_safetensors
+from cogvideox_jax.data import drafts
+from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.errors import UserError
 
 
@@ -55,20 +57,25 @@ def write(model: Model, target: epath.Path, layout: str) -> None:
 
 @contextlib.contextmanager
 def _becoming(target: epath.Path) -> Iterator[epath.Path]:
-  """A draft folder that is renamed to the target at the end.
+  """A draft folder that is renamed to the target at the end; after an error it is removed.
 
-  Removes the draft that a killed run left.
+  Removes the drafts of the same target that killed runs left. They are known by the lock in them,
+  so nothing else is removed.
   """
+  check_target(target)
+  with disk_errors(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+  with drafts.folder_beside(target) as draft:
+    yield draft
+    if target.exists():
+      target.rmdir()
+    draft.rename(target)
+
+
+def check_target(target: epath.Path) -> None:
+  """Raises a UserError if the target is there already, and is no empty folder."""
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"{target} is there already: choose another --target, or delete it.")
-  draft = target.with_name(f"{target.name}.partial")
-  if draft.exists():
-    draft.rmtree()
-  draft.mkdir(parents=True)
-  yield draft
-  if target.exists():
-    target.rmdir()
-  draft.rename(target)
 
 
 def _write_diffusers(model: Model, target: epath.Path) -> None:

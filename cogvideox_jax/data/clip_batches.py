@@ -88,6 +88,14 @@ class ClipBatches:
     """The shape of batch k; decodes nothing."""
     return self._sizes[self._epoch_plan(self.epoch(k)).buckets[k % self.per_epoch]]
 
+  def clips(self, k: int) -> list[str]:
+    """Returns the names of the files that batch k takes its clips from, as far as they decode."""
+    plan, size = self._epoch_plan(self.epoch(k)), self.sizes_of(k)
+    permutation = plan.permutations[size.bucket]
+    first = plan.numbers[k % self.per_epoch] * size.clips
+    chosen = permutation[(first + np.arange(size.clips)) % len(permutation)]
+    return self._source.names(size.bucket, chosen.tolist())
+
   def batch(self, k: int, rows: RowsOf | None = None) -> UInt8[np.ndarray, "b F H W 3"]:
     """Decodes batch k. Arguments and errors are those of `iterate`."""
     return self._start(k, rows).result()
@@ -169,6 +177,11 @@ class _Source:
     for clip in clips:
       files.setdefault(int(self._clips.by_bucket[bucket].files[clip]), []).append(clip)
     return files
+
+  def names(self, bucket: Bucket, clips: Iterable[int]) -> list[str]:
+    """Returns the names of the files that hold clips of a bucket."""
+    files = self._clips.by_bucket[bucket].files
+    return [self._clips.files[files[clip]].id for clip in clips]
 
   def read(
     self, file: int, bucket: Bucket, clips: Sequence[int], take: Callable[[Piece], None]

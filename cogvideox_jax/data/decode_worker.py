@@ -77,7 +77,8 @@ def _say(answers: BinaryIO, answer: dict[str, Any], frame: np.ndarray | None = N
 
 def main() -> None:
   resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
+  for number in (signal.SIGINT, signal.SIGHUP):  # The terminal's, which the parent handles.
+    signal.signal(number, signal.SIG_IGN)
   answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=2**16)
   # A library that prints to stdout must not write among the answers.
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cogvideox_jax.errors import UserError
+from cogvideox_jax.errors import UserError, remedy
+from cogvideox_jax.paths import is_address
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:
@@ -19,10 +21,9 @@ def write_atomically(path: epath.Path, data: bytes) -> None:
 
   The data is on the disk before the file gets its name.
   """
-  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-  partial.write_bytes(data)
-  settle(partial)
-  partial.replace(path)
+  with _draft(path) as draft:
+    draft.write_bytes(data)
+    settle(draft)
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -30,10 +31,40 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 
   Unlike `write_atomically` it does not wait for the disk, so a power cut may lose the file.
   """
-  whole = epath.Path(path)
-  unfinished = whole.with_name(whole.name + ".unfinished")
-  unfinished.write_bytes(data)
-  unfinished.replace(whole)
+  with _draft(epath.Path(path)) as draft:
+    draft.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _draft(path: epath.Path) -> Iterator[epath.Path]:
+  """Gives a new file beside a path, and renames it to the path at the end."""
+  draft = new_draft(path)
+  try:
+    yield draft
+    draft.replace(path)
+  except BaseException:
+    draft.unlink(missing_ok=True)
+    raise
+
+
+def new_draft(path: epath.Path) -> epath.Path:
+  """Makes an empty file beside a path, to be written and then renamed to the path.
+
+  No file had its name, so that nothing is written through a link or over a file of someone else.
+  """
+  draft = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.partial")
+  if not is_address(os.fspath(path)):  # A bucket has no links, and shows whole objects alone.
+    # Not by tempfile, whose files nobody else may read.
+    os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+  return draft
+
+
+def remove_drafts(path: epath.Path) -> None:
+  """Removes the drafts of a path, which is right if nobody is writing to it."""
+  name = re.compile(rf"\.{re.escape(path.name[:100])}\.[0-9a-f]{{32}}\.partial")
+  for draft in path.parent.iterdir():
+    if name.fullmatch(draft.name):
+      draft.unlink(missing_ok=True)
 
 
 def write_arrays(path: epath.Path, arrays: dict[str, Any]) -> None:
@@ -68,7 +99,7 @@ def disk_errors(path: epath.PathLike) -> Iterator[None]:
   try:
     yield
   except (OSError, RuntimeError) as error:
+    advice = remedy(error) or "Choose another folder, or see what happened to this one."
     raise UserError(
-      f"cannot write {path}: {error}\n"
-      "Free some space or choose a folder you may write to; the same command then goes on."
+      f"cannot write {path}: {error}\n{advice} The same command then goes on."
     ) from error

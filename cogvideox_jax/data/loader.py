@@ -76,6 +76,16 @@ class Loader:
     given = mixture.given(self._history, k * self._rows)
     return {name: given.get(name, 0) // rows.per_epoch for name, rows in self._datasets.items()}
 
+  def clips(self, k: int) -> list[str]:
+    """Returns the names of the clips of the global batch k, after that of their dataset."""
+    found = []
+    for index in range(k * self._rows, (k + 1) * self._rows):
+      name, row = self.row(index)
+      prefix = f"{name}: " if len(self._datasets) > 1 else ""
+      source = self._datasets[name].dataset.source
+      found += [prefix + source(clip) for clip in row.clips.tolist()]
+    return found
+
   def padding_fraction(self, k: int) -> float:
     """Returns the fraction of the tokens of the global batch k that are padding."""
     tokens = room = 0

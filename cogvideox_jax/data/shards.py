@@ -15,7 +15,15 @@ from etils import epath
 from cogvideox_jax.data import encoded_by, shard_notes
 from cogvideox_jax.data.dataset_index import DIGESTS, INDEX
 from cogvideox_jax.data.encoded_by import EncodedBy
-from cogvideox_jax.data.files import disk_errors, settle, sha256, write_arrays, write_atomically
+from cogvideox_jax.data.files import (
+  disk_errors,
+  new_draft,
+  remove_drafts,
+  settle,
+  sha256,
+  write_arrays,
+  write_atomically,
+)
 from cogvideox_jax.data.records import (
   FEATURES,
   FORMAT,
@@ -151,8 +159,9 @@ class ShardWriter:
         self._write_tfds_metadata(lengths, sum(note["bytes"] for note in notes))
       write_arrays(self.directory / INDEX, columns(notes, lengths, clips))
       self._write_digests(notes)
-      for left_over in (*self.directory.glob("*.partial"), *self.directory.glob("*/*.partial")):
-        left_over.unlink(missing_ok=True)
+      for shard in range(self.num_shards):  # Of runs that were killed.
+        remove_drafts(self._path(shard))
+        remove_drafts(self._note_path(shard))
     return self.counts()
 
   def _write_digests(self, notes: list[dict[str, Any]]) -> None:
@@ -197,9 +206,10 @@ class OpenShard:
 
   def __init__(self, path: epath.Path, note_path: epath.Path):
     self._path, self._note_path = path, note_path
-    self._partial = path.with_name(f"{path.name}.partial")
     self._clips: list[dict[str, Any]] = []
-    with disk_errors(self._partial):
+    with disk_errors(path):
+      remove_drafts(path)  # A shard has one writer, so they are of runs that were killed.
+      self._partial = new_draft(path)
       # One record a group, for random access. Uncompressed, because latents do not compress.
       self._writer = ArrayRecordWriter(os.fspath(self._partial), "group_size:1,uncompressed")
 

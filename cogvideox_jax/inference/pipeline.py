@@ -94,8 +94,8 @@ class Pipeline(Adapters):
     """
     super().__init__()
     self.config, params = transformer
+    self.check_channels(self.config)
     self._devices, self._params = put_transformer(params, devices, offload)
-    self._check_channels()
     self.vae_config = vae[0]
     self.settings = settings or Settings()
     self.progress = progress or Progress()
@@ -170,16 +170,15 @@ class Pipeline(Adapters):
     for component in (self._prompt_encoder, self._frame_coder):
       component.params = to_host(component.params)
 
-  def _check_channels(self) -> None:
+  @classmethod
+  def check_channels(cls, transformer: DiTConfig) -> None:
     """Raises UserError if the transformer reads an image and this pipeline has none, or reverse."""
-    if self.config.takes_image == self.takes_image:
+    if transformer.takes_image == cls.takes_image:
       return
-    wanted, is_there = (
-      ("Pipeline", "no image") if self.takes_image else ("ImageToVideo", "an image")
-    )
+    wanted, is_there = ("Pipeline", "no image") if cls.takes_image else ("ImageToVideo", "an image")
     raise UserError(
-      f"This transformer takes {self.config.in_channels} channels and makes "
-      f"{self.config.out_channels}: it sees {is_there} beside the noise.\nUse {wanted} for it."
+      f"This transformer takes {transformer.in_channels} channels and makes "
+      f"{transformer.out_channels}: it sees {is_there} beside the noise.\nUse {wanted} for it."
     )
 
   def _sample(

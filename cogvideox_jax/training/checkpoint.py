@@ -5,6 +5,7 @@ checkpoint is complete once its digests are written, and is used only if its arr
 """
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, cast
@@ -15,11 +16,11 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from cogvideox_jax import hosts
+from cogvideox_jax import hosts, paths
 from cogvideox_jax.conversion import orbax, tensors
 from cogvideox_jax.data import digests
 from cogvideox_jax.data.digests import Described, UnusableError
-from cogvideox_jax.errors import UserError
+from cogvideox_jax.errors import UserError, remedy
 from cogvideox_jax.training import shard_digests
 from cogvideox_jax.training.state import TrainState
 from cogvideox_jax.types import Params
@@ -30,6 +31,7 @@ Arrays = dict[str, Any]  # Path -> array.
 # Devices that hold copies of an array each write a slice of it, unless slices would be smaller than
 # this: cutting small arrays took most of the time of a small save.
 MIN_SLICE_BYTES = 2**20
+UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders that Orbax is writing.
 STATE_FIELDS = {"ema": "ema", "raw": "params"}  # Name of the weights -> field of the state.
 
 
@@ -43,13 +45,28 @@ class Restored(NamedTuple):
 class Checkpoints:
   """The checkpoints of one run. Every process of a job makes the same calls in the same order."""
 
-  def __init__(self, folder: epath.Path, *, keep: int, on_saved: Callable[[int, str], object]):
+  def __init__(
+    self,
+    folder: epath.Path,
+    *,
+    keep: int,
+    on_saved: Callable[[int, str], object],
+    before: Callable[[], None] = lambda: None,
+  ):
     """Takes the folder of a run's checkpoints, which need not exist.
+
+    Removes what Orbax had begun to write in runs that ended, because on a full disk it is in the
+    way.
 
     Args:
       keep: how many checkpoints are kept, the newest.
       on_saved: called with a step and its digest once it is committed, from another thread.
+      before: called before each save, which does not begin if it raises.
     """
+    if hosts.is_first():
+      _remove_unfinished(folder)
+    hosts.wait("swept")
+    self._before = before
     self._folder = folder
     self._keep = keep
     self._on_saved = on_saved
@@ -73,6 +90,7 @@ class Checkpoints:
     Raises:
       UserError: the save before this one has failed.
     """
+    self._before()
     self.wait()
     hosts.wait("saved before")
     orbax.quieten()
@@ -108,7 +126,7 @@ class Checkpoints:
           f"The checkpoint of step {step} could not be written to {self._folder}:\n"
           f"{_first_line(error)}\n"
           f"Earlier checkpoints are intact ({f'newest: step {good[-1]}' if good else 'none yet'}). "
-          "Make room, or the folder writable; the same command then goes on from there."
+          f"{remedy(error) or 'Look after the folder.'} The same command then goes on from there."
         ) from error
 
   def restore(self, abstract: TrainState) -> Restored | None:
@@ -191,7 +209,8 @@ def open_weights(workdir: epath.PathLike, weights: str = "ema") -> Weights:
   """
   if weights not in STATE_FIELDS:
     raise UserError(f"weights must be ema or raw, not {weights!r}.")
-  folder, prefix = epath.Path(workdir) / "checkpoints", f"{STATE_FIELDS[weights]}/"
+  folder = epath.Path(paths.absolute(workdir)) / "checkpoints"
+  prefix = f"{STATE_FIELDS[weights]}/"
   reasons = []
   for step in reversed(good_steps(folder)):
     try:
@@ -275,6 +294,13 @@ def _steps(folder: epath.Path) -> list[int]:
   if not folder.exists():
     return []
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def _remove_unfinished(folder: epath.Path) -> None:
+  """Removes the folders that Orbax renames once they are whole."""
+  for path in folder.iterdir() if folder.exists() else ():
+    if UNFINISHED in path.name and path.name.split(".")[0].isdecimal() and not os.path.islink(path):
+      path.rmtree()
 
 
 def _remove(path: epath.Path) -> None:

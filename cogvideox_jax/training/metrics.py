@@ -107,6 +107,7 @@ class Report(NamedTuple):
   way_out: str  # What to do if a metric is not finite, as the end of a message.
   describe: Callable[[int, float], Numbers] = _nothing  # (step, its seconds) -> numbers to log.
   labels: dict[str, str] = {}  # Texts that stand in each line of the log.
+  clips: Callable[[int], list[str]] = lambda step: []  # The names of the clips of a step's batch.
 
 
 class Recorder:
@@ -152,10 +153,12 @@ class Recorder:
 
   def _check_finite(self, step: int, numbers: Numbers) -> None:
     if odd := [name for name, x in numbers.items() if not math.isfinite(x)]:
-      self._log.event("not_finite", step=step, metrics=odd)
+      clips = self._report.clips(step)
+      self._log.event("not_finite", step=step, metrics=odd, **({"clips": clips} if clips else {}))
+      where = f"\n{EVENTS} names the {len(clips)} clips of its batch." if clips else ""
       raise UserError(
         f"Training stopped at step {step}: {', '.join(odd)} not finite. Earlier checkpoints are "
-        f"intact.\nThe same command would meet it again. {self._report.way_out}"
+        f"intact.{where}\nThe same command would meet it again. {self._report.way_out}"
       )
 
   def _write(self, step: int, numbers: Numbers, measured: Numbers) -> None:

@@ -1,22 +1,26 @@
 """Checks that a workdir goes on with the config and data that it was begun with; records both."""
 
+import dataclasses
 import json
+import os
+import re
 from typing import Any
 
 from etils import epath
 
 from cogvideox_jax import hosts
+from cogvideox_jax.config.locations import absolute_text, path_keys
 from cogvideox_jax.config.read import read, to_json
 from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.stored import DIGESTS_KEY, VERSION_KEY
+from cogvideox_jax.config_keys import Key
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import write_atomically
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.training import checkpoint, stages
 from cogvideox_jax.version import __version__, name_writer
 
 CONFIG_FILE, MIXTURE_FILE = "config.json", "mixture.json"
-# The keys in config.json beside those of the config: the digests of the datasets by name, and the
-# version of the package that wrote the file last.
-DIGESTS_KEY, VERSION_KEY = "data_digests", "version"
 # Keys that may change: they change no result beyond rounding, or are compared by other means.
 FREE_KEYS = (
   "log_every",
@@ -29,26 +33,71 @@ FREE_KEYS = (
   "data.path",
   "data.mixture",
 )
+STEPS_KEY = "train.steps"
 LISTED_KEYS = 8  # The most changed keys that a message lists.
 
 
-def check_config(workdir: epath.Path, config: TrainConfig | VAETrainConfig) -> None:
+def check_config(workdir: epath.Path, config: TrainConfig | VAETrainConfig) -> int:
   """Raises a UserError if the workdir was begun with a config that trains something else.
 
-  The message names the keys, both values, and the way out.
+  The message names the keys, both values, and the way out. A run may be lengthened: train.steps may
+  grow, and the shares of its stages may change with it.
+
+  Returns:
+    The steps that the run had before; those of the config if it is new.
   """
   path = workdir / CONFIG_FILE
   if not path.exists():
-    return
+    if good := checkpoint.good_steps(workdir / "checkpoints"):
+      raise UserError(
+        f"{workdir} has a checkpoint of step {good[-1]}, but no {CONFIG_FILE}, which says what it "
+        f"trains.\nRestore the file. {_way_out(workdir)}."
+      )
+    return config.train.steps
   stored = read_fields(path, "Restore it, or start in a new workdir.")
   stored.pop(DIGESTS_KEY, None)
   version = stored.pop(VERSION_KEY, None)
   before, now = _flat(stored), _flat(json.loads(to_json(config)))
+  for name, key in path_keys(config).items():
+    if name in before and _is_same_path(before[name], now[name], key):
+      before[name] = now[name]
+  steps = before.get(STEPS_KEY)
+  if isinstance(steps, int) and steps < config.train.steps:
+    before |= {key: now[key] for key in before if key in now and _may_be_lengthened(key)}
   if changed := _changed_lines(before, now):
     other_keys = any(not _is_free(key) for key in before.keys() ^ now.keys())
     writer = name_writer(version) if other_keys else ""
     lines = [f"{workdir} was begun with another config:", *changed, writer, _way_out(workdir)]
     raise UserError("\n".join(filter(None, lines)))
+  if isinstance(config, TrainConfig):
+    _check_stages(workdir, config, stored)
+  return steps if isinstance(steps, int) else config.train.steps
+
+
+def _may_be_lengthened(key: str) -> bool:
+  """Returns whether a key may change when a run gets more steps."""
+  return key == STEPS_KEY or re.fullmatch(r"stages\.[^.]+\.share", key) is not None
+
+
+def _check_stages(workdir: epath.Path, config: TrainConfig, stored: dict[str, Any]) -> None:
+  """Raises a UserError if a lengthened run would begin a stage elsewhere that it has begun."""
+  done = (checkpoint.good_steps(workdir / "checkpoints") or [0])[-1]
+  shares = {name: stored["stages"][name]["share"] for name in config.stages}
+  former = dataclasses.replace(
+    config,
+    train=dataclasses.replace(config.train, steps=stored["train"]["steps"]),
+    stages={name: dataclasses.replace(config.stages[name], share=shares[name]) for name in shares},
+  )
+  plans = stages.plan(former), stages.plan(config)
+  if any(old.start < done and old.start != new.start for old, new in zip(*plans, strict=True)):
+    added = config.train.steps - former.train.steps
+    wanted = {stage.name: stage.steps for stage in plans[0]}
+    wanted[plans[0][-1].name] += added
+    flags = " ".join(f"--config.stages.{name}.share={share}" for name, share in wanted.items())
+    raise UserError(
+      f"config.train.steps was {former.train.steps} and is {config.train.steps}. This moves stages "
+      f"that have begun by step {done}.\nThe last stage alone is lengthened with\n  {flags}"
+    )
 
 
 def read_fields(path: epath.Path, way_out: str) -> Any:
@@ -62,6 +111,8 @@ def read_fields(path: epath.Path, way_out: str) -> Any:
   """
   try:
     return json.loads(path.read_text())
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise UserError(f"There is no {path}.\n{way_out}") from error
   except ValueError as error:
     raise UserError(f"{path} is damaged ({error}).\n{way_out}") from error
 
@@ -170,6 +221,20 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       leaves[prefix + name] = value
   return leaves
+
+
+def _is_same_path(before: Any, now: Any, key: Key) -> bool:
+  """Returns whether a path of the stored config is now another way to write the same one.
+
+  Earlier versions stored paths as they were given. An absolute path that is gone was moved if its
+  last part is the same.
+  """
+  if not (isinstance(before, str) and isinstance(now, str) and before and now):
+    return before == now
+  if absolute_text(before, key) == now:
+    return True
+  old, new = epath.Path(before), epath.Path(now)
+  return os.path.isabs(old) and old.name == new.name and not old.exists() and new.exists()
 
 
 def _is_free(key: str) -> bool:

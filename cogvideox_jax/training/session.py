@@ -52,6 +52,12 @@ class Session(NamedTuple):
     say(f"resumed at step {step} of {steps}" if restored else f"new run, {steps} steps")
     return state
 
+  def lengthen(self, before: int, steps: int) -> None:
+    """Says and logs that the training has more steps than before; nothing if it has not."""
+    if before < steps:
+      self.log.event("lengthened", steps_before=before, steps=steps)
+      say(f"lengthened from {before} to {steps} steps; the schedule is that of the new number")
+
   def end(self, step: int, *, steps: int) -> int:
     """Waits for the last save, says how the training ended, and returns the exit code.
 
@@ -69,12 +75,15 @@ class Session(NamedTuple):
 
 
 @contextmanager
-def opened(workdir: epath.Path, *, keep: int, mesh: Mesh) -> Iterator[Session]:
+def opened(
+  workdir: epath.Path, *, keep: int, mesh: Mesh, check_lock: Callable[[], None] = lambda: None
+) -> Iterator[Session]:
   """Opens the log and the checkpoints of a workdir. Ctrl-C and SIGTERM then ask to stop.
 
   Args:
     keep: how many checkpoints are kept, the newest.
     mesh: the mesh of the stage that the training goes on with.
+    check_lock: raises if another run writes to the workdir. It is called before each save.
 
   Raises:
     UserError: the workdir cannot be written to; or, when it is left, the last save has failed.
@@ -88,12 +97,23 @@ def opened(workdir: epath.Path, *, keep: int, mesh: Mesh) -> Iterator[Session]:
 
   folder = workdir / "checkpoints"
   with (
+    _explained(check_lock),
     closing(log),
     Interrupts() as interrupts,
-    Checkpoints(folder, keep=keep, on_saved=on_saved) as checkpoints,
+    Checkpoints(folder, keep=keep, on_saved=on_saved, before=check_lock) as checkpoints,
   ):
     waits = mesh.devices.flat[0].platform == "cpu"
     yield Session(folder, checkpoints, log, Stopping(interrupts, mesh), waits)
+
+
+@contextmanager
+def _explained(check_lock: Callable[[], None]) -> Iterator[None]:
+  """Turns the missing files of a workdir that was removed into its UserError."""
+  try:
+    yield
+  except FileNotFoundError:
+    check_lock()
+    raise
 
 
 def say(text: str) -> None:

@@ -23,6 +23,7 @@ from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.rows import DroppedCaption, EmptySplitError, Rows
+from cogvideox_jax.exclusive import exclusive
 from cogvideox_jax.inference.progress import COMPILE, Progress
 from cogvideox_jax.training import (
   checkpoint,
@@ -62,16 +63,25 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
   Raises:
     UserError: the config, the data or the workdir do not allow it. Nothing is compiled before.
   """
-  with disk_errors(workdir):
-    workdir.mkdir(parents=True, exist_ok=True)
+  for stage in stages.plan(config):
+    stages.learning_rate(config, stage.name)  # Raises if the warm-up is not shorter than the stage.
+  with exclusive(workdir) as check_lock:
+    return _train(config, workdir, check_lock)
+
+
+def _train(config: TrainConfig, workdir: epath.Path, check_lock: Callable[[], None]) -> int:
+  """Trains in a workdir that no other job writes to."""
   config = source_facts.settle(config, workdir)
-  resume.check_config(workdir, config)
+  steps_before = resume.check_config(workdir, config)
   open_model(config.components)  # Raises if there are none, because the loss needs the VAE's scale.
   run = Run(config, workdir)
   with disk_errors(workdir):
     if hosts.is_first():
       resume.store(workdir, config, run.data_digests)
-  with opened(workdir, keep=config.checkpoint.keep, mesh=run.mesh) as session:
+  with opened(
+    workdir, keep=config.checkpoint.keep, mesh=run.mesh, check_lock=check_lock
+  ) as session:
+    session.lengthen(steps_before, config.train.steps)
     return session.end(run.go(session), steps=config.train.steps)
 
 
@@ -301,6 +311,7 @@ class StageRun:
       way_out=WAY_OUT,
       describe=describe,
       labels={"stage": self._stage.name},
+      clips=lambda step: loader.clips(step - first),
     )
 
   def _assemble(self, batch: Batch) -> Batch:

@@ -7,6 +7,7 @@ checkpoints are those of the transformer's training.
 import dataclasses
 import itertools
 import os
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +27,8 @@ from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.measured_clips import MeasuredClips
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.training import drive, global_batch, resume
+from cogvideox_jax.exclusive import exclusive
+from cogvideox_jax.training import drive, global_batch, optimizer, resume
 from cogvideox_jax.training.drive import Every
 from cogvideox_jax.training.metrics import Numbers, Report
 from cogvideox_jax.training.session import Session, opened, say
@@ -60,15 +62,24 @@ def train(config: VAETrainConfig, workdir: epath.Path) -> int:
   check_values(config)
   multiple = config.model.spatial_compression
   buckets.check(config.data.sizes, config.data.durations, multiple_of=multiple)
-  with disk_errors(workdir):
-    workdir.mkdir(parents=True, exist_ok=True)
-  resume.check_config(workdir, config)
+  # Raises if the warm-up is not shorter than the training.
+  optimizer.learning_rate(config.optimizer, config.train.steps)
+  with exclusive(workdir) as check_lock:
+    return _train(config, workdir, check_lock)
+
+
+def _train(config: VAETrainConfig, workdir: epath.Path, check_lock: Callable[[], None]) -> int:
+  """Trains in a workdir that no other job writes to."""
+  steps_before = resume.check_config(workdir, config)
   with Decoders(DECODERS) as decoders:
     run = Run(config, workdir, _open_clips(config, workdir, decoders), decoders)
     with disk_errors(workdir):
       if hosts.is_first():
         resume.store(workdir, config, run.data_digests)
-    with opened(workdir, keep=config.checkpoint.keep, mesh=run.mesh) as session:
+    with opened(
+      workdir, keep=config.checkpoint.keep, mesh=run.mesh, check_lock=check_lock
+    ) as session:
+      session.lengthen(steps_before, config.train.steps)
       state = run.go(session)
       exit_code = session.end(int(state.step), steps=config.train.steps)
     if exit_code == 0:
@@ -187,6 +198,7 @@ class Run:
       log_every=config.log_every,
       way_out=WAY_OUT,
       describe=describe,
+      clips=lambda step: batches.clips(step - 1),
     )
 
   def _rows_here(self, clips: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from cogvideox_jax import paths
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion import model_layouts, orbax, tensors
 from cogvideox_jax.conversion.component_fields import write_noise
@@ -11,14 +12,18 @@ from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.conversion.folder import Settings, index_fields, open_model
 from cogvideox_jax.conversion.model_contents import Model, Network
 from cogvideox_jax.data.tokenizer import Tokenizer
+from cogvideox_jax.diffusion.noise import noise_schedule
+from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.inference.progress import Progress
+from cogvideox_jax.inference.request import SampledModel
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.t5 import T5Config
 from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training import stages
 from cogvideox_jax.training.checkpoint import open_weights
-from cogvideox_jax.training.resume import read_config
+from cogvideox_jax.training.metrics import EVENTS
+from cogvideox_jax.training.resume import CONFIG_FILE, read_config
 from cogvideox_jax.types import Params
 
 
@@ -42,17 +47,55 @@ def load(
   Raises:
     UserError: there is no such model, or a component of it is missing or damaged.
   """
-  workdir = epath.Path(model)
+  workdir = epath.Path(paths.absolute(model))
   if not is_workdir(workdir):
     return kind.from_pretrained(model, progress=progress, offload=offload)
-  config = read_config(workdir)
+  config = _read_config(workdir)
   _, found = _transformer(config, workdir, weights)
   return with_transformer(config, found, load_frozen(config), progress, kind, offload)
 
 
+def describe(model: epath.PathLike) -> SampledModel:
+  """Returns what the arguments of a call are checked against; no weights are read.
+
+  Args:
+    model: as for `load`.
+
+  Raises:
+    UserError: there is no such model, or a component of it is missing or damaged.
+  """
+  workdir = epath.Path(paths.absolute(model))
+  if not is_workdir(workdir):
+    folder = open_model(model)
+    noise, settings = folder.scheduler(), folder.settings()
+    return SampledModel(
+      folder.open("transformer")[0], folder.open("vae")[0], noise_schedule(noise), settings
+    )
+  config = _read_config(workdir)
+  return SampledModel(
+    _transformer(config, workdir, "ema")[1][0],
+    open_model(config.components).open("vae")[0],
+    noise_schedule(config.noise),
+    _settings(config),
+  )
+
+
 def is_workdir(path: epath.Path) -> bool:
-  """Returns whether a folder is the workdir of a training that has saved something."""
-  return (path / "checkpoints").is_dir()
+  """Returns whether a folder is the workdir of a training, even if that has saved nothing yet."""
+  return (path / "checkpoints").is_dir() or (path / EVENTS).exists()
+
+
+def _read_config(workdir: epath.Path) -> TrainConfig:
+  """Returns a workdir's config; a UserError if its components are not where it says."""
+  config = read_config(workdir)
+  try:
+    open_model(config.components)
+  except UserError as error:
+    raise UserError(
+      f"The components of {workdir} are not where its {CONFIG_FILE} says. If they moved, change "
+      f"`components` there.\n{error}"
+    ) from error
+  return config
 
 
 def _transformer(
@@ -79,7 +122,7 @@ def open_trained(workdir: epath.Path, weights: str) -> Model:
   Raises:
     UserError: it has no good checkpoint, or a component is missing or damaged.
   """
-  config = read_config(workdir)
+  config = _read_config(workdir)
   trained = model_layouts.read_folder(open_model(config.components).path)
   stage, (model, params) = _transformer(config, workdir, weights)
   trained.networks["transformer"] = Network("transformer", model, params, None)
