@@ -15,7 +15,12 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Array, Float
 
+from cogvideox_jax.inference.checks import whole
 from cogvideox_jax.inference.noise_draws import Draws
+
+# Arguments that must be whole numbers; those of _WHOLE may be None.
+_NEEDED = ("num_inference_steps", "num_videos_per_prompt", "seed")
+_WHOLE = ("height", "width", "num_frames", "max_sequence_length", "batch_size")
 
 Embeds = Float[Array | np.ndarray, "prompts l t"]  # Text states, as T5 returns them.
 Latents = Float[Array | np.ndarray, "videos f h w c"]
@@ -101,7 +106,9 @@ class _Rest:
   num_videos_per_prompt: Annotated[int, "Videos of each prompt."] = 1
   eta: Annotated[float, "Has no effect, as in diffusers."] = 0.0
   generator: Annotated[
-    object, "Must be None, because torch's random numbers cannot be drawn here; use `seed`."
+    object,
+    "A generator of torch, or a list of one for each prompt, of which only the seed is read: its "
+    "random numbers cannot be drawn here. Better use `seed`.",
   ] = None
   latents: Annotated[
     Latents | None,
@@ -128,7 +135,9 @@ class _Rest:
   ] = None
   callback_on_step_end_tensor_inputs: Annotated[
     Sequence[str],
-    "The arrays that the callback is given: 'latents', 'prompt_embeds', 'negative_prompt_embeds'.",
+    "The arrays that the callback is given: 'latents', 'prompt_embeds' (with guidance, the "
+    "negative ones before the positive ones, as in diffusers), 'negative_prompt_embeds'. A "
+    "callback that sets `pipe._interrupt` ends the denoising.",
   ] = ("latents",)
   max_sequence_length: Annotated[
     int | None,
@@ -151,6 +160,19 @@ class _Rest:
 @dataclass(frozen=True)
 class CallArguments(_Rest, _Steps, _Prompts):
   """The arguments that all pipelines have in common."""
+
+
+def converted(name: str, value: Any) -> Any:
+  """The value of a caller's argument: numpy's integers and whole floats become integers.
+
+  Raises:
+    UserError: an argument that must be a whole number is none.
+  """
+  if name == "seed" and isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+    return [whole(name, each) for each in value]
+  if name in _WHOLE and value is None:
+    return value
+  return whole(name, value) if name in (*_WHOLE, *_NEEDED) else value
 
 
 @dataclass(frozen=True)

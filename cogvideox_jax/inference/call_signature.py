@@ -18,6 +18,7 @@ LINE = 100  # Columns of a docstring's line.
 
 def takes(
   arguments: Callable[P, Arguments],
+  convert: Callable[[str, Any], Any] = lambda _, value: value,
 ) -> Callable[[Callable[[Owner, Arguments], Result]], Callable[Concatenate[Owner, P], Result]]:
   """Makes a method of one dataclass instance callable with the fields of that dataclass.
 
@@ -26,7 +27,8 @@ def takes(
   added to the method's docstring.
 
   Args:
-    arguments: a dataclass. An argument that it does not have raises its TypeError.
+    arguments: a dataclass. An argument that it does not have raises a TypeError.
+    convert: (name, value) of an argument that is given -> the value that the dataclass takes.
   """
 
   def decorate(
@@ -34,7 +36,10 @@ def takes(
   ) -> Callable[Concatenate[Owner, P], Result]:
     @functools.wraps(method)
     def call(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-      return method(self, arguments(*args, **kwargs))
+      bound = inspect.signature(arguments).bind(*args, **kwargs)
+      for name, value in bound.arguments.items():
+        bound.arguments[name] = convert(name, value)
+      return method(self, arguments(*bound.args, **bound.kwargs))
 
     described: Any = call
     described.__signature__ = _signature(method, arguments)

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.arguments import CallArguments
 from cogvideox_jax.inference.checks import check_choice
 
@@ -32,8 +33,26 @@ def call_back(
   """
   if arguments.callback_on_step_end is None:
     return latents, text
-  arrays = {"latents": latents, "prompt_embeds": text[-1], "negative_prompt_embeds": text[0]}
+  joined = jnp.concatenate(list(text))
+  arrays = {"latents": latents, "prompt_embeds": joined, "negative_prompt_embeds": text[0]}
   wanted = {name: arrays[name] for name in arguments.callback_on_step_end_tensor_inputs}
-  arrays |= arguments.callback_on_step_end(pipe, step, timestep, wanted) or {}
-  halves = [arrays["negative_prompt_embeds"], arrays["prompt_embeds"]][-len(text) :]
-  return jnp.asarray(arrays["latents"]), jnp.stack(halves)
+  returned = arguments.callback_on_step_end(pipe, step, timestep, wanted) or {}
+  latents = jnp.asarray(returned.get("latents", latents))
+  if "prompt_embeds" in returned:
+    text = _replaced(text, jnp.asarray(returned["prompt_embeds"]))
+  if "negative_prompt_embeds" in returned and len(text) > 1:
+    text = jnp.stack([jnp.asarray(returned["negative_prompt_embeds"]), text[-1]])
+  return latents, text
+
+
+def _replaced(text: Array, embeds: Array) -> Array:
+  """The text [halves b l t] with the given states: of all halves, or of the positive prompts."""
+  halves, videos = text.shape[:2]
+  if len(embeds) == halves * videos:
+    return embeds.reshape(text.shape)
+  if len(embeds) != videos:
+    raise UserError(
+      f"The callback returned prompt_embeds of {len(embeds)} prompts; there are {videos}, or "
+      f"{halves * videos} with the negative ones. Guidance cannot be switched on or off in a call."
+    )
+  return jnp.concatenate([text[:-1], embeds[None]])

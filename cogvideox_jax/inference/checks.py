@@ -1,12 +1,25 @@
 """Checks of single arguments."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from cogvideox_jax.errors import UserError
+
+
+def whole(name: str, value: Any) -> int:
+  """An argument as an integer: numpy's integers and whole floats are taken, too.
+
+  Raises:
+    UserError: it is no whole number.
+  """
+  is_number = isinstance(value, int | float | np.integer | np.floating)
+  if not is_number or isinstance(value, bool) or not float(value).is_integer():
+    raise UserError(f"{name}={value!r}: must be a whole number.")
+  return int(value)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -50,6 +50,7 @@ def denoise(
   steps: Sequence[Step],
   draw: Callable[[int, tuple[int, ...]], Float[Array, "b f h w c"]],  # See `noise_draws`.
   on_step: Callable[[int, Array, Array], tuple[Array, Array]],  # index, latents, text -> new ones.
+  interrupted: Callable[[], bool] = lambda: False,  # Whether to take no more steps.
 ) -> Float[Array, "b f h w c"]:
   """Takes latents through all steps. Waits for each, so that the progress shown is real."""
   previous_x0, noise = jnp.zeros_like(latents), jnp.zeros_like(latents)
@@ -60,6 +61,8 @@ def denoise(
       run_step(latents, previous_x0, noise, text, image_latents, step)
     )
     latents, text = on_step(index, latents, text)
+    if interrupted():
+      break
   return latents
 
 

@@ -7,7 +7,7 @@ video = pipe(Image.open("boat.jpg"), "a boat leaves the harbour").frames[0]
 import jax.numpy as jnp
 
 from cogvideox_jax.inference import pixels
-from cogvideox_jax.inference.arguments import ImageToVideoArguments
+from cogvideox_jax.inference.arguments import ImageToVideoArguments, converted
 from cogvideox_jax.inference.call_signature import takes
 from cogvideox_jax.inference.checks import check_choice
 from cogvideox_jax.inference.output import VideoOutput
@@ -21,7 +21,7 @@ class ImageToVideo(Pipeline):
 
   takes_image = True
 
-  @takes(ImageToVideoArguments)
+  @takes(ImageToVideoArguments, converted)
   def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
     self, arguments: ImageToVideoArguments
   ) -> VideoOutput:

@@ -23,9 +23,9 @@ from cogvideox_jax.conversion.folder import Settings, open_model
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.diffusion.noise import NoiseConfig, noise_schedule
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference import out_of_memory
+from cogvideox_jax.inference import calls_of_diffusers, out_of_memory
 from cogvideox_jax.inference.adapters import Adapters
-from cogvideox_jax.inference.arguments import TextToVideoArguments
+from cogvideox_jax.inference.arguments import TextToVideoArguments, converted
 from cogvideox_jax.inference.call_signature import takes
 from cogvideox_jax.inference.callback import call_back
 from cogvideox_jax.inference.checks import check_finite
@@ -38,6 +38,7 @@ from cogvideox_jax.inference.prompt_encoding import PromptEncoder
 from cogvideox_jax.inference.request import Request, SampledModel, make_request
 from cogvideox_jax.inference.size import Size, default_size
 from cogvideox_jax.inference.step_sharding import shard_step
+from cogvideox_jax.inference.switches import SwitchesOfDiffusers
 from cogvideox_jax.models.dit import DiT
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
@@ -52,7 +53,7 @@ _DIVERGED = (
 Kind = TypeVar("Kind", bound="Pipeline")
 
 
-class Pipeline(Adapters):
+class Pipeline(Adapters, SwitchesOfDiffusers):
   """Text to video. Making one compiles nothing; the first call does."""
 
   takes_image = False  # Whether the transformer reads the latents of an image beside the noise.
@@ -107,6 +108,8 @@ class Pipeline(Adapters):
     )
     self._frame_coder = FrameCoder(vae, sharding=self._replicated, on_host=offload)
     self._graphdef = graph_of(DiT, self.config, dtype=compute)
+    self._noise = noise
+    self._interrupt = False  # A callback sets it to end the denoising of the call.
     self._model = SampledModel(self.config, self.vae_config, noise_schedule(noise), self.settings)
 
   @classmethod
@@ -115,16 +118,23 @@ class Pipeline(Adapters):
     model: epath.PathLike,
     *,
     dtype: str = "auto",
+    torch_dtype: Any = None,
     progress: Progress | None = None,
     offload: bool = False,
   ) -> Kind:
     """Loads a shipped model (`tiny`) or a model folder in diffusers' layout.
+
+    Args:
+      torch_dtype: as diffusers' calls have it, in place of dtype: `torch.bfloat16` or its name.
+        float16 computes in bfloat16, which does not overflow.
 
     The other arguments are those of `Pipeline`.
 
     Raises:
       UserError: there is no such model, or a component of it is missing or damaged.
     """
+    if torch_dtype is not None:
+      dtype = calls_of_diffusers.dtype_name(torch_dtype)
     folder = open_model(model)
     return cls(
       folder.open("transformer"),
@@ -138,7 +148,7 @@ class Pipeline(Adapters):
       offload=offload,
     )
 
-  @takes(TextToVideoArguments)
+  @takes(TextToVideoArguments, converted)
   def __call__(self, arguments: TextToVideoArguments) -> VideoOutput:
     """Makes num_videos_per_prompt videos of each prompt.
 
@@ -166,7 +176,9 @@ class Pipeline(Adapters):
 
     To load a model that the devices cannot hold, pass `offload` to `Pipeline`.
     """
-    self._params, self._base = to_host((self._params, self._base))
+    fused, adapters = self._fused or (None, {})
+    self._params, self._base, fused = to_host((self._params, self._base, fused))
+    self._fused = None if fused is None else (fused, adapters)
     for component in (self._prompt_encoder, self._frame_coder):
       component.params = to_host(component.params)
 
@@ -232,6 +244,7 @@ class Pipeline(Adapters):
     images: list[Float[Array, "chunk f h w c"] | None],
   ) -> Float[Array, "b f h w c"]:
     """Compiles one step, and runs it for all steps of each chunk."""
+    self._interrupt = False
     halves, videos = texts[0].shape[:2]
     step_sharding = shard_step(halves * videos, self._devices)
     program = StepProgram(self._graphdef, self.config, step_sharding, self._devices[0])
@@ -248,7 +261,16 @@ class Pipeline(Adapters):
 
       run_step = partial(program.run, params)
       denoised = [
-        denoise(run_step, first, text, image, request.steps, partial(request.draw, chunk), on_step)
+        denoise(
+          run_step,
+          first,
+          text,
+          image,
+          request.steps,
+          partial(request.draw, chunk),
+          on_step,
+          lambda: self._interrupt,
+        )
         for first, text, image, chunk in zip(initial, texts, images, request.chunks, strict=True)
       ]
     return jnp.concatenate(denoised)[: len(request.videos.seeds)]

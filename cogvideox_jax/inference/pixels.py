@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 from PIL import Image
 
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.size import Size
+
+_SLACK = 1e-3  # Rounding beyond [-1, 1] that is let pass.
 
 
 def images(given: Any, count: int, size: Size) -> Float[np.ndarray, "b H W 3"]:
@@ -22,7 +25,8 @@ def images(given: Any, count: int, size: Size) -> Float[np.ndarray, "b H W 3"]:
   Raises:
     UserError: they are not images, or there are too few or too many.
   """
-  if isinstance(given, Image.Image) or np.ndim(given) == 3:
+  _check_given("image", given)
+  if isinstance(given, Image.Image) or (not isinstance(given, Sequence) and np.ndim(given) == 3):
     given = [given]
   return _each("image", list(given), count, size)[:, 0]
 
@@ -33,12 +37,19 @@ def videos(given: Any, count: int, size: Size) -> Float[np.ndarray, "b F H W 3"]
   Raises:
     UserError: they are not videos, differ in length, or there are too few or too many.
   """
+  _check_given("video", given)
   return _each("video", [given] if _is_video(given) else list(given), count, size)
 
 
 def count_frames(given: Any) -> int:
   """The number of frames of the first video."""
   return len(given) if _is_video(given) else len(given[0])
+
+
+def _check_given(name: str, given: Any) -> None:
+  """Raises UserError if there is nothing."""
+  if given is None or len(given if isinstance(given, Sequence | np.ndarray) else [given]) == 0:
+    raise UserError(f"{name} is {given!r}: pass at least one.")
 
 
 def _is_video(given: Any) -> bool:
@@ -60,6 +71,7 @@ def _frames(name: str, clip: Any, size: Size) -> Float[np.ndarray, "F H W 3"]:
   """Resizes PIL images with Lanczos and arrays to the nearest pixel, as diffusers does."""
   if isinstance(clip, Image.Image):
     clip = [clip]
+  _check_sizes(name, clip)
   if isinstance(clip, Sequence) and isinstance(clip[0], Image.Image):
     box = (size.width, size.height)
     resized = [frame.convert("RGB").resize(box, Image.Resampling.LANCZOS) for frame in clip]
@@ -71,8 +83,29 @@ def _frames(name: str, clip: Any, size: Size) -> Float[np.ndarray, "F H W 3"]:
     raise UserError(
       f"{name} is an array of shape {np.shape(clip)}; it must end in height, width and 3 channels."
     )
+  _check_range(name, frames)
   scale = 255 if frames.dtype == np.uint8 else 1
   return _nearest(frames, size).astype(np.float32) / scale
+
+
+def _check_sizes(name: str, clip: Any) -> None:
+  """Raises UserError for an empty list, and for frames of unequal sizes."""
+  if not isinstance(clip, Sequence):
+    return
+  sizes = {frame.size if isinstance(frame, Image.Image) else np.shape(frame) for frame in clip}
+  if len(sizes) != 1:
+    listed = ", ".join(map(str, sorted(sizes)[:3])) or "no frames"
+    raise UserError(f"{name} has frames of unequal sizes ({listed}): give all the same size.")
+
+
+def _check_range(name: str, frames: Shaped[np.ndarray, "F H W 3"]) -> None:
+  """Raises UserError for arrays that are neither bytes nor floats in [0, 1] or [-1, 1]."""
+  advice = "give bytes (uint8), or floats from 0 to 1."
+  if frames.dtype != np.uint8 and not jnp.issubdtype(frames.dtype, jnp.floating):
+    raise UserError(f"{name} is an array of {frames.dtype}: {advice}")
+  if frames.dtype != np.uint8 and not (frames.min() >= -1 - _SLACK and frames.max() <= 1 + _SLACK):
+    low, high = float(frames.min()), float(frames.max())
+    raise UserError(f"{name} has pixels from {low:g} to {high:g}: {advice}")
 
 
 def _nearest(frames: Shaped[np.ndarray, "F h w 3"], size: Size) -> Shaped[np.ndarray, "F H W 3"]:

@@ -13,6 +13,7 @@ from cogvideox_jax.diffusion import guidance
 from cogvideox_jax.diffusion.noise import NoiseSchedule
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.inference import calls_of_diffusers
 from cogvideox_jax.inference.arguments import CallArguments, Embeds
 from cogvideox_jax.inference.callback import check_callback
 from cogvideox_jax.inference.checks import check_choice, check_finite, check_shape
@@ -87,7 +88,7 @@ def make_request(
   _check_refused(arguments)
   text_tokens = _text_tokens(arguments, model.transformer)
   halves = _halves(model, arguments, text_tokens)
-  videos = plan_videos(arguments.seed, len(halves[-1]), arguments.num_videos_per_prompt)
+  videos = plan_videos(_seeds(arguments), len(halves[-1]), arguments.num_videos_per_prompt)
   shape, extra_frames = latent_shape(size, model.transformer, model.vae)
   if arguments.latents is not None:
     check_shape("latents", arguments.latents, (len(videos.seeds), *shape))
@@ -142,13 +143,17 @@ def _check_refused(arguments: CallArguments) -> None:
       "timesteps cannot be given: CogVideoX's schedulers have none but their own.\n"
       "Pass num_inference_steps."
     )
-  if arguments.generator is not None:
-    raise UserError(
-      "generator cannot be given: torch's random numbers are not drawn here.\n"
-      "Pass seed=, one for all prompts or one each; or the noise itself as latents."
-    )
   if unknown := set(arguments.attention_kwargs or {}) - {"scale"}:
     raise UserError(f"attention_kwargs has {sorted(unknown)[0]!r}; only 'scale' is known.")
+
+
+def _seeds(arguments: CallArguments) -> int | Sequence[int]:
+  """The seeds of the call: `seed`, or those that a generator was given."""
+  if arguments.generator is None:
+    return arguments.seed
+  if arguments.seed != 0:
+    raise UserError("Pass either seed or generator.")
+  return calls_of_diffusers.seeds_of(arguments.generator)
 
 
 def _text_tokens(arguments: CallArguments, model: DiTConfig) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from cogvideox_jax.diffusion.noise import add_noise
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference import pixels
-from cogvideox_jax.inference.arguments import VideoToVideoArguments
+from cogvideox_jax.inference.arguments import VideoToVideoArguments, converted
 from cogvideox_jax.inference.call_signature import takes
 from cogvideox_jax.inference.output import VideoOutput
 from cogvideox_jax.inference.pipeline import Pipeline
@@ -20,7 +20,7 @@ from cogvideox_jax.inference.request import Request, make_request
 class VideoToVideo(Pipeline):
   """Video to video (diffusers `CogVideoXVideoToVideoPipeline`)."""
 
-  @takes(VideoToVideoArguments)
+  @takes(VideoToVideoArguments, converted)
   def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
     self, arguments: VideoToVideoArguments
   ) -> VideoOutput:
