@@ -122,9 +122,9 @@ def test_an_index_that_leads_too_far_changes_no_frame(tmp_path, monkeypatch):
   expected = video.read(tmp_path / "a.mp4", fps=8.0, num_frames=33, height=32, width=48)[30:]
   seek, asked = video._seek, []
 
-  def misled(container, stream, seconds):
+  def misled(film, seconds):
     asked.append(seconds)
-    return seek(container, stream, seconds + 2 if len(asked) == 1 else seconds)
+    return seek(film, seconds + 2 if len(asked) == 1 else seconds)
 
   monkeypatch.setattr(video, "_seek", misled)
   shown = [frame for _, frame in video.read_windows(tmp_path / "a.mp4", [window], fps=8.0)]

@@ -6,26 +6,32 @@ file or the network. Whatever is wrong with a file raises a `VideoError`.
 
 import io
 import os
+import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import av
-import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.stream import Disposition
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
+from cogvideox_jax.config_keys import AT_LEAST_ZERO, key
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".bmp")
+VIDEO_SUFFIXES = (
+  *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".webm", ".mkv", ".avi", ".gif"),
+  *(".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob", ".flv", ".wmv", ".asf", ".ogv", ".mxf"),
+)
 
 # Only containers: playlists (hls, concat, dash) would open further files.
-_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf"
 # The exceptions that PyAV and PIL raise for damaged files, found by trying such files.
 _FAULTS = (
   FFmpegError,
@@ -45,15 +51,35 @@ class VideoError(Exception):
   """A file cannot be used. The message is one line, without the file's name, for the quarantine."""
 
 
+_STILLS = Disposition.attached_pic | Disposition.timed_thumbnails
+_NO_LIMIT = "0: no limit."
+
+
 @dataclass(frozen=True)
 class Limits:
-  """A file above any of these limits is refused. Ours."""
+  """A file above any of these limits is refused."""
 
-  max_pixels: int = 8_900_000  # Per frame; 4K footage passes.
-  max_frames: int = 20_000  # In the file.
-  max_bytes: int = 2 * 1024**3  # The size of the file.
-  max_seconds: float = 600.0
-  max_fps: float = 240.0  # The file's average; a higher one could keep a decoder busy for long.
+  max_pixels: int = field(
+    default=36_000_000,
+    metadata=key("Pixels of a video's frame; 8K passes if its decoder takes little memory."),
+  )
+  max_picture_pixels: int = field(
+    default=256_000_000,
+    metadata=key("Pixels of a picture. Large JPEGs are decoded at a part of their size."),
+  )
+  max_frames: int = field(
+    default=0, metadata=key(f"Frames of a file. {_NO_LIMIT}", allowed=AT_LEAST_ZERO)
+  )
+  max_seconds: float = field(
+    default=0.0, metadata=key(f"Seconds of a file. {_NO_LIMIT}", allowed=AT_LEAST_ZERO)
+  )
+  max_bytes: int = field(
+    default=0, metadata=key(f"Bytes of a file. {_NO_LIMIT}", allowed=AT_LEAST_ZERO)
+  )
+  max_fps: float = field(
+    default=1000.0,
+    metadata=key("Frames a second, on average; more could keep a decoder busy for long."),
+  )
 
 
 DEFAULT_LIMITS = Limits()
@@ -82,62 +108,100 @@ def not_a_file(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
+def opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
   """Opens a file within the limits. Any fault while it is open becomes a VideoError."""
   try:
     if reason := not_a_file(path):
       raise VideoError(reason)
     with as_path(path).open("rb") as file:
       size = file.seek(0, io.SEEK_END)
-      if not 0 < size <= limits.max_bytes:
-        raise VideoError(f"{size} bytes; a file may have 1 to {limits.max_bytes}")
+      if not 0 < size <= (limits.max_bytes or size):
+        raise VideoError(f"{size} bytes; a file may have 1 to {limits.max_bytes or 'any number'}")
       file.seek(0)
       yield file
   except UnidentifiedImageError as error:  # Its message would name the file.
-    raise VideoError("not a JPEG, PNG or WebP image") from error
+    raise VideoError("not a JPEG, PNG, WebP, AVIF, TIFF or BMP image") from error
   except _FAULTS as error:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     raise VideoError(f"cannot be decoded: {reason or type(error).__name__}") from error
 
 
-def load_image(path: str | os.PathLike[str], limits: Limits) -> Image.Image:
-  """Decodes an image as upright RGB; an animation gives its first frame."""
-  with _opened(path, limits) as file, Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
-    check_size(image.width, image.height, limits)
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # PIL would make every value above 255 white.
-      upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    return upright.convert("RGB")
+class Film(NamedTuple):
+  """An open video file, and the stream that players show."""
+
+  container: InputContainer
+  stream: VideoStream
+  cut_off: bool  # Whether the file is shorter than it says; False where the format does not say.
 
 
 @contextmanager
-def open_video(
-  path: str | os.PathLike[str], limits: Limits
-) -> Iterator[tuple[InputContainer, VideoStream]]:
-  """Opens the first video stream of a file, with one decoder thread."""
+def open_video(path: str | os.PathLike[str], limits: Limits) -> Iterator[Film]:
+  """Opens the film of a file (see `_film`), with one decoder thread."""
   options = {
     "max_pixels": str(limits.max_pixels),  # Opening a file may already allocate frames.
     "protocol_whitelist": "file",
     "format_whitelist": _DEMUXERS,
   }
-  with (
-    _opened(path, limits) as file,
-    av.open(file, "r", options=options, metadata_errors="replace", buffer_size=2**18) as container,
-  ):
-    if not container.streams.video:
-      raise VideoError("holds no video")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-      raise VideoError("its video codec is unknown")
-    check_size(stream.width, stream.height, limits)
-    stream.codec_context.options = {"max_pixels": options["max_pixels"]}
-    stream.codec_context.thread_count = 1
-    yield container, stream
+  with opened(path, limits) as file:
+    cut_off = _avi_is_cut_off(file)
+    with av.open(
+      file, "r", options=options, metadata_errors="replace", buffer_size=2**18
+    ) as container:
+      stream = _film(container.streams.video)
+      check_size(stream.width, stream.height, limits.max_pixels)
+      stream.codec_context.options = {"max_pixels": options["max_pixels"]}
+      stream.codec_context.thread_count = 1
+      yield Film(container, stream, cut_off)
 
 
-def check_size(width: int, height: int, limits: Limits) -> None:
-  """Raises VideoError if a frame has too many pixels, or none."""
-  if not 0 < width * height <= limits.max_pixels:
+def _avi_is_cut_off(file: BinaryIO) -> bool:
+  """Returns whether an AVI is shorter than its first chunk. Leaves the file at its start."""
+  kind, size, form = struct.unpack("<4sI4s", file.read(12).ljust(12, b"\0"))
+  end = file.seek(0, io.SEEK_END)
+  file.seek(0)
+  # A recorder that was stopped leaves one of these sizes.
+  return (kind, form) == (b"RIFF", b"AVI ") and size not in (0, 2**32 - 1) and 8 + size > end
+
+
+def _film(streams: Sequence[VideoStream]) -> VideoStream:
+  """Returns the video stream that a person would call the film.
+
+  Cover art comes last, then what is less than half as long as the longest; of the rest the largest
+  is taken, then the longest, then the one that the file calls its default. The default does not
+  come first, because encoders give that mark to the first track, whatever it is.
+  """
+  if not streams:
+    raise VideoError("holds no video")
+  known = [stream for stream in streams if stream.codec_context is not None]
+  if not known:
+    raise VideoError("its video codec is unknown")
+
+  films = [stream for stream in known if not stream.disposition & _STILLS] or known
+  longest = max(map(_seconds, films))
+  return max(
+    (stream for stream in films if _seconds(stream) >= longest / 2),
+    key=lambda stream: (
+      stream.width * stream.height,
+      _seconds(stream),
+      bool(stream.disposition & Disposition.default),
+      -stream.index,
+    ),
+  )
+
+
+def _seconds(stream: VideoStream) -> float:
+  """Returns how long a stream lasts; 0 if the file does not say."""
+  # For Matroska FFmpeg gives some streams the duration of the file.
+  said = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+  if not said:
+    return float((stream.duration or 0) * (stream.time_base or 0))
+  hours, minutes, seconds = map(float, said.groups())
+  return 3600 * hours + 60 * minutes + seconds
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+  """Raises VideoError if a frame or picture has too many pixels, or none."""
+  if not 0 < width * height <= max_pixels:
     # FFmpeg reports no size if only the decoder knows it, which the limit stopped.
     size = f"{width}x{height} pixels" if width * height else "an unknown number of pixels"
-    raise VideoError(f"{size}; a frame may have 1 to {limits.max_pixels}")
+    raise VideoError(f"{size}; it may have 1 to {max_pixels}")

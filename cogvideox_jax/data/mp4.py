@@ -11,9 +11,9 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from jaxtyping import UInt8
 
+from cogvideox_jax.data.colours import EXACT
 from cogvideox_jax.data.files import write_whole
 from cogvideox_jax.data.media import DEFAULT_LIMITS, open_video
-from cogvideox_jax.data.video import EXACT
 
 # Plain colours survive at this crf. There is one thread, no creation time, no B-frame and no
 # macroblock tree (mbtree), so that equal frames give equal files: with B-frames libx264's bytes
@@ -82,8 +82,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
   Raises VideoError if the file cannot be used.
   """
-  with open_video(path, DEFAULT_LIMITS) as (container, _):
-    comment = container.metadata.get("comment", "")
+  with open_video(path, DEFAULT_LIMITS) as film:
+    comment = film.container.metadata.get("comment", "")
   try:
     metadata = json.loads(comment)
   except json.JSONDecodeError:

@@ -1,38 +1,39 @@
 """Reads frames of video and image files that may be hostile.
 
-Decoding processes import only this file and media.py, so they need only numpy, PyAV and PIL.
-Frames are decoded one at a time, and only the wanted ones are kept.
+Decoding processes import only this file and those that it imports, so they need only numpy, PyAV
+and PIL. Frames are decoded one at a time, and only the wanted ones are kept.
 """
 
+import heapq
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.video.reformatter import Colorspace, Interpolation
-from av.video.stream import VideoStream
 from jaxtyping import UInt8
-from PIL import Image
 
+from cogvideox_jax.data import stills
+from cogvideox_jax.data.colours import SDR, transfer_of, unreadable
 from cogvideox_jax.data.media import (
   DEFAULT_LIMITS,
+  Film,
   Limits,
   VideoError,
   check_size,
   is_image,
-  load_image,
   open_video,
 )
+from cogvideox_jax.data.upright import Picture, fit, screen_of, shown_size, upright
 
 _SLACK = 1e-3  # Seconds: Matroska rounds its timestamps to milliseconds.
 _TAIL = 0.1  # Seconds by which a file's packets may last longer than its frames.
 _SKIP = 2.0  # Seconds before the first wanted frame from which on the decoder skips to a keyframe.
-_UNTAGGED = 2  # FFmpeg's number for "the file names no colour space".
-# How colours are converted: the same bytes on every machine.
-EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+_SMALL = [(16, 16)]  # The size to which a picture is decoded that is only measured.
+
+_Frame = TypeVar("_Frame")
 
 
 class VideoInfo(NamedTuple):
@@ -46,6 +47,7 @@ class VideoInfo(NamedTuple):
   width: int
   fps: float  # The mean over the file, whose own rate may vary.
   seconds: float
+  transfer: str = SDR  # What the file's light was coded with: colours.SDR, HLG or PQ.
 
   def frames_at(self, fps: float) -> int:
     """Returns how many frames `read` can give at a frame rate.
@@ -75,10 +77,9 @@ def probe(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> Vide
   Raises VideoError if the file cannot be used.
   """
   if is_image(path):
-    image = load_image(path, limits)
-    return VideoInfo(1, image.height, image.width, 0.0, 0.0)
-  with open_video(path, limits) as (container, stream):
-    return _measure(container, stream, limits)
+    return _measure_picture(path, limits)
+  with open_video(path, limits) as film:
+    return _measure(film, limits)
 
 
 def read(
@@ -121,174 +122,225 @@ def read_windows(
   """
   begin = min(window.start for window in windows)
   end = max(window.start + window.num_frames for window in windows)
-  for index, image, shown in _frames(path, fps, begin, end, limits):
+  sizes = [(window.height, window.width) for window in windows]
+  for index, picture in _pictures(path, fps, begin, end, sizes, limits):
     fitted: dict[tuple[int, int], np.ndarray] = {}
     for number, window in enumerate(windows):
       if window.start <= index < window.start + window.num_frames:
         size = window.height, window.width
         if size not in fitted:
-          fitted[size] = _fit(image, shown, *size)
+          fitted[size] = fit(picture, *size)
         yield number, fitted[size]
 
 
-def _measure(container: InputContainer, stream: VideoStream, limits: Limits) -> VideoInfo:
+def _measure_picture(path: str | os.PathLike[str], limits: Limits) -> VideoInfo:
+  """Decodes a picture, or every frame of an animation, as headers may lie."""
+  with stills.open_picture(path, limits) as image:
+    width, height = stills.shown_size(image)
+    if not stills.is_animation(image):
+      stills.load(image, _SMALL)
+      return VideoInfo(1, height, width, 0.0, 0.0)
+    count, seconds = 0, 0.0
+    for _, lasts, _ in stills.animation(image, _SMALL):
+      count, seconds = count + 1, seconds + lasts
+      _check_frames(count, limits)
+  _check_seconds(seconds, limits)
+  return VideoInfo(count, height, width, count / seconds, seconds)
+
+
+def _measure(film: Film, limits: Limits) -> VideoInfo:
   """Measures the size by the first frame, and the length by the packets."""
-  first, packets, shown, start, end = None, 0, 0, math.inf, -math.inf
-  for packet in container.demux(stream):
-    if first is None:
-      first = next(iter(packet.decode()), None)
+  size, packets, shown, start, end = None, 0, 0, math.inf, -math.inf
+  promised, stream, transfer = _promised(film), film.stream, SDR
+  for packet in film.container.demux(stream):
+    if size is None:
+      for frame in packet.decode()[:1]:
+        if reason := unreadable(frame):
+          raise VideoError(reason)
+        size, transfer = shown_size(frame, screen_of(frame, stream)), transfer_of(frame)
     if not packet.size:
       continue  # The last one, which flushes the decoder.
     packets += 1
     if packet.is_corrupt:
       raise VideoError(f"damaged at packet {packets}")
-    if packets > limits.max_frames:
-      raise VideoError(f"more than {limits.max_frames} frames")
+    _check_frames(packets, limits)
     time = packet.pts if packet.pts is not None else packet.dts
     if time is None or packet.is_discard:
       continue  # Outside what the file's edit list shows.
     shown += 1
     start, end = min(start, time), max(end, time + (packet.duration or 0))
-  if first is None or not shown:
+  if size is None or not shown:
     raise VideoError("holds no frame")
-  if packets < stream.frames:
-    raise VideoError(f"cut short: {packets} of {stream.frames} frames")
+  if packets < promised:
+    raise VideoError(f"cut short: {packets} of {promised} frames")
   seconds = (end - start) * float(stream.time_base or 0)
-  if seconds > limits.max_seconds:
-    raise VideoError(f"{seconds:.0f} seconds; a video may have {limits.max_seconds:.0f}")
+  _check_seconds(seconds, limits)
   if shown > 1 and shown > seconds * limits.max_fps:
     raise VideoError(f"more than {limits.max_fps:g} frames a second")
-  _, (width, height) = _upright(first, stream)
-  return VideoInfo(shown, height, width, shown / seconds if seconds else 0.0, seconds)
+  width, height = size
+  return VideoInfo(shown, height, width, shown / seconds if seconds else 0.0, seconds, transfer)
 
 
-def _frames(
-  path: str | os.PathLike[str], fps: float, begin: int, end: int, limits: Limits
-) -> Iterator[tuple[int, Image.Image, tuple[int, int]]]:
-  """Yields frame `begin` up to `end` of a file at fps: (index, upright image, size as shown).
+def _promised(film: Film) -> int:
+  """Returns how many packets a file must have unless its end is missing; 0 if that is unknown.
 
-  A size is (width, height). Raises VideoError at the end if the file is too short.
+  What the header counts is too much where an edit list drops packets, and where frames of an AVI
+  have no packet because they repeat the one before. The index of an MP4 knows better.
   """
-  count = 0
+  if "mp4" in film.container.format.name:
+    return sum(entry.size > 0 for entry in film.stream.index_entries)
+  return film.stream.frames if film.cut_off else 0
+
+
+def _check_frames(frames: int, limits: Limits) -> None:
+  if limits.max_frames and frames > limits.max_frames:
+    raise VideoError(f"more than {limits.max_frames} frames")
+
+
+def _check_seconds(seconds: float, limits: Limits) -> None:
+  if limits.max_seconds and seconds > limits.max_seconds:
+    raise VideoError(f"{seconds:.0f} seconds; a video may have {limits.max_seconds:.0f}")
+
+
+def _pictures(
+  path: str | os.PathLike[str],
+  fps: float,
+  begin: int,
+  end: int,
+  sizes: Sequence[tuple[int, int]],
+  limits: Limits,
+) -> Iterator[tuple[int, Picture]]:
+  """Yields (index, picture) from frame `begin` up to `end` of a file at fps.
+
+  Raises VideoError at the end if the file is too short.
+  """
+  count, screen = 0, None
   if is_image(path):
-    image, count = load_image(path, limits), 1
-    if begin == 0:
-      yield 0, image, image.size
-  else:
-    with open_video(path, limits) as (container, stream):
-      for frame in _resample(container, stream, fps, begin, end, limits):
+    with stills.open_picture(path, limits) as image:
+      if stills.is_animation(image):
+        shown = resample(stills.animation(image, sizes), fps, end)
+      else:
+        shown = iter([stills.load(image, sizes)])
+      for picture in shown:
         if count >= begin:
-          yield count, *_upright(frame, stream)
+          yield count, picture
+        count += 1
+  else:
+    with open_video(path, limits) as film:
+      budget = int((end / fps + 1) * limits.max_fps)
+      budget = min(limits.max_frames or budget, budget)
+      for frame in resample(_timed(film, begin / fps, budget, limits), fps, end):
+        screen = screen or screen_of(frame, film.stream)
+        picture = upright(frame, screen, sizes) if count >= begin else None
+        del frame  # Each reference to a frame keeps it in memory.
+        if picture:
+          yield count, picture
         count += 1
   if count < end:
     raise VideoError(f"too short: {count} of {end} frames at {fps:g} fps")
 
 
-def _resample(
-  container: InputContainer,
-  stream: VideoStream,
-  fps: float,
-  begin: int,
-  num_frames: int,
-  limits: Limits,
-) -> Iterator[av.VideoFrame]:
+def resample(
+  timed: Iterator[tuple[float, float, _Frame]], fps: float, num_frames: int
+) -> Iterator[_Frame]:
   """Yields the frame that is shown at i/fps seconds for each i, up to num_frames or the end.
 
-  Before i = begin it may yield other frames. It holds one frame at a time. It uses the timestamps,
-  because the file's own rate may vary.
+  It holds one frame at a time.
+
+  Args:
+    timed: when each frame is shown and for how long, in seconds, and the frame.
   """
-  budget = min(limits.max_frames, int((num_frames / fps + 1) * limits.max_fps))
-  held, start, time, given = None, 0.0, 0.0, 0
-  for index, frame in enumerate(_decode(container, stream, begin / fps)):
-    check_size(frame.width, frame.height, limits)
-    if frame.is_corrupt:
-      raise VideoError(f"damaged at frame {index + 1}")
-    if index == budget:
-      raise VideoError(f"more than {budget} frames in {time:.1f} seconds")
-    # AVI has no timestamps.
-    time = index / float(stream.average_rate or 25) if frame.time is None else frame.time
-    start = start if held else time
-    while held and given < num_frames and given / fps < time - start - _SLACK:
+  held, start, time, last, given = None, 0.0, 0.0, 0.0, 0
+  for time, lasts, frame in timed:
+    last = lasts
+    start = time if held is None else start
+    while held is not None and given < num_frames and given / fps < time - start - _SLACK:
       yield held
       given += 1
     if given == num_frames:
       return
     held = frame
-  if held:
-    shown = max(float(held.duration * (held.time_base or 0)), 0.5 / fps)  # See `frames_at`.
+  if held is not None:
+    shown = max(last, 0.5 / fps)  # See `frames_at`.
     while given < num_frames and given / fps < time - start + shown + _TAIL:
       yield held
       given += 1
 
 
-def _decode(
-  container: InputContainer, stream: VideoStream, skipped: float
-) -> Iterator[av.VideoFrame]:
+def _timed(
+  film: Film, skipped: float, budget: int, limits: Limits
+) -> Iterator[tuple[float, float, av.VideoFrame]]:
+  """Yields frames as `_decode` does, with their times as `resample` takes them.
+
+  It uses the timestamps, because the file's own rate may vary.
+
+  Args:
+    budget: the most frames to decode.
+  """
+  time = 0.0
+  for index, (seconds, frame) in enumerate(_decode(film, skipped)):
+    check_size(frame.width, frame.height, limits.max_pixels)
+    if frame.is_corrupt:
+      raise VideoError(f"damaged at frame {index + 1}")
+    if index == budget:
+      raise VideoError(f"more than {budget} frames in {time:.1f} seconds")
+    if reason := unreadable(frame):
+      raise VideoError(reason)
+    time = index / float(film.stream.average_rate or 25) if seconds is None else seconds
+    yield time, float(frame.duration * (frame.time_base or 0)), frame
+
+
+def _decode(film: Film, skipped: float) -> Iterator[tuple[float | None, av.VideoFrame]]:
   """Yields the first frame, then all frames from a keyframe on that is shown before `skipped` ends.
 
-  It yields all frames if there is no such keyframe, or nothing to skip.
+  Before each it yields the second at which it is shown. It yields all frames if there is no such
+  keyframe, or nothing to skip.
 
   Args:
     skipped: seconds, counted from the first frame.
   """
-  frames = container.decode(stream)
-  first = next(frames, None)
-  if first is None:
-    return
-  yield first
-  if skipped > _SKIP and first.time is not None and first.pts is not None:
-    latest = first.time + skipped - _TAIL
-    frames = _seek(container, stream, latest)
-    landed = next(frames, None)
-    if landed and landed.time is not None and landed.time <= latest:
-      yield landed
-    else:  # The file's index is wrong.
-      frames = _seek(container, stream, first.time)
+  frames, start = _frames(film), None
+  for start, frame in islice(frames, 1):
+    yield start, frame
+    del frame
+  reordered = _lacks_times(film) and film.stream.codec_context.has_b_frames
+  if skipped > _SKIP and start is not None and not reordered:
+    latest = start + skipped - _TAIL
+    frames = _seek(film, latest)
+    landed = None
+    for landed, frame in islice(frames, 1):
+      if landed is not None and landed <= latest:
+        yield landed, frame
+      del frame
+    if landed is None or landed > latest:  # The file's index is wrong.
+      frames = _seek(film, start)
   yield from frames
 
 
-def _seek(
-  container: InputContainer, stream: VideoStream, seconds: float
-) -> Iterator[av.VideoFrame]:
+def _seek(film: Film, seconds: float) -> Iterator[tuple[float | None, av.VideoFrame]]:
   """Decodes from the last keyframe on that the file's index knows at or before an instant."""
-  container.seek(math.floor(seconds / float(stream.time_base or 1)), stream=stream)
-  return container.decode(stream)
+  unit = float(film.stream.time_base or 1)
+  film.container.seek(math.floor(seconds / unit), stream=film.stream)
+  return _frames(film)
 
 
-def _upright(frame: av.VideoFrame, stream: VideoStream) -> tuple[Image.Image, tuple[int, int]]:
-  """Returns the frame as RGB, rotated as its display matrix says, and its (width, height) as shown.
-
-  If pixels are not square, the size as shown is not that of the array.
-  """
-  untagged_hd = frame.colorspace == _UNTAGGED and frame.height > 576
-  rgb = frame.to_ndarray(
-    format="rgb24",
-    src_colorspace=Colorspace.ITU709 if untagged_hd else None,  # As players do.
-    interpolation=EXACT | Interpolation.FULL_CHR_H_INT,
-    threads=1,
-  )
-  if frame.interlaced_frame and frame.height > 1:
-    rgb = rgb[::2]  # Keep one field, because the other shows another instant.
-  width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
-  quarters = round(frame.rotation / 90) % 4
-  size = (frame.height, width) if quarters % 2 else (width, frame.height)
-  return Image.fromarray(np.ascontiguousarray(np.rot90(rgb, quarters))), size
+def _frames(film: Film) -> Iterator[tuple[float | None, av.VideoFrame]]:
+  """Yields each frame, in the order in which they are shown, and the second at which it is."""
+  container, stream, _ = film
+  if not _lacks_times(film):
+    yield from ((frame.time, frame) for frame in container.decode(stream))
+    return
+  # Frames come in the order of time, so the next has the earliest time that none has yet. If they
+  # are decoded in another order, FFmpeg guesses the packets' pts; else their dts are right.
+  reordered, times = stream.codec_context.has_b_frames, []
+  for packet in container.demux(stream):
+    time = packet.pts if reordered else packet.dts
+    if time is not None:
+      heapq.heappush(times, time)
+    for frame in packet.decode():
+      yield heapq.heappop(times) * float(stream.time_base or 0) if times else None, frame
 
 
-def _fit(
-  image: Image.Image, shown: tuple[int, int], height: int, width: int
-) -> UInt8[np.ndarray, "H W 3"]:
-  """Scales an image to cover a size and crops it at the centre.
-
-  Only the crop is scaled, so a long thin image costs no more than any other.
-
-  Args:
-    shown: (width, height) of the image on a screen.
-  """
-  shown_width, shown_height = shown
-  crop_width = min(shown_width, shown_height * width / height)
-  crop_height = min(shown_height, shown_width * height / width)
-  across = image.width * (1 - crop_width / shown_width) / 2
-  down = image.height * (1 - crop_height / shown_height) / 2
-  box = (across, down, image.width - across, image.height - down)
-  return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0))
+def _lacks_times(film: Film) -> bool:
+  """Returns whether a file says when it is to decode a frame, but not when to show it."""
+  return film.container.format.name == "avi"
