@@ -64,6 +64,13 @@ def get_config() -> ConfigDict:
   config.data.clips = 0
   config.data.fps = 8.0
   config.data.validation_fraction = 0.01
+  config.data.limits = ConfigDict()
+  config.data.limits.max_pixels = 36_000_000
+  config.data.limits.max_picture_pixels = 256_000_000
+  config.data.limits.max_frames = 0
+  config.data.limits.max_seconds = 0.0
+  config.data.limits.max_bytes = 0
+  config.data.limits.max_fps = 1000.0
 
   # P Table 5 gives each stage's largest size, its seconds, row_tokens (25k, 75k, 700k, 700k), share
   # and a batch of 2000, 1000, 250 and 100 clips (our reading). The rows are ours: such a batch

@@ -29,6 +29,13 @@ def get_config() -> ConfigDict:
   config.data.sizes = ((32, 32), (24, 40))
   config.data.durations = (1, 17)
   config.data.validation_fraction = 0.01
+  config.data.limits = ConfigDict()
+  config.data.limits.max_pixels = 36_000_000
+  config.data.limits.max_picture_pixels = 256_000_000
+  config.data.limits.max_frames = 0
+  config.data.limits.max_seconds = 0.0
+  config.data.limits.max_bytes = 0
+  config.data.limits.max_fps = 1000.0
 
   config.train = ConfigDict()
   config.train.steps = 1500

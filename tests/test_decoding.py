@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_hostile_video import encode
 
 from cogvideox_jax.data import video
@@ -178,16 +179,18 @@ def test_processes_that_do_not_start_are_no_fault_of_a_file(sound):
 
 
 def test_a_decoding_process_takes_less_than_512_mb(tmp_path):
-  """The largest frames that pass, with as many reference frames as H.264 has, and ten times 4K."""
+  """4K with as many reference frames as H.264 has, 5.3K as cameras have it, and 48 megapixels."""
   options = {"preset": "ultrafast", "threads": "1", "refs": "16", "bf": "8"}
   large = encode(tmp_path / "a.mp4", "libx264", (2160, 4096), 24, stream_options=options)
   image = encode(tmp_path / "b.mov", "mjpeg", (2160, 4096), 1)
+  camera = encode(tmp_path / "c.mp4", "libx264", (2988, 5312), 2)
+  Image.new("RGB", (8064, 6048)).save(tmp_path / "d.jpg")
   with Decoders(1) as decoders:
-    plan = [Window(0, 8, 768, 1360), Window(0, 8, 256, 384)]
-    for pieces in decoders.decode(
-      [File(large, 8.0, lambda info: plan), File(image, 8.0, lambda info: [])]
-    ):
-      list(pieces)
+    plan, few = ([Window(0, n, 768, 1360), Window(0, n, 256, 384)] for n in (8, 1))
+    windows = {large: plan, image: [], camera: few, tmp_path / "d.jpg": few}
+    files = (File(path, 8.0, lambda _, path=path: windows[path]) for path in windows)
+    given = [len(list(pieces)) for pieces in decoders.decode(files)]
+    assert given == [2, 0, 2, 2]
     worker = decoders._workers[0]._running.process.pid
     lines = Path(f"/proc/{worker}/status").read_text().splitlines()
   peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -21,6 +21,7 @@ from cogvideox_jax.config_keys import (
   key,
 )
 from cogvideox_jax.conversion.folder import SHIPPED, TEXT_DROPS
+from cogvideox_jax.data.media import DEFAULT_LIMITS, Limits
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.diffusion.objective import WEIGHTINGS
 from cogvideox_jax.diffusion.solvers import SOLVERS
@@ -153,6 +154,9 @@ class DataConfig:
       "then there is no validation.",
       allowed=FRACTION,
     )
+  )
+  limits: Limits = field(
+    default=DEFAULT_LIMITS, metadata=key("What `encode` refuses: files above a limit.")
   )
 
 
@@ -447,6 +451,9 @@ class VAEDataConfig:
   )
   validation_fraction: float = field(
     metadata=key("Fraction of files held out, chosen by a hash of their names.", allowed=FRACTION)
+  )
+  limits: Limits = field(
+    default=DEFAULT_LIMITS, metadata=key("What is refused: files above a limit.")
   )
 
 

@@ -6,6 +6,7 @@ went in, whatever the number of processes.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cogvideox_jax.data import decode_worker
-from cogvideox_jax.data.media import VideoError
+from cogvideox_jax.data.media import DEFAULT_LIMITS, Limits, VideoError
 from cogvideox_jax.data.video import VideoInfo, Window
 from cogvideox_jax.errors import UserError
 
@@ -69,8 +70,8 @@ class _ClosedError(Exception):
 class Decoders:
   """Processes that decode. Use it in a `with` statement, which ends them."""
 
-  def __init__(self, count: int, command: Sequence[str] = COMMAND):
-    self._workers = [_Worker(command) for _ in range(count)]
+  def __init__(self, count: int, limits: Limits = DEFAULT_LIMITS, command: Sequence[str] = COMMAND):
+    self._workers = [_Worker(limits, command) for _ in range(count)]
     self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in self._workers:
       self._idle.put(worker)
@@ -159,8 +160,8 @@ def _pieces(pieces: queue.Queue) -> Iterator[Piece]:
 class _Worker:
   """One process of decode_worker.py. Only one thread uses it at a time."""
 
-  def __init__(self, command: Sequence[str]):
-    self._command = command
+  def __init__(self, limits: Limits, command: Sequence[str]):
+    self._limits, self._command = limits, command
     self._running: _Process | None = None
     self._ended = False
 
@@ -200,7 +201,11 @@ class _Worker:
 
   def _attempt(self, file: File) -> Iterator[Piece]:
     running = self._running or self._start()
-    question = {"path": os.fspath(file.path), "fps": file.fps}
+    question = {
+      "path": os.fspath(file.path),
+      "fps": file.fps,
+      "limits": dataclasses.asdict(self._limits),
+    }
     if callable(file.windows):
       self._ask(running, question)
       windows = list(file.windows(VideoInfo(*self._answer(running)["info"])))

@@ -144,7 +144,11 @@ def _encode_shards(
   files = (file for shard in shards for file in shard.files(config.data.fps))
   noise = image_noise(config)
   interrupts = Interrupts("Stopping after this clip.")
-  with interrupts, Decoders(workers) as decoders, Background(WRITES_BEHIND) as background:
+  with (
+    interrupts,
+    Decoders(workers, config.data.limits) as decoders,
+    Background(WRITES_BEHIND) as background,
+  ):
     decoded = decoders.decode(files)
     for shard in shards:
       texts = _texts(shard.items, networks)

@@ -32,6 +32,7 @@ FREE_KEYS = (
   "remat",
   "data.path",
   "data.mixture",
+  "data.limits",
 )
 STEPS_KEY = "train.steps"
 LISTED_KEYS = 8  # The most changed keys that a message lists.

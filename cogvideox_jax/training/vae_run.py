@@ -71,7 +71,7 @@ def train(config: VAETrainConfig, workdir: epath.Path) -> int:
 def _train(config: VAETrainConfig, workdir: epath.Path, check_lock: Callable[[], None]) -> int:
   """Trains in a workdir that no other job writes to."""
   steps_before = resume.check_config(workdir, config)
-  with Decoders(DECODERS) as decoders:
+  with Decoders(DECODERS, config.data.limits) as decoders:
     run = Run(config, workdir, _open_clips(config, workdir, decoders), decoders)
     with disk_errors(workdir):
       if hosts.is_first():
