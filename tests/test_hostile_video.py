@@ -225,3 +225,35 @@ def test_a_damaged_file_gives_frames_or_a_reason(tmp_path, name):
       reasons += 1
       assert "\n" not in str(error) and str(tmp_path) not in str(error)
   assert reasons > 0
+
+
+def test_damage_within_frames_of_hevc_is_found(tmp_path):
+  """Without a word its decoder would leave out frames, or show what it made up."""
+  rng = np.random.default_rng(0)
+  frames = np.kron(rng.integers(0, 255, (8, 6, 8, 3)), np.ones((1, 16, 16, 1))).astype(np.uint8)
+  options = {"preset": "ultrafast", "x265-params": "log-level=none:pools=1:hash=1:frame-threads=1"}
+  with av.open(str(tmp_path / "a.mp4"), "w") as container:
+    stream = container.add_stream("libx265", rate=8, options=options)
+    stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+    for index, frame in enumerate(frames):
+      picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+      picture.pts, picture.time_base = index, Fraction(1, 8)
+      container.mux(stream.encode(picture))
+    container.mux(stream.encode())
+
+  def read(path: Path) -> np.ndarray:
+    return video.read(path, fps=8.0, num_frames=8, height=96, width=128)
+
+  sound, data = read(tmp_path / "a.mp4"), (tmp_path / "a.mp4").read_bytes()
+  with av.open(str(tmp_path / "a.mp4")) as container:
+    packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+  found = 0
+  for position, size in packets:
+    damaged = bytearray(data)
+    damaged[position + size * 2 // 3] ^= 0x55
+    (tmp_path / "b.mp4").write_bytes(damaged)
+    try:
+      np.testing.assert_array_equal(read(tmp_path / "b.mp4"), sound)
+    except video.VideoError:
+      found += 1
+  assert found >= len(packets) - 1
