@@ -28,6 +28,9 @@ SDR, HLG, PQ = "sdr", "hlg", "pq"  # The transfers that are told apart.
 WHITE, PEAK = 203.0, 1000.0  # cd/m².
 KNEE = 0.95  # Of the sRGB signal.
 
+DOLBY_VISION_5 = (
+  "Dolby Vision profile 5, whose colours only Dolby's decoders know; convert it to SDR or HDR10"
+)
 # FFmpeg's numbers for what a file names.
 _HDR = {16: PQ, 18: HLG}
 _UNTAGGED, _ICTCP, _IPT = 2, 14, 15
@@ -56,7 +59,7 @@ def transfer_of(frame: av.VideoFrame) -> str:
 def unreadable(frame: av.VideoFrame) -> str:
   """Returns why the frame's colours cannot be converted; empty if they can."""
   if frame.colorspace == _IPT:
-    return "Dolby Vision profile 5 (IPT colours) has no picture that other players show"
+    return DOLBY_VISION_5
   return "its colours are ICtCp, which is not supported" if frame.colorspace == _ICTCP else ""
 
 

@@ -23,6 +23,8 @@ from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from cogvideox_jax.config_keys import AT_LEAST_ZERO, key
+from cogvideox_jax.data import dolby_vision
+from cogvideox_jax.data.colours import DOLBY_VISION_5
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".bmp")
 VIDEO_SUFFIXES = (
@@ -147,6 +149,8 @@ def open_video(path: str | os.PathLike[str], limits: Limits) -> Iterator[Film]:
   }
   with opened(path, limits) as file:
     cut_off = _avi_is_cut_off(file)
+    if dolby_vision.profile(file) == 5:
+      raise VideoError(DOLBY_VISION_5)
     with av.open(
       file, "r", options=options, metadata_errors="replace", buffer_size=2**18
     ) as container:
