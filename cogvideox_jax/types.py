@@ -48,6 +48,8 @@ class Example(NamedTuple):
   others: tuple[Caption, ...] = ()  # The clip's captions that are not in use.
   # For image-to-video models: mean and log-variance of noised copies of the first frame.
   image: Float[np.ndarray, "draws 2 h w c"] | None = None
+  # The transfer of the clip's file: sdr, hlg or pq. The clip was encoded as sRGB whatever it is.
+  transfer: str = "sdr"
 
   def with_caption(self, number: int) -> "Example":
     """Returns the example with only one caption: 0 is the one in use, 1 the first other."""

@@ -109,6 +109,14 @@ def test_images_are_stored_where_there_are_any(tmp_path):
   assert records.storage_fault(plain._replace(image=image)) == "its image is not finite in float16"
 
 
+def test_the_transfer_of_hdr_is_stored_and_sdr_costs_nothing(tmp_path):
+  sdr = draw_example(0)
+  hdr = sdr._replace(source="hdr", transfer="hlg")
+  dataset = write_dataset(tmp_path, [sdr, hdr])
+  assert [dataset[n].transfer for n in range(2)] == ["sdr", "hlg"]
+  assert b"transfer" not in records.serialize(sdr)  # As of versions that did not know it.
+
+
 def test_one_caption_costs_no_more_than_its_own_states():
   one, two = (len(records.serialize(draw_captioned(0, count, 0.5))) for count in (1, 2))
   states = 2 * 5 * 8

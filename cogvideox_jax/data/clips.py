@@ -10,6 +10,7 @@ from jaxtyping import Bool, UInt64
 
 from cogvideox_jax.data import buckets
 from cogvideox_jax.data.buckets import Bucket
+from cogvideox_jax.data.colours import SDR
 from cogvideox_jax.data.items import Item
 from cogvideox_jax.data.video import VideoInfo, Window
 
@@ -21,6 +22,7 @@ class Clip(NamedTuple):
   source: str  # The clip's name: the item's id, or a `clip_name` if the file gives several clips.
   window: Window
   fps: float
+  transfer: str = SDR  # Of the file; see colours.py.
 
   @property
   def bucket(self) -> Bucket:
@@ -40,7 +42,10 @@ def cut_clips(
   """
   windows = buckets.cut(info, sizes, durations, fps)
   names = [item.id] if len(windows) == 1 else [clip_name(item.id, n) for n in range(len(windows))]
-  return [Clip(item, name, window, fps) for name, window in zip(names, windows, strict=True)]
+  return [
+    Clip(item, name, window, fps, info.transfer)
+    for name, window in zip(names, windows, strict=True)
+  ]
 
 
 def clip_name(file: str, number: int) -> str:

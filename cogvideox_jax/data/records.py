@@ -32,6 +32,7 @@ from etils import epath
 from jaxtyping import Float
 
 from cogvideox_jax.data import encoded_by
+from cogvideox_jax.data.colours import SDR
 from cogvideox_jax.data.dataset_index import (
   DIGESTS,
   MEND,
@@ -66,6 +67,7 @@ FEATURES: Any = tfds.features.FeaturesDict(
     "height": tfds.features.Scalar(dtype=np.int64),
     "width": tfds.features.Scalar(dtype=np.int64),
     "fps": tfds.features.Scalar(dtype=np.float32),
+    "transfer": tfds.features.Text(doc="hlg or pq if the file was HDR; else records lack it."),
   }
 )
 
@@ -109,7 +111,10 @@ def serialize(example: Example) -> bytes:
     "score": np.nan if example.score is None else example.score,
     **{name: getattr(example, name) for name in _AS_THEY_ARE},
   }
+  fields["transfer"] = example.transfer
   message = _SERIALIZER.get_tf_example(FEATURES.encode_example(fields))
+  if example.transfer == SDR:  # So that records are those of versions that did not know it.
+    del message.features.feature["transfer"]
   # TFDS's own serialization orders the fields by addresses, which differ between processes.
   return message.SerializeToString(deterministic=True)
 
@@ -128,6 +133,7 @@ def parse(record: bytes) -> Example:
     score=None if np.isnan(score) else score,
     others=tuple(others),
     image=fields["image"] if len(fields["image"]) else None,
+    transfer=SDR if fields["transfer"] is None else fields["transfer"].decode(),
   )
 
 

@@ -144,6 +144,7 @@ class Shard:
         score=clip.item.score,
         others=tuple(others),
         image=image,
+        transfer=clip.transfer,
       )
       if fault := storage_fault(example) or latent_fault(example, self._scaling_factor):
         self._refuse(clip.item, f"stage {stage}, clip {clip.source}: {fault}", [stage])
