@@ -142,7 +142,10 @@ def test_of_several_tracks_the_film_is_taken(tmp_path, film_first, suffix, other
       container, streams[other], np.zeros((count, height, width, 3), np.uint8), range(count), 24
     )
     encode(container, streams["film"], grey_steps(30), range(30), 24)
-  assert video.probe(path)[:3] == (30, 32, 48)
+  info = video.probe(path)
+  assert info[:3] == (30, 32, 48)
+  if other == "poster" or (other == "thumbnail" and suffix == ".mkv"):
+    assert info.note == f"of 2 video tracks, number {2 - film_first} is used: 48x32 pixels"
   assert len(shown(path)) == 30
 
 

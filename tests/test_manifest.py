@@ -188,3 +188,28 @@ def test_nothing_to_read_is_the_users_mistake(tmp_path):
 def test_a_single_clip_is_no_manifest():
   with pytest.raises(UserError, match="is a single clip"):
     read_manifest(CLIPS / "v1.m4v")
+
+
+def test_a_long_caption_is_cut_and_a_long_name_is_not_echoed(tmp_path):
+  (tmp_path / "a.mp4").touch()
+  lines = [
+    {"file": "a.mp4", "caption": "ab " * 10_000},
+    {"file": "b" * 100_000, "caption": "x"},
+    {"file": "a.mp4", "id": "c" * 100_000, "caption": "x"},
+  ]
+  (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  items, refusals, _ = read_manifest(tmp_path)
+  assert [item.captions for item in items] == [(("ab " * 10_000)[:4096].rstrip(),)]
+  assert [len(refusal.reason) < 200 and len(refusal.file) <= 8192 for refusal in refusals] == [
+    True,
+    True,
+  ]
+
+
+def test_a_text_beside_a_clip_may_have_a_mebibyte(tmp_path):
+  for name, size in (("a", 2**20), ("b", 2**20 + 1)):
+    (tmp_path / f"{name}.mp4").touch()
+    (tmp_path / f"{name}.txt").write_text("x" * size)
+  items, [refusal], _ = read_manifest(tmp_path)
+  assert [len(item.captions[0]) for item in items] == [4096]
+  assert refusal.file == "b.mp4" and "1048577 bytes; it may have 1048576" in refusal.reason

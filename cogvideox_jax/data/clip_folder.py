@@ -28,6 +28,7 @@ _KEPT_BESIDE = ("__macosx", "@eadir", "$recycle.bin", "lost+found")
 # One of them stands in each folder that `encode` or a training wrote.
 _WRITTEN = {"shards.json", "quarantine.jsonl", "metrics.jsonl"}
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".zip")  # Of other tools.
+TEXT_BYTES = 2**20  # Bytes of a caption's file.
 _SHOWN = 8  # The most kinds of files that a line counts.
 
 
@@ -183,7 +184,10 @@ def _pair(
   if caption is None:
     raise RefusedError(f"no caption: there is no {clip.with_suffix('.txt')}")
   try:
-    words = texts.decode(inside(str(caption), folder, allow_links).read_bytes())
+    found = inside(str(caption), folder, allow_links)
+    if (size := found.stat().length) > TEXT_BYTES:
+      raise RefusedError(f"no caption: {caption} has {size} bytes; it may have {TEXT_BYTES}")
+    words = texts.decode(found.read_bytes())
   except (OSError, UnicodeDecodeError) as error:
     raise RefusedError(f"no caption: {caption} cannot be read as UTF-8 text") from error
   file = inside(name, folder, allow_links)

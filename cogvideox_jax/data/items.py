@@ -10,6 +10,9 @@ from etils import epath
 
 from cogvideox_jax.data.places import RefusedError, inside
 
+CAPTION = 4096  # Characters. The text encoder sees 226 tokens, and a token has at most 16.
+NAME = 8192  # Characters of a file's name or an id.
+
 
 class Item(NamedTuple):
   """A file to use."""
@@ -76,7 +79,10 @@ def make_item(fields: Mapping[str, Any], folder: epath.Path, line: int, allow_li
 
 
 def text(value: Any, key: str) -> str:
-  """Returns the value as a string that is not empty and can be written to a file again."""
+  """Returns the value as a string that is not empty and can be written to a file again.
+
+  A caption is cut at CAPTION characters; a name that is longer than NAME is refused.
+  """
   if value is None:
     raise RefusedError(f"no {key}")
   if not isinstance(value, str):
@@ -86,4 +92,8 @@ def text(value: Any, key: str) -> str:
     raise RefusedError(f"no {key}")
   if "\0" in found or any("\ud800" <= letter <= "\udfff" for letter in found):
     raise RefusedError(f"{key} holds a character that is none")
+  if key == "caption":
+    return found[:CAPTION].rstrip()
+  if len(found) > NAME:
+    raise RefusedError(f"{key} has {len(found)} characters; it may have {NAME}")
   return found

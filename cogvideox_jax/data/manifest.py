@@ -12,7 +12,7 @@ from etils import epath
 
 from cogvideox_jax.data import layouts
 from cogvideox_jax.data.clip_folder import read_folder
-from cogvideox_jax.data.items import Item, Refusal, Source, make_item
+from cogvideox_jax.data.items import NAME, Item, Refusal, Source, make_item
 from cogvideox_jax.data.layouts import EXAMPLE, OtherTableError, Row
 from cogvideox_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cogvideox_jax.data.places import RefusedError
@@ -124,6 +124,6 @@ def _of_rows(
         raise RefusedError(f"the id {item.id!r} is that of line {items[item.id].line} already")
       items[item.id] = item
     except RefusedError as refused:
-      name = str(fields.get("file", "")) if fields else ""
+      name = str(fields.get("file", ""))[:NAME] if fields else ""
       refusals.append(Refusal(name, number, str(refused)))
   return Source(list(items.values()), refusals, notes)

@@ -103,6 +103,8 @@ def measure(
   faults: dict[int, str] = {}
 
   def plan(number: int, info: VideoInfo) -> list[Window]:
+    if info.note:
+      tqdm.write(f"{items[number].file}: {info.note}")
     try:
       cut = cut_clips(items[number], info, sizes, durations, fps)
       windows[number] = [clip.window for clip in cut]

@@ -137,6 +137,7 @@ class Film(NamedTuple):
   container: InputContainer
   stream: VideoStream
   cut_off: bool  # Whether the file is shorter than it says; False where the format does not say.
+  note: str  # Which of several tracks it is; empty if there is one, beside cover art.
 
 
 @contextmanager
@@ -154,13 +155,13 @@ def open_video(path: str | os.PathLike[str], limits: Limits) -> Iterator[Film]:
     with av.open(
       file, "r", options=options, metadata_errors="replace", buffer_size=2**18
     ) as container:
-      stream = _film(container.streams.video)
+      stream, note = _film(container.streams.video)
       check_size(stream.width, stream.height, limits.max_pixels)
       stream.codec_context.options = {"max_pixels": options["max_pixels"]} | (
         _STRICT if stream.codec_context.name == "hevc" else {}
       )
       stream.codec_context.thread_count = 1
-      yield Film(container, stream, cut_off)
+      yield Film(container, stream, cut_off, note)
 
 
 def _avi_is_cut_off(file: BinaryIO) -> bool:
@@ -172,8 +173,8 @@ def _avi_is_cut_off(file: BinaryIO) -> bool:
   return (kind, form) == (b"RIFF", b"AVI ") and size not in (0, 2**32 - 1) and 8 + size > end
 
 
-def _film(streams: Sequence[VideoStream]) -> VideoStream:
-  """Returns the video stream that a person would call the film.
+def _film(streams: Sequence[VideoStream]) -> tuple[VideoStream, str]:
+  """Returns the video stream that a person would call the film, and `Film.note`.
 
   Cover art comes last, then what is less than half as long as the longest; of the rest the largest
   is taken, then the longest, then the one that the file calls its default. The default does not
@@ -187,7 +188,7 @@ def _film(streams: Sequence[VideoStream]) -> VideoStream:
 
   films = [stream for stream in known if not stream.disposition & _STILLS] or known
   longest = max(map(_seconds, films))
-  return max(
+  film = max(
     (stream for stream in films if _seconds(stream) >= longest / 2),
     key=lambda stream: (
       stream.width * stream.height,
@@ -196,6 +197,8 @@ def _film(streams: Sequence[VideoStream]) -> VideoStream:
       -stream.index,
     ),
   )
+  used = f"of {len(films)} video tracks, number {films.index(film) + 1} is used"
+  return film, f"{used}: {film.width}x{film.height} pixels" if films[1:] else ""
 
 
 def _seconds(stream: VideoStream) -> float:

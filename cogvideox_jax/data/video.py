@@ -48,6 +48,7 @@ class VideoInfo(NamedTuple):
   fps: float  # The mean over the file, whose own rate may vary.
   seconds: float
   transfer: str = SDR  # What the file's light was coded with: colours.SDR, HLG or PQ.
+  note: str = ""  # A line for the user; see media.Film.
 
   def frames_at(self, fps: float) -> int:
     """Returns how many frames `read` can give at a frame rate.
@@ -178,7 +179,8 @@ def _measure(film: Film, limits: Limits) -> VideoInfo:
   if shown > 1 and shown > seconds * limits.max_fps:
     raise VideoError(f"more than {limits.max_fps:g} frames a second")
   width, height = size
-  return VideoInfo(shown, height, width, shown / seconds if seconds else 0.0, seconds, transfer)
+  fps = shown / seconds if seconds else 0.0
+  return VideoInfo(shown, height, width, fps, seconds, transfer, film.note)
 
 
 def _promised(film: Film) -> int:
@@ -326,7 +328,7 @@ def _seek(film: Film, seconds: float) -> Iterator[tuple[float | None, av.VideoFr
 
 def _frames(film: Film) -> Iterator[tuple[float | None, av.VideoFrame]]:
   """Yields each frame, in the order in which they are shown, and the second at which it is."""
-  container, stream, _ = film
+  container, stream, *_ = film
   if not _lacks_times(film):
     yield from ((frame.time, frame) for frame in container.decode(stream))
     return

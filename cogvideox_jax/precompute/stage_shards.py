@@ -161,6 +161,8 @@ class Shard:
 
     Runs in a decoder's thread, before the file's clips come.
     """
+    if info.note:
+      tqdm.write(f"{item.name}: {info.note}")
     wanted: list[StageClip] = []
     for stage in self._stages:
       try:
