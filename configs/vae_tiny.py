@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
   config.data.limits.max_pixels = 36_000_000
   config.data.limits.max_picture_pixels = 256_000_000
   config.data.limits.max_frames = 0
-  config.data.limits.max_seconds = 0.0
+  config.data.limits.max_seconds = 86_400.0
   config.data.limits.max_bytes = 0
   config.data.limits.max_fps = 1000.0
 

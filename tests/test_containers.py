@@ -162,3 +162,12 @@ def test_slow_motion_of_240_frames_a_second_passes(tmp_path):
   assert info.fps == pytest.approx(240.024, abs=0.01)
   read = video.read(tmp_path / "a.mp4", fps=30.0, num_frames=6, height=32, width=48)
   assert indices(read) == [0, 8, 16, 24, 32, 40]
+
+
+@pytest.mark.parametrize(
+  ("seconds", "reason"), [(100_000, "a video may have 86400"), (3600, "9 frames in 3600 seconds")]
+)
+def test_a_frame_that_is_shown_for_hours_gives_no_thousand_clips(tmp_path, seconds, reason):
+  write(tmp_path / "a.mkv", grey_steps(9), [*range(8), 24 * seconds], crf="20")
+  with pytest.raises(video.VideoError, match=reason):
+    video.probe(tmp_path / "a.mkv")

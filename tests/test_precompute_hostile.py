@@ -216,6 +216,7 @@ def test_a_job_keeps_what_it_can_and_says_why_not_of_the_rest(folder, tmp_path):
   config = tiny.get_config()
   config.model.text_length = 32
   config.stages.tiny.update(sizes=((16, 16), (16, 24)), durations=(1, 9))
+  config.data.limits.update(max_frames=20_000, max_seconds=600.0)
   model = make_encoders(tmp_path / "model")
   counts = encode_clips.encode(typed(config), folder, tmp_path / "out", model, workers=2)
   dataset = Dataset(tmp_path / "out" / "tiny")

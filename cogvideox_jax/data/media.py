@@ -76,7 +76,7 @@ class Limits:
     default=0, metadata=key(f"Frames of a file. {_NO_LIMIT}", allowed=AT_LEAST_ZERO)
   )
   max_seconds: float = field(
-    default=0.0, metadata=key(f"Seconds of a file. {_NO_LIMIT}", allowed=AT_LEAST_ZERO)
+    default=86_400.0, metadata=key(f"Seconds of a file. {_NO_LIMIT}", allowed=AT_LEAST_ZERO)
   )
   max_bytes: int = field(
     default=0, metadata=key(f"Bytes of a file. {_NO_LIMIT}", allowed=AT_LEAST_ZERO)

@@ -31,6 +31,9 @@ from cogvideox_jax.data.upright import Picture, fit, screen_of, shown_size, upri
 _SLACK = 1e-3  # Seconds: Matroska rounds its timestamps to milliseconds.
 _TAIL = 0.1  # Seconds by which a file's packets may last longer than its frames.
 _SKIP = 2.0  # Seconds before the first wanted frame from which on the decoder skips to a keyframe.
+# A file of more than _LONG seconds, whose frames are shown for more than _STILL each on average,
+# would give many clips of one picture.
+_LONG, _STILL = 600.0, 10.0
 _SMALL = [(16, 16)]  # The size to which a picture is decoded that is only measured.
 
 _Frame = TypeVar("_Frame")
@@ -176,6 +179,8 @@ def _measure(film: Film, limits: Limits) -> VideoInfo:
     raise VideoError(f"cut short: {packets} of {promised} frames")
   seconds = (end - start) * float(stream.time_base or 0)
   _check_seconds(seconds, limits)
+  if seconds > _LONG and shown * _STILL < seconds:
+    raise VideoError(f"shows {shown} frames in {seconds:.0f} seconds: it stands still")
   if shown > 1 and shown > seconds * limits.max_fps:
     raise VideoError(f"more than {limits.max_fps:g} frames a second")
   width, height = size
