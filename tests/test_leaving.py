@@ -13,7 +13,9 @@ from cogvideox_jax import devices, hosts, interrupts
 from cogvideox_jax.errors import PREEMPTED, UserError
 
 EARLY = """
+import signal
 from cogvideox_jax import interrupts
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may run under nohup.
 interrupts.GRACE = 0.2
 interrupts.leave_on_signals()
 print(flush=True)
@@ -32,7 +34,10 @@ def test_a_signal_before_there_is_anything_to_save_leaves_with_83(number, work):
   with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
     assert process.stdout and process.stdout.readline()
     process.send_signal(number)
-    assert process.wait(30) == PREEMPTED
+    try:
+      assert process.wait(30) == PREEMPTED
+    finally:
+      process.kill()
     assert process.stderr and not process.stderr.read()
 
 
