@@ -1,6 +1,5 @@
 """Dolby Vision is told by its configuration record, which FFmpeg's muxers do not write."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +45,11 @@ def test_profile_5_is_refused_by_name_and_others_pass(tmp_path):
         use(path)
 
 
-def test_matroska_maps_the_record_to_additional_blocks():
+def test_matroska_maps_the_record_to_additional_blocks(tmp_path):
   mapping = b"\x41\xe7\x84dvcC\x41\xed\x98" + record(5)
-  file = io.BytesIO(b"\x1a\x45\xdf\xa3" + bytes(100) + mapping)
-  assert dolby_vision.profile(file) == 5 and file.tell() == 0
+  (tmp_path / "a.mkv").write_bytes(b"\x1a\x45\xdf\xa3" + bytes(100) + mapping)
+  with (tmp_path / "a.mkv").open("rb") as file:
+    assert dolby_vision.profile(file) == 5 and file.tell() == 0
 
 
 def test_damaged_boxes_are_left_to_ffmpeg(tmp_path):
@@ -61,4 +61,6 @@ def test_damaged_boxes_are_left_to_ffmpeg(tmp_path):
     data = bytearray(sound)
     for place in rng.integers(0, len(sound), 20):
       data[place] = rng.integers(256)
-    assert dolby_vision.profile(io.BytesIO(data[: rng.integers(len(data))])) in (None, *range(128))
+    (tmp_path / "damaged.mp4").write_bytes(data[: rng.integers(len(data))])
+    with (tmp_path / "damaged.mp4").open("rb") as file:
+      assert dolby_vision.profile(file) in (None, *range(128))

@@ -41,6 +41,15 @@ def test_a_signal_before_there_is_anything_to_save_leaves_with_83(number, work):
     assert process.stderr and not process.stderr.read()
 
 
+@pytest.fixture
+def heard():
+  """The terminal's end is heard, which it is not if the tests run under nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", interrupts.STOPS)
 def test_both_signals_ask_a_job_to_save_and_an_ignored_one_stays_ignored(number):
   with interrupts.Interrupts() as asked:

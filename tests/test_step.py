@@ -82,9 +82,9 @@ def run():
   [
     ("fsdp", {"data": 4, "fsdp": 2}, 1),
     ("fsdp", {"data": 2, "context": 2}, 4),
-    ("fsdp", {"fsdp": 2, "context": 4}, 2),
+    pytest.param("fsdp", {"fsdp": 2, "context": 4}, 2, marks=pytest.mark.slow),
     ("fsdp_tensor", {"data": 2, "fsdp": 2, "tensor": 2}, 2),
-    ("fsdp_tensor", {"context": 2, "tensor": 2}, 1),
+    pytest.param("fsdp_tensor", {"context": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
   ],
 )
 def test_a_sharded_step_in_any_number_of_microbatches_equals_that_of_one_device(
@@ -187,7 +187,9 @@ def loss_and_gradients(config):
   return jax.jit(jax.value_and_grad(loss_of))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "5b")) for kind in KINDS]
+)
 def test_clips_packed_in_one_row_train_as_each_alone(kind):
   config = dataclasses.replace(DIT_CONFIG, **KINDS[kind])
   params, run = draw(DiT, config)[1], loss_and_gradients(config)

@@ -59,7 +59,11 @@ def alone(inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  "mesh", [{}, {"mesh__data": 1, "mesh__context": 2}], ids=["rows", "tokens"]
+  "mesh",
+  [
+    pytest.param({}, id="rows"),
+    pytest.param({"mesh__data": 1, "mesh__context": 2}, id="tokens", marks=pytest.mark.slow),
+  ],
 )
 def test_two_processes_train_as_one_stop_together_and_one_goes_on(inputs, alone, tmp_path, mesh):
   workdir = tmp_path / "run"

@@ -81,6 +81,7 @@ def train_and_stop(config, workdir, at):
     assert vae_run.train(config, workdir) == 83
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_bits_and_refuses_other_configs_and_clips(tmp_path):
   config = make_config()
   assert vae_run.train(config, epath.Path(tmp_path / "whole")) == 0
