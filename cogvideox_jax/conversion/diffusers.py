@@ -32,7 +32,7 @@ CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MAX_SHARD_BYTES = 5_000_000_000
-VARIANTS = ("", ".fp16", ".bf16", ".fp32")  # Of weight files, in the order of preference.
+VARIANTS = ("", ".fp16", ".bf16", ".fp32")  # Endings of weight files, in the order of preference.
 
 
 def open_weights(component: Component, folder: epath.PathLike, config: Any) -> Params:

@@ -23,7 +23,8 @@ from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.sharding import path_name
 
 TEXT_LENGTH = 226  # diffusers' default of max_sequence_length.
-_TOLERANCE = 1e-4  # Of positions, which are at most some hundred; rounding is far below it.
+# Positions that differ less are the same: they are at most some hundred, and rounding is far below.
+_TOLERANCE = 1e-4
 
 
 class SampleSize(NamedTuple):

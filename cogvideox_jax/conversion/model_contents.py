@@ -89,7 +89,7 @@ class _Cast(Lazy):
   """A parameter in another dtype."""
 
   def __init__(self, base: Any, dtype: np.dtype, name: str):
-    self._name = name  # Of the parameter, for errors.
+    self._name = name  # The parameter's name, for errors.
     self.shape, self.dtype = base.shape, dtype
     self.layers = base.layers if isinstance(base, Lazy) else (...,)
     self._base = base

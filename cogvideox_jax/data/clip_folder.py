@@ -27,7 +27,8 @@ from cogvideox_jax.errors import UserError
 _KEPT_BESIDE = ("__macosx", "@eadir", "$recycle.bin", "lost+found")
 # One of them stands in each folder that `encode` or a training wrote.
 _WRITTEN = {"shards.json", "quarantine.jsonl", "metrics.jsonl"}
-_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".zip")  # Of other tools.
+# Tables and archives of other tools.
+_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".zip")
 TEXT_BYTES = 2**20  # Bytes of a caption's file.
 _SHOWN = 8  # The most kinds of files that a line counts.
 

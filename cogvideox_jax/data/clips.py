@@ -22,7 +22,7 @@ class Clip(NamedTuple):
   source: str  # The clip's name: the item's id, or a `clip_name` if the file gives several clips.
   window: Window
   fps: float
-  transfer: str = SDR  # Of the file; see colours.py.
+  transfer: str = SDR  # That of the file; see colours.py.
 
   @property
   def bucket(self) -> Bucket:

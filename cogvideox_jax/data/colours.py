@@ -26,7 +26,7 @@ BACKGROUND = (255, 255, 255)
 
 SDR, HLG, PQ = "sdr", "hlg", "pq"  # The transfers that are told apart.
 WHITE, PEAK = 203.0, 1000.0  # cd/m².
-KNEE = 0.95  # Of the sRGB signal.
+KNEE = 0.95  # A fraction of the sRGB signal.
 
 DOLBY_VISION_5 = (
   "Dolby Vision profile 5, whose colours only Dolby's decoders know; convert it to SDR or HDR10"

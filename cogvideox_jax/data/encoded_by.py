@@ -26,10 +26,10 @@ class EncodedBy(NamedTuple):
   vae: str | None
   text_encoder: str | None
   tokenizer: str | None
-  scaling_factor: float  # Of the VAE. Latents are stored without it.
+  scaling_factor: float  # The VAE's. Latents are stored without it.
   text_drop: str  # config.text.drop.
   fps: float  # Frames a second.
-  version: str | None  # Of the package; None: an earlier one, which did not write this file.
+  version: str | None  # The package's version; None: an earlier one, which did not write this file.
 
   @property
   def networks(self) -> tuple[str | None, ...]:

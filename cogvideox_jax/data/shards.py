@@ -159,7 +159,7 @@ class ShardWriter:
         self._write_tfds_metadata(lengths, sum(note["bytes"] for note in notes))
       write_arrays(self.directory / INDEX, columns(notes, lengths, clips))
       self._write_digests(notes)
-      for shard in range(self.num_shards):  # Of runs that were killed.
+      for shard in range(self.num_shards):  # Left by runs that were killed.
         remove_drafts(self._path(shard))
         remove_drafts(self._note_path(shard))
     return self.counts()

@@ -36,7 +36,7 @@ class Objective(NamedTuple):
   schedule: NoiseSchedule
   latents: LatentConfig
   explicit_uniform: bool  # Spread the timesteps evenly over the batch, or draw each by itself.
-  weighting: str  # Of WEIGHTINGS.
+  weighting: str  # One of WEIGHTINGS.
 
   def with_all_images(self) -> "Objective":
     """The same objective, but no image is dropped: for validation."""
