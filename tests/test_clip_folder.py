@@ -1,5 +1,7 @@
 """Folders as people have them: what is a clip, what is passed over, and where files may be."""
 
+import json
+
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
@@ -154,7 +156,7 @@ def test_an_absolute_path_inside_says_what_to_write(tmp_path):
   link.symlink_to(folder)
   for start in (folder, link):
     (folder / "manifest.jsonl").write_text(
-      '{"file": "%s/sub/a.mp4", "caption": "x"}\n' % start  # noqa: UP031
+      json.dumps({"file": f"{start}/sub/a.mp4", "caption": "x"}) + "\n"
     )
     for given in (folder, link):
       (refusal,) = read_manifest(given).refusals
