@@ -63,6 +63,7 @@ BATCH_AXES: dict[str, tuple[str, ...]] = {
 _FSDP: Rules = {
   "rows": ("data", "fsdp"),
   "tokens": ("context",),
+  "frames": ("context",),  # Of the VAE's clips, in time.
   "embed": ("fsdp", "context"),
   "time": ("fsdp", "context"),
 }

@@ -15,7 +15,7 @@ LAYERS = (
   ("errors", "types", "config_keys", "version"),
   ("sharding", "hosts", "interrupts", "devices", "paths", "streams", "xla"),
   ("sharded_attention", "data", "models", "diffusion"),
-  ("conversion",),
+  ("conversion", "sharded_vae"),
   ("config",),
   ("frozen_networks", "exclusive"),
   ("precompute", "inference", "evaluation"),

@@ -55,7 +55,7 @@ class Encoder(nnx.Module):
     x = self.conv_in(x, carry)
     for level in (*self.down, self.mid):
       x = level(x, None, carry)
-    return self.conv_out(nnx.silu(self.norm_out(x)), carry)
+    return self.conv_out(nnx.silu(self.norm_out(x, None, carry)), carry)
 
 
 class Decoder(nnx.Module):
@@ -79,7 +79,7 @@ class Decoder(nnx.Module):
     x = self.conv_in(z, carry)
     for level in (self.mid, *self.up):
       x = level(x, z, carry)
-    return self.conv_out(nnx.silu(self.norm_out(x, z)), carry)
+    return self.conv_out(nnx.silu(self.norm_out(x, z, carry)), carry)
 
 
 class VAE(nnx.Module):
@@ -162,6 +162,13 @@ def encode(
   """
   run = partial(_by_chunks, encode_chunk, vae, PLANS[plan].encode(frames.shape[1]))
   moments = run(frames) if tiling is None else tiling.encode(run, frames)
+  return mean_and_logvar(moments)
+
+
+def mean_and_logvar(
+  moments: Float[Array, "b f h w z2"],
+) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
+  """Splits what the encoder gives into the means and the log-variances, which it bounds."""
   mean, logvar = jnp.split(moments, 2, axis=-1)
   return mean, jnp.clip(logvar, MIN_LOGVAR, MAX_LOGVAR)
 

@@ -1,0 +1,160 @@
+"""Clips whose frames devices share: the numbers and gradients of one device, and what is sent."""
+
+import dataclasses
+import math
+import re
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drawn import VAE_CONFIG, draw
+from flax import nnx
+from jaxtyping import Array
+
+from cogvideox_jax import sharding
+from cogvideox_jax.aot import hlo
+from cogvideox_jax.errors import UserError
+from cogvideox_jax.models import vae
+from cogvideox_jax.models.graphs import graph_of
+from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.sharded_vae import share_clips
+
+# As few layers as compile soon, of every kind.
+SMALL = dataclasses.replace(
+  VAE_CONFIG, channels=(4, 4), latent_channels=2, resnets=0, temporal_compression=2
+)
+RULES = sharding.rules_named("fsdp")
+CLIPS, COUNT, SIDE = 2, 17, 8
+
+
+def mesh_of(data: int, context: int):
+  sizes = {"data": data, "fsdp": 1, "context": context, "tensor": 1}
+  return sharding.make_mesh(sizes, jax.devices()[: data * context])
+
+
+class Outcome(NamedTuple):
+  mean: Array
+  restored: Array
+  loss: Array
+  grads: Any  # Of the parameters, and of the frames.
+  text: str  # The compiled program.
+
+
+def outcome(config, count, plan, data, context) -> Outcome:
+  """Reconstructs the same clips with the same weights on a mesh; not all frames count the same."""
+  graph, params = graph_of(VAE, config), draw(VAE, config)[1]
+  frames = jax.random.normal(jax.random.key(0), (CLIPS, count, SIDE, SIDE, 3))
+  noise = jax.random.normal(jax.random.key(1), (CLIPS, -(-count // config.temporal_compression), 1))
+  mesh = mesh_of(data, context)
+  clips = share_clips(mesh, RULES, config.temporal_compression, count, plan=plan)
+
+  def loss_of(params, frames, noise):
+    model = nnx.merge(graph, params)
+    frames = clips.spread(frames)
+    mean, logvar = clips.encode(model, frames)
+    noise = jnp.broadcast_to(clips.spread_latents(noise), mean.shape)
+    restored = clips.decode(model, vae.sample_posterior(mean, logvar, noise))
+    loss = clips.mean(jnp.square(restored - frames)) + clips.mean_of_latents(logvar**2)
+    return loss, (mean, restored)
+
+  noise = noise[..., None, None]
+  rows = sharding.row_sharding(mesh, RULES, CLIPS)
+  given = jax.device_put((params, frames, noise), (sharding.replicated(mesh), rows, rows))
+  program = jax.jit(jax.value_and_grad(loss_of, (0, 1), has_aux=True)).lower(*given).compile()
+  (loss, (mean, restored)), grads = jax.block_until_ready(program(*given))
+  return Outcome(
+    clips.whole_latents(mean), clips.whole(restored), loss, grads, program.as_text() or ""
+  )
+
+
+def check_same(shared: Outcome, alone: Outcome) -> None:
+  compare = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  jax.tree.map(compare, jax.device_get(shared[:-1]), jax.device_get(alone[:-1]))
+
+
+@pytest.fixture(scope="module")
+def alone():
+  return outcome(SMALL, COUNT, "diffusers", 1, 1)
+
+
+@pytest.fixture(scope="module")
+def shared():
+  """On four devices a clip: three have latent frames, and the second has some of two chunks."""
+  return outcome(SMALL, COUNT, "diffusers", 2, 4)
+
+
+def test_frames_and_gradients_are_those_of_one_device_where_lengths_and_chunks_are_uneven(
+  shared, alone
+):
+  assert alone.restored.shape[1] == COUNT
+  assert all((np.abs(leaf).max() > 1e-4) for leaf in jax.tree.leaves(alone.grads))
+  check_same(shared, alone)
+
+
+def test_the_plan_of_chunks_is_part_of_the_numbers(alone):
+  graph, params = graph_of(VAE, SMALL), draw(VAE, SMALL)[1]
+  frames = jax.random.normal(jax.random.key(0), (CLIPS, COUNT, SIDE, SIDE, 3))
+
+  def mean_on(context):
+    clips = share_clips(mesh_of(1, context), RULES, 2, COUNT, plan="sat")
+
+    @jax.jit
+    def mean(params, frames):
+      return clips.encode(nnx.merge(graph, params), clips.spread(frames))[0]
+
+    return np.asarray(clips.whole_latents(jax.block_until_ready(mean(params, frames))))
+
+  found = mean_on(2)
+  np.testing.assert_allclose(found, mean_on(1), rtol=1e-5, atol=1e-5)
+  assert np.abs(found - np.asarray(alone.mean)).max() > 1e-3
+
+
+def arrays_sent(text: str) -> dict[str, list[int]]:
+  """Bytes of each array that a collective of the program gives, by kind of the collective."""
+  kinds, found = "|".join(hlo.COLLECTIVES), {}
+  for line in text.splitlines():
+    if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+      for sizes in re.findall(r"f32\[([\d,]*)\]", match[1]):
+        numbers = math.prod(int(size) for size in sizes.split(",") if size)
+        found.setdefault(match[2], []).append(4 * numbers)
+  return found
+
+
+def test_no_activation_is_gathered_and_only_two_frames_of_it_are_sent(shared):
+  sent = arrays_sent(shared.text)
+  assert sent.keys() == {"collective-permute", "all-reduce"}
+  two_frames = 4 * 2 * SIDE * SIDE * 4  # Of 4 channels, in float32.
+  assert max(sent["collective-permute"]) == two_frames
+  # The largest sums are the gradients of kernels, and of the frames that all devices hold.
+  kernel, clip = 4 * 27 * 4 * 4, 4 * COUNT * SIDE * SIDE * 3
+  assert {size for size in sent["all-reduce"] if size > kernel} <= {clip}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("count", "context", "plan"),
+  [
+    (161, 2, "diffusers"),
+    (161, 4, "sat"),
+    (161, 8, "diffusers"),
+    (161, 8, "sat"),
+    (17, 4, "diffusers"),
+    (17, 8, "sat"),
+    (1, 2, "diffusers"),
+  ],
+)
+def test_clips_of_the_published_stages_are_exact(count, context, plan):
+  check_same(outcome(VAE_CONFIG, count, plan, 1, context), outcome(VAE_CONFIG, count, plan, 1, 1))
+
+
+@pytest.mark.parametrize(
+  ("count", "plan", "what"),
+  [(16, "diffusers", "16 frames"), (13, "diffusers", "4 latent frames"), (137, "sat", "35 latent")],
+)
+def test_chunks_that_devices_cannot_share_are_refused(count, plan, what):
+  with pytest.raises(UserError, match=rf"^{what}.* 2 devices"):
+    share_clips(mesh_of(1, 2), RULES, 4, count, plan=plan)
+  assert share_clips(mesh_of(2, 1), RULES, 4, 16).encoding.ranks == 1
