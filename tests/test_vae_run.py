@@ -17,7 +17,7 @@ from typed_config import typed
 from cogvideox_jax import sharding
 from cogvideox_jax.config.schema import VAETrainConfig
 from cogvideox_jax.conversion import diffusers
-from cogvideox_jax.data import measured_clips, video
+from cogvideox_jax.data import buckets, measured_clips, video
 from cogvideox_jax.data.clip_batches import ClipBatches
 from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.mp4 import write_mp4
@@ -25,6 +25,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training import checkpoint, metrics, vae_run
 from cogvideox_jax.training import state as states
 from cogvideox_jax.training.vae_export import measure_scaling_factor
@@ -201,6 +202,43 @@ def test_clips_that_the_vae_cannot_take_are_refused_at_once(tmp_path, key, value
   with pytest.raises(UserError, match=word):
     vae_run.train(config, epath.Path(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("compression", "channels", "durations", "near"),
+  [
+    (4, (8, 8, 8), (1, 5), "5 frames gives 2 .* to 8 frames.*\nUse 1 or 9"),
+    (4, (8, 8, 8), (17, 13), "13 frames gives 4 .* to 16 frames.*\nUse 9 or 17"),
+    (8, (8, 8, 8, 8), (25,), "25 frames gives 4 .* to 32 frames.*\nUse 17 or 33"),
+    (8, (8, 8, 8, 8), (9,), "9 frames gives 2 .* to 16 frames.*\nUse 1 or 17"),
+  ],
+)
+def test_durations_that_would_be_decoded_to_more_frames_are_refused_with_the_nearest(
+  tmp_path, compression, channels, durations, near
+):
+  config = make_config(
+    model__channels=channels,
+    model__temporal_compression=compression,
+    data__durations=durations,
+  )
+  with pytest.raises(UserError, match=near):
+    vae_run.train(config, epath.Path(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("compression", [2, 4, 8])
+def test_durations_are_good_where_the_vae_gives_back_as_many_frames(compression):
+  config = VAEConfig(3, (2,) * 4, 2, 0, 1, compression)
+  model = nnx.merge(graph_of(VAE, config), draw(VAE, config)[1])
+  for frames in (5, 9, 17, 25):
+    video = jax.ShapeDtypeStruct((1, frames, 8, 8, 3), jnp.float32)
+    restored = jax.eval_shape(lambda x: vae.decode(model, vae.encode(model, x)[0]), video)
+    try:
+      buckets.check_restored((frames,), compression)
+    except UserError:
+      assert restored.shape[1] != frames
+    else:
+      assert restored.shape[1] == frames
 
 
 def test_a_folder_without_usable_clips_is_refused(tmp_path):

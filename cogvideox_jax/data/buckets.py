@@ -48,6 +48,27 @@ def check(sizes: Sequence[tuple[int, int]], durations: Sequence[int], *, multipl
       )
 
 
+def check_restored(durations: Sequence[int], compression: int) -> None:
+  """Raises UserError if the VAE would decode a clip to more frames than it has.
+
+  It does from an even number of latent frames, as diffusers does: then no frame stands alone.
+
+  Args:
+    durations: pixel frames, each 4k+1.
+    compression: the VAE's in time.
+  """
+  step = math.lcm(4, 2 * compression)
+  for num_frames in durations:
+    latents = -(-(num_frames - 1) // compression) + 1
+    if num_frames > 1 and (num_frames - 1) % step:
+      below = (num_frames - 1) // step * step + 1
+      raise UserError(
+        f"a duration of {num_frames} frames gives {latents} latent frames, which the VAE decodes "
+        f"to {compression * latents} frames, not {num_frames}.\n"
+        f"Use {below} or {below + step} frames, so that latent frames are odd in number."
+      )
+
+
 def assign(
   info: VideoInfo, sizes: Sequence[tuple[int, int]], durations: Sequence[int], fps: float
 ) -> Bucket:

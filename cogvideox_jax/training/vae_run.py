@@ -62,6 +62,7 @@ def train(config: VAETrainConfig, workdir: epath.Path) -> int:
   check_values(config)
   multiple = config.model.spatial_compression
   buckets.check(config.data.sizes, config.data.durations, multiple_of=multiple)
+  buckets.check_restored(config.data.durations, config.model.temporal_compression)
   # Raises if the warm-up is not shorter than the training.
   optimizer.learning_rate(config.optimizer, config.train.steps)
   with exclusive(workdir) as check_lock:
