@@ -1,6 +1,7 @@
 """Every test runs on eight fake CPU devices. Set before anything imports jax.
 
-All processes of a run, workers of xdist and commands alike, share one cache of compiled programs.
+All processes of a run, workers of xdist and commands alike, share one cache of compiled programs,
+and one of the weights that metrics use.
 """
 
 import atexit
@@ -31,6 +32,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   atexit.register(COMPILED.cleanup)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+
+if "COGVIDEOX_JAX_CACHE" not in os.environ:
+  CONVERTED = tempfile.TemporaryDirectory(prefix="converted_", ignore_cleanup_errors=True)
+  atexit.register(CONVERTED.cleanup)
+  os.environ["COGVIDEOX_JAX_CACHE"] = CONVERTED.name
 
 
 @pytest.fixture
