@@ -64,6 +64,7 @@ _FSDP: Rules = {
   "rows": ("data", "fsdp"),
   "tokens": ("context",),
   "frames": ("context",),  # Of the VAE's clips, in time.
+  "lines": ("tensor",),  # Of the VAE's clips: rows of pixels.
   "embed": ("fsdp", "context"),
   "time": ("fsdp", "context"),
 }
@@ -149,6 +150,27 @@ def mesh_of_rows(rows: int, devices: Sequence[Any]) -> Mesh:
   shape = [{"data": data, "context": len(devices) // data}.get(axis, 1) for axis in MESH_AXES]
   types = (AxisType.Auto,) * len(MESH_AXES)
   return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=types)
+
+
+def mesh_of_lines(lines: int, devices: Sequence[Any]) -> Mesh:
+  """Returns a mesh over the devices, in their order, for clips of so many lines of latents.
+
+  `tensor` is the greatest common divisor of lines and devices, which share a clip; `data` takes
+  the devices that are left, each group with clips of its own.
+  """
+  tensor = math.gcd(lines, len(devices))
+  shape = [{"data": len(devices) // tensor, "tensor": tensor}.get(axis, 1) for axis in MESH_AXES]
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=types)
+
+
+def clip_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
+  """Returns the sharding of clips [b, F, H, W, c], or of their latents, by clips and by height.
+
+  The VAE's programs compute with clips so placed as they are: a convolution fetches the lines
+  beside its own from other devices, and a norm sums over them.
+  """
+  return NamedSharding(mesh, PartitionSpec(rules["rows"], None, rules["lines"]))
 
 
 def local_mesh() -> Mesh:

@@ -38,15 +38,19 @@ MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 class Encoder(nnx.Module):
   """Turns a chunk of frames into the means and log-variances of its latents."""
 
-  def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: VAEConfig, *, remat: bool = False, rngs: nnx.Rngs):
     channels = config.channels
     self.conv_in = CausalConv(config.in_channels, channels[0], rngs=rngs)
     self.down = nnx.List([])
     for i, (width, out) in enumerate(zip((channels[0], *channels), channels, strict=False)):
       last = i == len(channels) - 1
       down = None if last else Downsample(out, i < config.temporal_levels, rngs=rngs)
-      self.down.append(Level(width, out, config.resnets, EncoderNorm, down, config, rngs=rngs))
-    self.mid = Level(channels[-1], channels[-1], 2, EncoderNorm, None, config, rngs=rngs)
+      self.down.append(
+        Level(width, out, config.resnets, EncoderNorm, down, config, remat=remat, rngs=rngs)
+      )
+    self.mid = Level(
+      channels[-1], channels[-1], 2, EncoderNorm, None, config, remat=remat, rngs=rngs
+    )
     self.norm_out = EncoderNorm(channels[-1], config, rngs=rngs)
     self.conv_out = CausalConv(channels[-1], 2 * config.latent_channels, rngs=rngs)
 
@@ -61,16 +65,16 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
   """Turns a chunk of latents into frames."""
 
-  def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: VAEConfig, *, remat: bool = False, rngs: nnx.Rngs):
     channels = config.channels[::-1]
     count = config.resnets + 1
     self.conv_in = CausalConv(config.latent_channels, channels[0], rngs=rngs)
-    self.mid = Level(channels[0], channels[0], 2, DecoderNorm, None, config, rngs=rngs)
+    self.mid = Level(channels[0], channels[0], 2, DecoderNorm, None, config, remat=remat, rngs=rngs)
     self.up = nnx.List([])
     for i, (width, out) in enumerate(zip((channels[0], *channels), channels, strict=False)):
       last = i == len(channels) - 1
       up = None if last else Upsample(out, i < config.temporal_levels, rngs=rngs)
-      self.up.append(Level(width, out, count, DecoderNorm, up, config, rngs=rngs))
+      self.up.append(Level(width, out, count, DecoderNorm, up, config, remat=remat, rngs=rngs))
     self.norm_out = DecoderNorm(channels[-1], config, rngs=rngs)
     self.conv_out = CausalConv(channels[-1], config.in_channels, rngs=rngs)
 
@@ -83,11 +87,15 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-  """The encoder and the decoder. Call `encode` and `decode` below, which cut videos into chunks."""
+  """The encoder and the decoder. Call `encode` and `decode` below, which cut videos into chunks.
 
-  def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-    self.encoder = Encoder(config, rngs=rngs)
-    self.decoder = Decoder(config, rngs=rngs)
+  remat: whether a backward pass computes again what is inside each ResNet block. It saves most of
+    the memory of a training step.
+  """
+
+  def __init__(self, config: VAEConfig, *, remat: bool = False, rngs: nnx.Rngs):
+    self.encoder = Encoder(config, remat=remat, rngs=rngs)
+    self.decoder = Decoder(config, remat=remat, rngs=rngs)
 
 
 class Plan(NamedTuple):

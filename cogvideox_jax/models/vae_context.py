@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.vae import PLANS
-from cogvideox_jax.models.vae_layers import Carry
+from cogvideox_jax.models.vae_layers import Carry, Frames
 
 
 class Split(NamedTuple):
@@ -127,6 +127,10 @@ class RankCarry(Carry):
       sent = jax.lax.ppermute(last, axes, [(rank, rank + 1) for rank in range(ranks - 1)])
       before = jnp.where(self._rank == 0, first, sent)
     return jnp.concatenate([before, x], axis=1)
+
+  def _branch(self, frames: Frames | None) -> "RankCarry":
+    """Returns another carry of the same rank; `frames` is None, because none are kept."""
+    return RankCarry(self._split)
 
   def mean(self, x: Float[Array, "b f h w groups c"]) -> Float[Array, "b f 1 1 groups 1"]:
     """Averages each group over its chunk, whose frames may be on several ranks."""

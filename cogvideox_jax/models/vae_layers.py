@@ -7,6 +7,7 @@ share.
 """
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,28 @@ class Carry:
   def alone(self, frames: int) -> int:
     """How many first frames of so many, 0 or 1, are not resampled in time."""
     return frames % 2
+
+  def recompute(self, block: "ResnetBlock", x: Array, z: Array | None) -> Array:
+    """Returns block(x, z, self), of which the backward pass keeps x alone and computes the rest."""
+    graphdef, params = nnx.split(block)
+    before = self._take(block.CONVOLUTIONS)
+
+    @jax.checkpoint
+    def run(params: Any, x: Array, z: Array | None, before: Any) -> tuple[Array, Any]:
+      carry = self._branch(before)
+      return nnx.merge(graphdef, params)(x, z, carry), carry.kept
+
+    y, kept = run(params, x, z, before)
+    self._kept.extend(kept)
+    return y
+
+  def _take(self, count: int) -> Frames | None:
+    """Takes the entries of the next `count` convolutions."""
+    return None if self._frames is None else tuple(itertools.islice(self._frames, count))
+
+  def _branch(self, frames: Frames | None) -> "Carry":
+    """Returns a carry for the convolutions that have these entries."""
+    return Carry(frames)
 
   @property
   def kept(self) -> Frames:
@@ -140,6 +163,8 @@ def _repeat(x: Array, size: int, axis: int) -> Array:
 class ResnetBlock(nnx.Module):
   """Two convolutions, each after a norm, beside a shortcut (diffusers `CogVideoXResnetBlock3D`)."""
 
+  CONVOLUTIONS = 2  # That take an entry of a carry.
+
   def __init__(self, channels: int, out_channels: int, norm, config: VAEConfig, *, rngs: nnx.Rngs):
     self.norm1 = norm(channels, config, rngs=rngs)
     self.conv1 = CausalConv(channels, out_channels, rngs=rngs)
@@ -188,18 +213,29 @@ class Upsample(nnx.Module):
 
 
 class Level(nnx.Module):
-  """The residual blocks of one resolution, then `resample`, if any, to the next resolution."""
+  """The residual blocks of one resolution, then `resample`, if any, to the next resolution.
 
-  def __init__(self, channels: int, out_channels: int, count: int, norm, resample, config, *, rngs):
+  remat: whether the backward pass computes again what is inside a block and inside `resample`.
+  """
+
+  def __init__(
+    self, channels: int, out_channels: int, count: int, norm, resample, config, *, remat, rngs
+  ):
     widths = [channels] + [out_channels] * count
     self.resnets = nnx.List(
       [ResnetBlock(*pair, norm, config, rngs=rngs) for pair in itertools.pairwise(widths)]
     )
     self.resample = resample
+    self.remat = remat
 
   def __call__(
     self, x: Float[Array, "b f h w c"], z: Float[Array, "b f2 h2 w2 z"] | None, carry: Carry
   ) -> Float[Array, "b f3 h3 w3 o"]:
     for resnet in self.resnets:
-      x = resnet(x, z, carry)
-    return x if self.resample is None else self.resample(x, carry)
+      x = carry.recompute(resnet, x, z) if self.remat else resnet(x, z, carry)
+    if self.resample is None:
+      return x
+    if not self.remat:
+      return self.resample(x, carry)
+    graphdef, params = nnx.split(self.resample)
+    return jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)(x, carry))(params, x)
