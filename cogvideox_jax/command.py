@@ -31,7 +31,7 @@ _Schema = TypeVar("_Schema")
 # What the schemas of configs are for.
 _TAKERS = {
   TrainConfig: ("the transformer's training", "train, encode, inspect, compile and demo", "tiny"),
-  VAETrainConfig: ("the VAE's training", "train_vae", "vae_tiny"),
+  VAETrainConfig: ("the VAE's training", "train_vae and compile", "vae_tiny"),
 }
 
 flags.disclaim_key_flags()  # So that `--help` lists the flags below as those of the command.
@@ -84,8 +84,8 @@ class _HelpConfig(flags.BooleanFlag):
 class ConfigFlag(Generic[_Schema]):
   """The flag `--config`, and the typed config that it gives."""
 
-  def __init__(self, schema: type[_Schema]):
-    self._schema = schema
+  def __init__(self, *schemas: type[_Schema]):
+    self._schemas = schemas
 
   @property
   def given(self) -> bool:
@@ -105,27 +105,28 @@ class ConfigFlag(Generic[_Schema]):
     """
     if self._parsed is None:
       raise UserError("Missing flag: --config=...\nSee --help for the flags.")
-    self._check_kind(set(self._parsed))
-    return with_absolute_paths(read(self._schema, self._parsed))
+    return with_absolute_paths(read(self._schema_of(set(self._parsed)), self._parsed))
 
-  def _check_kind(self, given: set[str]) -> None:
-    """Raises UserError if a config with these keys is rather one of another command."""
+  def _schema_of(self, given: set[str]) -> type[_Schema]:
+    """Returns the schema of a config with these keys; UserError if it is another command's."""
     names = {schema: {entry.name for entry in entries(schema)} for schema in _TAKERS}
-    own = names.pop(self._schema)
+    found = max(self._schemas, key=lambda schema: len(given & names[schema]))
+    own = names.pop(found)
     for schema, others in names.items():
       if given & (others - own) and not given & (own - others):
-        (what, takers, _), (_, _, example) = _TAKERS[schema], _TAKERS[self._schema]
+        (what, takers, _), (_, _, example) = _TAKERS[schema], _TAKERS[found]
         raise UserError(
-          f"This config is one of {what}, which {takers} take{'' if ',' in takers else 's'}.\n"
+          f"This config is one of {what}, which {takers} take.\n"
           f"Run such a command, or give another config here, such as --config={example}"
         )
+    return found
 
 
-def config_flag(schema: type[_Schema], *, required: bool = True) -> ConfigFlag[_Schema]:
+def config_flag(*schemas: type[_Schema], required: bool = True) -> ConfigFlag[_Schema]:
   """Defines `--config=FILE`, with `--config.KEY=VALUE` to override a key, and `--help_config`.
 
   Args:
-    schema: the dataclass of such configs, TrainConfig or VAETrainConfig.
+    schemas: the dataclasses of such configs, TrainConfig or VAETrainConfig or both.
     required: whether the command needs a config.
   """
   config_flags.DEFINE_config_file(
@@ -133,7 +134,7 @@ def config_flag(schema: type[_Schema], *, required: bool = True) -> ConfigFlag[_
   )
   if required:
     flags.mark_flag_as_required("config")
-  config = ConfigFlag(schema)
+  config = ConfigFlag(*schemas)
   flags.DEFINE_flag(_HelpConfig(config))
   for name in ("config", "help_config"):
     flags.declare_key_flag(name)

@@ -3,12 +3,14 @@
 import importlib
 import json
 
+import jax
 import pytest
 from commands import Result, run_command
 from typed_config import typed
 
-from cogvideox_jax.aot import fixes, hlo, topology
+from cogvideox_jax.aot import fixes, hlo, programs, topology
 from cogvideox_jax.aot.hlo import Traffic
+from cogvideox_jax.config.schema import VAETrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.size import Size, check_size
 from cogvideox_jax.models.vae_config import VAEConfig
@@ -161,7 +163,7 @@ def test_the_least_change_comes_first_where_it_is_enough():
 
   def first(total):
     size = Size(49, 256, 384)
-    return fixes.suggest(config, pod, fixes.Demand("train", "stage1", size, 2**30, total))[0]
+    return fixes.suggest(config, pod, fixes.Demand("train", "stage1", size, 4, 2**30, total))[0]
 
   assert first(limit + kept - 1).startswith("Set config.remat=attention: what the MLPs of the 42")
   assert "6.2 GiB" in first(limit + 1)
@@ -174,7 +176,7 @@ def test_frames_too_large_to_decode_whole_are_to_be_decoded_in_tiles():
 
   def first(program, height, width):
     size = Size(49, height, width)
-    return fixes.suggest(config, chip, fixes.Demand(program, "stage1", size, 2**30, 2**35))[0]
+    return fixes.suggest(config, chip, fixes.Demand(program, "stage1", size, 1, 2**30, 2**35))[0]
 
   assert first("decode", 480, 720).startswith("Sample with --tiling: then 240x360 of the 480x720")
   assert "--height=240 --width=360" in first("decode", 240, 368)
@@ -199,6 +201,51 @@ def test_the_5b_does_not_fit_one_small_chip_and_three_fixes_say_what_would(run):
   assert result["bytes_per_chip"]["state"] > result["hbm_bytes"]
   code, _, _ = run("train", *args, "--dry_run=v5e:1x1")
   assert code == 1
+
+
+def pod(devices):
+  """Devices of this machine in place of TPUs, for what is known before anything is compiled."""
+  return topology.Topology("v5e:2x4", "v5e", (2, 4), 1, devices)
+
+
+@pytest.mark.parametrize(("height", "tensor", "clips"), [(32, 8, 1), (48, 4, 2)])
+def test_devices_share_the_height_of_the_clips_that_a_config_of_the_vae_codes(
+  height, tensor, clips
+):
+  config = typed(importlib.import_module("configs.vae_tiny").get_config(), VAETrainConfig)
+  given = {"num_frames": 17, "height": height, "width": 16}
+  made = programs.make(config, pod(jax.devices()), "encode", "1", given)
+  assert (made.rows, made.mesh["tensor"], made.mesh["data"]) == (clips, tensor, 8 // tensor)
+  assert [executable.times for executable in made.executables] == [1, 1]
+  frames, kept = made.arguments
+  assert frames.sharding.shard_shape(frames.shape) == (1, 8, height // tensor, 16, 3)
+  assert all(x.sharding.shard_shape(x.shape)[2] == x.shape[2] // tensor for x in kept)
+  assert made.model_flops > 1e6
+
+
+def test_a_config_of_the_vae_samples_nothing():
+  config = typed(importlib.import_module("configs.vae").get_config(), VAETrainConfig)
+  with pytest.raises(UserError, match="trains the VAE, which samples nothing"):
+    programs.make(config, pod(jax.devices()), "sample", "1", {})
+
+
+def test_a_training_of_the_vae_that_does_not_fit_is_told_what_would():
+  config = typed(importlib.import_module("configs.vae").get_config(), VAETrainConfig)
+  demand = fixes.Demand("train", "", Size(17, 256, 256), 16, 2**30, 2**36)
+  found = fixes.suggest(config, pod([None] * 8), demand)
+  assert found[0].startswith("Set config.train.frames=136: a device computes with one clip of 17")
+  assert "128x128" in found[1] and "63.0 GiB" in found[1] and len(found) == 3
+
+
+@pytest.mark.slow
+def test_the_tiny_vae_is_compiled_for_devices_that_share_a_clip(run):
+  args = "--config=configs/vae_tiny.py", "--program=decode", "--num_frames=9", "--height=32"
+  code, output, errors = run("compile", *args, "--width=32", "--topology=v5e:2x2", "--json")
+  assert code == 0, errors
+  result = json.loads(output.splitlines()[-1])
+  assert result["rows"] == 1 and result["mesh"]["tensor"] == 4
+  assert "all-gather" not in result["collectives"]
+  assert result["collectives"]["collective-permute"]["count"] > 0
 
 
 @pytest.mark.parametrize("mistake", ["--topology=v9:2x2", "--stage=7", "--program=fly"])

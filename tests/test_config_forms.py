@@ -24,7 +24,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def schema_of(name: str) -> type:
-  return VAETrainConfig if name == "vae_tiny" else TrainConfig
+  return VAETrainConfig if name.startswith("vae") else TrainConfig
 
 
 def config_of(name: str) -> ConfigDict:

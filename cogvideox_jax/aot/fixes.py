@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from cogvideox_jax.aot.topology import CHIPS, GIB, Topology
-from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
 from cogvideox_jax.inference.size import Size
 from cogvideox_jax.training import components
 
@@ -21,16 +21,19 @@ class Demand(NamedTuple):
   program: str  # One of programs.PROGRAMS.
   stage: str
   size: Size  # The largest clip.
+  rows: int  # Packed rows, or clips, on all devices.
   state: int  # Bytes on a device that stay there from step to step.
   total: int  # Bytes on a device.
 
 
-def suggest(config: TrainConfig, topology: Topology, demand: Demand) -> list[str]:
+def suggest(config: TrainConfig | VAETrainConfig, topology: Topology, demand: Demand) -> list[str]:
   """Three suggestions; those that change least come first."""
-  if demand.program == "train":
-    found = _change_training(config, topology, demand)
-  else:
+  if demand.program != "train":
     found = _take_tiles(config, demand)
+  elif isinstance(config, VAETrainConfig):
+    found = _change_vae_training(topology, demand)
+  else:
+    found = _change_training(config, topology, demand)
   found += _take_chips(topology, demand.total)
   if demand.program != "train":
     found.append(
@@ -40,7 +43,24 @@ def suggest(config: TrainConfig, topology: Topology, demand: Demand) -> list[str
   return found[:3]
 
 
-def _take_tiles(config: TrainConfig, demand: Demand) -> list[str]:
+def _change_vae_training(topology: Topology, demand: Demand) -> list[str]:
+  frames, devices = demand.size.num_frames, len(topology.devices)
+  found = []
+  if demand.rows > devices:
+    found.append(
+      f"Set config.train.frames={frames * devices}: a device computes with one clip of {frames} "
+      f"frames at once, not {demand.rows // devices}."
+    )
+  height, width = demand.size.height // 2, demand.size.width // 2
+  found.append(
+    f"Train on clips of {height}x{width} pixels (config.data.sizes): a quarter of what a step "
+    f"holds beside its state, {(demand.total - demand.state) / GIB:.1f} GiB now."
+  )
+  found.append(f"Train on shorter clips than {frames} frames (config.data.durations).")
+  return found
+
+
+def _take_tiles(config: TrainConfig | VAETrainConfig, demand: Demand) -> list[str]:
   size = demand.size
   height, width = (side.pixels for side in components.vae_config(config).tiling)
   if demand.program != "decode" or (size.height <= height and size.width <= width):

@@ -13,9 +13,9 @@ import jax
 from cogvideox_jax.aot import fixes, hlo, programs
 from cogvideox_jax.aot.fixes import Demand
 from cogvideox_jax.aot.hlo import Costs
-from cogvideox_jax.aot.programs import Program
+from cogvideox_jax.aot.program import Program, bytes_per_device
 from cogvideox_jax.aot.topology import GIB, Topology, open_topology
-from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
 
 _SIZES = re.compile(r"\(?(\d+(?:\.\d+)?)([KMG])\)?")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -39,7 +39,11 @@ class Compiled(NamedTuple):
 
 
 def report(
-  config: TrainConfig, topology_name: str, program: str = "train", stage: str = "1", **size: int
+  config: TrainConfig | VAETrainConfig,
+  topology_name: str,
+  program: str = "train",
+  stage: str = "1",
+  **size: int,
 ) -> dict[str, Any]:
   """The object that `compile --json` prints.
 
@@ -54,9 +58,9 @@ def report(
   """
   topology = open_topology(topology_name)
   made = programs.make(config, topology, program, stage, size)
-  state = programs.bytes_per_device(made.state)
+  state = bytes_per_device(made.state)
   if state > topology.chip.hbm_bytes:
-    arguments = state + programs.bytes_per_device(made.arguments)
+    arguments = state + bytes_per_device(made.arguments)
     compiled = Compiled(Memory(arguments, 0, arguments), None, "the state alone is too large", 0.0)
   else:
     compiled = compile_program(made)
@@ -108,7 +112,7 @@ def _memory(analysis: Any) -> Memory:
 
 def _refused(program: Program, message: str) -> Memory:
   """Estimates the memory of a refused program from the largest size in the compiler's message."""
-  arguments = programs.bytes_per_device((program.state, program.arguments))
+  arguments = bytes_per_device((program.state, program.arguments))
   sizes = [float(number) * _UNITS[unit] for number, unit in _SIZES.findall(message)]
   wanted = int(max(sizes, default=0))
   if "temporaries" in message:
@@ -126,8 +130,8 @@ def as_object(
   attention = program.attention_flops / (devices * chip.peak * chip.attention_rate)
   rest = costs.cycles / chip.clock if costs else program.linear_flops / (devices * chip.peak)
   compute = program.model_flops / (devices * chip.peak)
-  state = programs.bytes_per_device(program.state)
-  demand = Demand(program.name, program.stage, program.size, state, memory.total)
+  state = bytes_per_device(program.state)
+  demand = Demand(program.name, program.stage, program.size, program.rows, state, memory.total)
   num_frames, height, width = program.size
   return {
     "program": program.name,

@@ -1,6 +1,6 @@
 """Reads what a training needs from the components of its config: the VAE's scale and sizes."""
 
-from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
 from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.diffusion.latents import LatentConfig
@@ -18,11 +18,14 @@ def latent_config(config: TrainConfig) -> LatentConfig:
   )
 
 
-def vae_config(config: TrainConfig) -> VAEConfig:
+def vae_config(config: TrainConfig | VAETrainConfig) -> VAEConfig:
   """Returns the VAE's config from `config.components`; if that is empty, the published VAE's.
 
-  Programs can be compiled without components (aot/).
+  Programs can be compiled without components (aot/). A training of the VAE has its own in
+  `config.model`.
   """
+  if isinstance(config, VAETrainConfig):
+    return config.model
   if not config.components:
     return VAEConfig()
   fields, where = diffusers.read_fields(open_model(config.components).path / "vae", "config.json")
