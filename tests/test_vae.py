@@ -1,5 +1,7 @@
 """The VAE: which frames depend on which, its chunks, its published size."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,3 +93,21 @@ def test_one_program_for_the_first_chunk_and_one_for_all_later_ones(model):
   for count in (9, 17, 25):
     vae.encode(model, frames_of(count))
   assert vae.encode_chunk._cache_size() - before <= 2
+
+
+def test_streams_give_the_same_as_whole_videos_and_hold_one_chunk_at_a_time(model):
+  frames, ends = frames_of(25), vae.PLANS["diffusers"].encode(25)
+  held = []
+
+  def chunks(x, ends):
+    for start, end in itertools.pairwise([0, *ends]):
+      held.append(end)
+      yield x[:, start:end]
+
+  stream = vae.encode_stream(model, chunks(frames, ends))
+  first, _ = next(stream)
+  assert held == ends[:1] and first.shape[1] == 3
+  mean = jnp.concatenate([first, *(mean for mean, _ in stream)], axis=1)
+  np.testing.assert_array_equal(mean, vae.encode(model, frames)[0])
+  stream = vae.decode_stream(model, chunks(mean, vae.PLANS["diffusers"].decode(7)))
+  np.testing.assert_array_equal(jnp.concatenate(list(stream), axis=1), vae.decode(model, mean))

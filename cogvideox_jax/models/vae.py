@@ -7,7 +7,8 @@ group norm averages over all frames of its chunk, so that the result depends on 
 into chunks.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -143,15 +144,39 @@ def decode_chunk(graphdef, params, z, frames):
   return nnx.merge(graphdef, params).decoder(z, carry), carry.kept
 
 
-def _by_chunks(run, vae: VAE, ends: list[int], x: Array) -> Array:
+def _each_chunk(run, vae: VAE, chunks: Iterable[Array]) -> Iterator[Array]:
   """Loops over the chunks on the host; all but the first have one shape and share a program."""
   graphdef, params = nnx.split(vae)
-  results, kept, start = [], None, 0
-  for end in ends:
-    result, kept = run(graphdef, params, x[:, start:end], kept)
-    results.append(result)
-    start = end
-  return jnp.concatenate(results, axis=1)
+  kept = None
+  for chunk in chunks:
+    result, kept = run(graphdef, params, chunk, kept)
+    yield result
+
+
+def _by_chunks(run, vae: VAE, ends: list[int], x: Array) -> Array:
+  chunks = (x[:, start:end] for start, end in itertools.pairwise([0, *ends]))
+  return jnp.concatenate(list(_each_chunk(run, vae, chunks)), axis=1)
+
+
+def encode_stream(
+  vae: VAE, chunks: Iterable[Float[Array, "b _ H W 3"]]
+) -> Iterator[tuple[Float[Array, "b _ h w c"], Float[Array, "b _ h w c"]]]:
+  """Yields the means and log-variances of each chunk, as `encode` of all of them.
+
+  It takes a chunk when the last one's latents have been taken, so that memory does not grow with
+  the length of a video.
+
+  Args:
+    chunks: the frames between the ends that a plan of PLANS gives for their number, in order.
+  """
+  return map(mean_and_logvar, _each_chunk(encode_chunk, vae, chunks))
+
+
+def decode_stream(
+  vae: VAE, chunks: Iterable[Float[Array, "b _ h w c"]]
+) -> Iterator[Float[Array, "b _ H W 3"]]:
+  """Yields the frames of each chunk of latents; see `encode_stream`."""
+  return _each_chunk(decode_chunk, vae, chunks)
 
 
 def encode(
