@@ -141,7 +141,9 @@ class SharedClips(NamedTuple):
     return PartitionSpec(self.rules["rows"], self.rules["frames"])
 
   def _split(self, x: Array) -> Array:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec))
+    lines = self.rules["lines"]
+    spec = PartitionSpec(*self._spec, None if x.shape[2] % shard_count(self.mesh, lines) else lines)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
 
 def share_clips(

@@ -170,3 +170,26 @@ def test_devices_may_share_the_height_of_a_clip_and_gather_none_of_it():
   assert sent.keys() == {"collective-permute", "all-reduce"}
   line = 7 * SIDE * 4 * 4  # Of the 5 frames and the 2 before them, of 4 channels.
   assert max(sent["collective-permute"]) <= line and max(sent["all-reduce"]) <= 64
+
+
+@pytest.mark.slow
+def test_devices_may_share_both_the_frames_and_the_height_of_a_clip():
+  graph, params = graph_of(VAE, SMALL), draw(VAE, SMALL)[1]
+  frames = jax.random.normal(jax.random.key(0), (1, COUNT, 16, SIDE, 3))
+  sizes = {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}
+  mesh = sharding.make_mesh(sizes, jax.devices()[:4])
+  clips = share_clips(mesh, RULES, 2, COUNT)
+
+  def there_and_back(params, frames):
+    model = nnx.merge(graph, params)
+    return clips.decode(model, clips.encode(model, clips.spread(frames))[0])
+
+  placed = sharding.replicated(mesh), sharding.clip_sharding(mesh, RULES)
+  given = jax.device_put((params, frames), placed)
+  program = jax.jit(there_and_back).lower(*given).compile()
+  sent = arrays_sent(program.as_text() or "")
+  assert sent.keys() == {"collective-permute", "all-reduce"} and max(sent["all-reduce"]) <= 128
+  found = np.asarray(clips.whole(jax.block_until_ready(program(*given))))
+  model = nnx.merge(graph, params)
+  expected = vae.decode(model, vae.encode(model, frames)[0])
+  np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-5, atol=1e-5)

@@ -300,9 +300,17 @@ class MeshConfig:
     metadata=key("Devices that share the rows and hold whole copies.", allowed=DEVICES)
   )
   fsdp: int = field(metadata=key("Devices that share the rows and the state.", allowed=DEVICES))
-  context: int = field(metadata=key("Devices that share the tokens of each row.", allowed=CONTEXT))
+  context: int = field(
+    metadata=key(
+      "Devices that share the tokens of each row; for the VAE, the frames of each clip.",
+      allowed=CONTEXT,
+    )
+  )
   tensor: int = field(
-    metadata=key("Devices that share the heads and the MLP's width.", allowed=DEVICES)
+    metadata=key(
+      "Devices that share the heads and the MLP's width; for the VAE, the height of each clip.",
+      allowed=DEVICES,
+    )
   )
 
 
