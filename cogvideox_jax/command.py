@@ -23,7 +23,8 @@ from cogvideox_jax.config.choice import choose, shipped_folder
 from cogvideox_jax.config.help import describe
 from cogvideox_jax.config.locations import with_absolute_paths
 from cogvideox_jax.config.read import entries, read
-from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.errors import INTERRUPTED, USER_ERROR, UserError, remedy
 
 _Schema = TypeVar("_Schema")

@@ -18,7 +18,8 @@ from cogvideox_jax import command
 from cogvideox_jax.aot import programs
 from cogvideox_jax.aot.report import as_table, report
 from cogvideox_jax.config.checks import check, check_values
-from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 
 CONFIG = command.config_flag(TrainConfig, VAETrainConfig)
 TOPOLOGY = flags.DEFINE_string(

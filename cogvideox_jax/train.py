@@ -12,8 +12,7 @@ knows need no more. Elsewhere say --coordinator=HOST:PORT --process_count=N --pr
 from absl import flags
 from etils import epath
 
-from cogvideox_jax import command, hosts, job, path_flags
-from cogvideox_jax.aot.report import as_table, report
+from cogvideox_jax import command, dry_run, hosts, job, path_flags
 from cogvideox_jax.config.checks import check
 from cogvideox_jax.config.read import to_json
 from cogvideox_jax.config.schema import TrainConfig
@@ -34,9 +33,7 @@ job.declare_flags()
 def main() -> int:
   check(CONFIG.value, CONFIG.value.components)
   if DRY_RUN.value is not None:
-    result = report(CONFIG.value, DRY_RUN.value)
-    print(as_table(result))
-    return 0 if result["fits"] else 1
+    return dry_run.run(CONFIG.value, DRY_RUN.value)
   if WORKDIR.value is None:
     raise UserError("Missing flag: --workdir=...\nSee --help for the flags.")
   split_cpu(CONFIG.value.cpu_devices)

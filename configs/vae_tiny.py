@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0
+  config.init_from = ""
 
   config.model = ConfigDict()
   config.model.in_channels = 3
@@ -26,6 +27,8 @@ def get_config() -> ConfigDict:
   config.data.path = ""
   config.data.clips = 1200
   config.data.fps = 8.0
+  config.data.more_fps = ()
+  config.data.image_share = 0.0
   config.data.sizes = ((32, 32), (24, 40))
   config.data.durations = (1, 17)
   config.data.validation_fraction = 0.01
@@ -41,11 +44,30 @@ def get_config() -> ConfigDict:
   config.train.steps = 1500
   config.train.frames = 64
   config.train.batch_multiple = 1
+  config.train.microbatches = 1
+  config.train.remat = False
+  config.stages = ConfigDict()
 
   config.loss = ConfigDict()
   config.loss.l1 = 0.1
   config.loss.l2 = 1.0
   config.loss.kl = 1e-4
+  config.loss.perceptual = 0.0
+  config.loss.perceptual_frames = 0
+  config.loss.adversarial = 0.0
+  config.loss.adaptive = False
+  config.loss.gan_start = 0.5
+
+  config.discriminator = ConfigDict()
+  config.discriminator.model = ConfigDict()
+  config.discriminator.model.channels = (16, 32, 32)
+  config.discriminator.model.temporal_levels = 2
+  config.discriminator.model.groups = 8
+  config.discriminator.learning_rate = 1e-3
+  config.discriminator.b1 = 0.5
+  config.discriminator.b2 = 0.9
+  config.discriminator.r1 = 0.0
+  config.discriminator.frames = 0
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 2e-3
@@ -58,7 +80,7 @@ def get_config() -> ConfigDict:
   config.optimizer.clip_norm = 1.0
   config.optimizer.ema_decay = 0.995
 
-  config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
+  config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})
   config.sharding = "fsdp"
   config.cpu_devices = 1
 

@@ -10,7 +10,7 @@ from typed_config import typed
 
 from cogvideox_jax.aot import fixes, hlo, programs, topology
 from cogvideox_jax.aot.hlo import Traffic
-from cogvideox_jax.config.schema import VAETrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.size import Size, check_size
 from cogvideox_jax.models.vae_config import VAEConfig

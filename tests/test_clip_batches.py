@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvideox_jax.data import clip_batches, video
+from cogvideox_jax.data import clip_reading, video
 from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.clip_batches import ClipBatches
 from cogvideox_jax.data.clips import source_hash
@@ -167,22 +167,22 @@ def test_a_batch_decodes_a_file_once_for_all_its_clips(clips, decoders, monkeypa
 
 @pytest.mark.parametrize("bytes_ahead", [0, 10**5])
 def test_reading_ahead_is_bounded(clips, decoders, monkeypatch, bytes_ahead):
-  monkeypatch.setattr(clip_batches, "READ_AHEAD_BYTES", bytes_ahead)
+  monkeypatch.setattr(clip_reading, "READ_AHEAD_BYTES", bytes_ahead)
   batches = make_batches(clips, decoders)
   started = []
-  start = batches._start
+  start = batches.start
 
   def counting(k, rows):
     started.append(start(k, rows))
     return started[-1]
 
-  monkeypatch.setattr(batches, "_start", counting)
+  monkeypatch.setattr(batches, "start", counting)
   with closing(batches.iterate()) as iterator:
     for taken in range(1, 40):
       next(iterator)
       ahead = [reading.frames.nbytes for reading in started[taken - 1 :]]
       assert sum(ahead[:-1]) <= bytes_ahead
-      assert len(ahead) <= clip_batches.READ_AHEAD_BATCHES
+      assert len(ahead) <= clip_reading.READ_AHEAD_BATCHES
 
 
 def copies_of(folder, target):
@@ -288,7 +288,7 @@ def test_memory_does_not_grow_with_the_clips(decoders, tmp_path, monkeypatch):
   for copy in range(1, 40):
     os.link(tmp_path / "0.mp4", tmp_path / f"{copy}.mp4")
   write_manifest(tmp_path, [f"{copy}.mp4" for copy in range(40)])
-  monkeypatch.setattr(clip_batches, "READ_AHEAD_BYTES", 2**21)
+  monkeypatch.setattr(clip_reading, "READ_AHEAD_BYTES", 2**21)
   clips = measure(tmp_path, ((64, 64),), (17,), FPS, decoders)
   batches = make_batches(clips, decoders, frames=68)
   assert clips.num_clips == 200

@@ -14,7 +14,8 @@ from typed_config import typed
 
 from cogvideox_jax.config.help import describe
 from cogvideox_jax.config.read import leaves, read, to_json
-from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit_config import DiTConfig
 from configs import base, tiny, tiny_stages, vae_tiny

@@ -22,7 +22,7 @@ LAYERS = (
   ("training",),
   ("aot", "path_flags"),
   ("command", "model_flags"),
-  ("job",),
+  ("job", "dry_run"),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NOT_IN_THE_CORE = {"torch", "tensorflow", "gradio", "diffusers"}

@@ -5,7 +5,7 @@ from etils import epath
 from typed_config import typed
 
 from cogvideox_jax.config.read import read
-from cogvideox_jax.config.schema import VAETrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.training import resume, stages
 from configs import tiny, tiny_stages, vae_tiny

@@ -13,7 +13,7 @@ from lpips_pictures import SIZES, pictures
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.evaluation.lpips_weights import lpips_params
 from cogvideox_jax.models import lpips as module
-from cogvideox_jax.models.lpips import BACKBONES, lpips
+from cogvideox_jax.models.lpips import BACKBONES, abstract_params, lpips
 
 GOLDENS = json.loads((Path(__file__).parent / "data" / "lpips_goldens.json").read_text())
 LARGE = pytest.mark.slow
@@ -95,3 +95,8 @@ def test_pictures_too_small_for_the_network_are_refused(network, params):
   assert np.isfinite(lpips(params, *(plain(side)[:2, None],) * 2, network=network)).all()
   with pytest.raises(UserError, match=f"at least {side} pixels"):
     lpips(params, *(plain(side - 1)[:2],) * 2, network=network)
+
+
+def test_the_shapes_of_the_parameters_are_known_without_the_package(network, params):
+  found = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+  assert found == jax.tree.map(lambda x: (x.shape, x.dtype), abstract_params(network))

@@ -13,7 +13,7 @@ from typed_config import typed
 from cogvideox_jax import paths
 from cogvideox_jax.config.locations import with_absolute_paths
 from cogvideox_jax.config.read import read
-from cogvideox_jax.config.schema import VAETrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.conversion import model_layouts, tensors
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.precompute import encode_clips

@@ -4,7 +4,8 @@ import math
 from typing import NamedTuple
 
 from cogvideox_jax.aot.topology import CHIPS, GIB, Topology
-from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.inference.size import Size
 from cogvideox_jax.training import components
 

@@ -12,7 +12,8 @@ from cogvideox_jax.aot import work
 from cogvideox_jax.aot.program import Executable, Program, count, with_sharding
 from cogvideox_jax.aot.topology import Topology
 from cogvideox_jax.aot.vae_programs import coding_program, vae_train_program
-from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.diffusion.noise import noise_schedule
 from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.errors import UserError
@@ -156,7 +157,7 @@ def _make_vae(
       "Its programs are train, encode and decode; `sample` takes a config of the transformer."
     )
   if name == "train":
-    return vae_train_program(config, topology)
+    return vae_train_program(config, topology, stage)
   height, width = max(config.data.sizes, key=lambda size: size[0] * size[1])
   size = Size(max(config.data.durations), height, width)._replace(**given)
   return coding_program(config.model, topology, name, size, share=True)

@@ -15,7 +15,8 @@ from cogvideox_jax.aot.fixes import Demand
 from cogvideox_jax.aot.hlo import Costs
 from cogvideox_jax.aot.program import Program, bytes_per_device
 from cogvideox_jax.aot.topology import GIB, Topology, open_topology
-from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 
 _SIZES = re.compile(r"\(?(\d+(?:\.\d+)?)([KMG])\)?")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}

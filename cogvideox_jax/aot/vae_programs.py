@@ -1,6 +1,5 @@
 """Lowers the programs of the VAE: encoding and decoding of clips, and its training's step."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -14,13 +13,17 @@ from cogvideox_jax import sharding
 from cogvideox_jax.aot import work
 from cogvideox_jax.aot.program import Executable, Program, count, with_sharding
 from cogvideox_jax.aot.topology import Topology
-from cogvideox_jax.config.schema import VAETrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
+from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.size import Size, check_size
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae_config import VAEConfig
+from cogvideox_jax.training import vae_stages
 from cogvideox_jax.training.step_functions import jit_train
-from cogvideox_jax.training.vae_functions import make_vae_functions
+from cogvideox_jax.training.vae_functions import abstract_frozen, make_vae_functions
+from cogvideox_jax.training.vae_stages import VAEStage
+from cogvideox_jax.training.vae_step import VAE_NAME
 
 RULES = sharding.rules_named("fsdp")
 
@@ -94,30 +97,61 @@ def _chunks(sizes: VAEConfig, name: str, size: Size) -> _Chunks:
   return _Chunks(vae.decode_chunk, plan.decode(latents), shape)
 
 
-def vae_train_program(config: VAETrainConfig, topology: Topology) -> Program:
-  """A training step on the longest and largest clips, as training/vae_run.py takes it."""
-  rules = sharding.rules_named(config.sharding)
-  sizes = sharding.with_context(dataclasses.asdict(config.mesh), 1, topology.devices)
-  mesh = sharding.make_mesh(sizes, topology.devices)
-  functions = make_vae_functions(config, mesh, rules)
-  height, width = max(config.data.sizes, key=math.prod)
-  size = Size(max(config.data.durations), height, width)
-  clips = max(1, config.train.frames // size.num_frames)
+def vae_train_program(config: VAETrainConfig, topology: Topology, stage: str) -> Program:
+  """A training step on the longest and largest clips, as training/vae_run.py takes it.
+
+  With a discriminator it is the step that trains it, too.
+
+  Args:
+    stage: the number of a stage, from 1, or its name.
+
+  Raises:
+    UserError: the config has no such stage, or does not fit the mesh.
+  """
+  chosen = _stage_named(config, stage)
+  rules, settings = sharding.rules_named(config.sharding), chosen.config
+  mesh = vae_stages.make_mesh(config, chosen, topology.devices)
+  functions = make_vae_functions(
+    config,
+    chosen,
+    mesh,
+    rules,
+    abstract_frozen(config.loss),
+    adversarial=vae_stages.has_adversary(config),
+  )
+  height, width = max(settings.sizes, key=math.prod)
+  size = Size(max(settings.durations), height, width)
+  multiple = settings.batch_multiple
+  clips = max(1, settings.frames // size.num_frames // multiple) * multiple
   shape = clips, *size, config.model.in_channels
-  batch = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding.row_sharding(mesh, rules, clips))
+  split = sharding.row_sharding(mesh, rules, clips)
+  batch = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)
   key = jax.eval_shape(lambda: jax.random.key(0))
   flops = work.traced_flops(jax.make_jaxpr(functions.train)(functions.abstract, batch, key))
   return Program(
     name="train",
-    stage="",
+    stage=chosen.stage.name if config.stages else "",
     size=size,
     mesh=mesh.shape,
     rows=clips,
     executables=[Executable(lambda: jit_train(functions).lower(functions.abstract, batch, key))],
-    parameters=count(functions.abstract.params),
+    parameters=count(functions.abstract.params[VAE_NAME]),
     state=functions.abstract,
     arguments=batch,
     model_flops=flops,
     linear_flops=flops,
     attention_flops=0.0,
+  )
+
+
+def _stage_named(config: VAETrainConfig, stage: str) -> VAEStage:
+  plan = vae_stages.plan(config)
+  names = [one.stage.name for one in plan]
+  if stage in names:
+    return plan[names.index(stage)]
+  if stage.isdecimal() and 1 <= int(stage) <= len(plan):
+    return plan[int(stage) - 1]
+  raise UserError(
+    f"There is no stage {stage!r}: the config has {len(names)}, {', '.join(names)}.\n"
+    "Give a number from 1, or a name."
   )

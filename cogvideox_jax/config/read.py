@@ -76,10 +76,16 @@ def entries(schema: type) -> list[Entry]:
   """The config keys of a dataclass, in order; its other fields are left out."""
   hints = get_type_hints(schema)
   return [
-    Entry(field.name, key, hints[field.name], field.default)
+    Entry(field.name, key, hints[field.name], _default(field))
     for field in dataclasses.fields(schema)
     if (key := key_of(field))
   ]
+
+
+def _default(field: dataclasses.Field) -> Any:
+  """Returns the value of a field that is not given; MISSING if it must be."""
+  made = field.default_factory
+  return field.default if made is dataclasses.MISSING else made()
 
 
 def leaves(config: Any, prefix: str = ROOT) -> Iterator[Leaf]:

@@ -28,7 +28,7 @@ from cogvideox_jax.diffusion.solvers import SOLVERS
 from cogvideox_jax.models import graphs
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.rematerialization import REMAT
-from cogvideox_jax.models.vae_config import IMAGE_SCALES, VAEConfig
+from cogvideox_jax.models.vae_config import IMAGE_SCALES
 
 DEVICES = Range(
   "at least 1, or -1 for all devices that are left", lambda number: number == -1 or number >= 1
@@ -37,7 +37,7 @@ CONTEXT = Range(
   "at least 1, or -1 for all devices that are left, or 0 for what each stage says",
   lambda number: number >= -1,
 )
-WARMUP = Range(
+UPDATES = Range(
   "a whole number of updates, at least 0, or a fraction of them below 1",
   lambda number: 0 <= number < 1 or (number >= 1 and number == int(number)),
 )
@@ -266,7 +266,7 @@ class OptimizerConfig:
     metadata=key(
       "Updates of linear warm-up in each stage; below 1, a fraction of the stage's updates. With "
       "several stages, a tenth of each at most.",
-      allowed=WARMUP,
+      allowed=UPDATES,
     )
   )
   final_fraction: float = field(
@@ -435,88 +435,3 @@ class TrainConfig:
   checkpoint: CheckpointConfig = field(metadata=key("When to save."))
   validation: ValidationConfig = field(metadata=key("The loss on held-out clips."))
   preview: PreviewConfig = field(metadata=key("Videos sampled during training."))
-
-
-@dataclass(frozen=True)
-class VAEDataConfig:
-  """Which clips to train the VAE on."""
-
-  path: str = field(
-    metadata=key(
-      "Manifest or folder of videos. Empty: render the embedded clips in WORKDIR/data.",
-      is_path=True,
-    )
-  )
-  clips: int = field(
-    metadata=key("Embedded clips to render if there is no path.", allowed=AT_LEAST_ZERO)
-  )
-  fps: float = field(metadata=key("Frames a second that clips are brought to."))
-  sizes: tuple[tuple[int, int], ...] = field(
-    metadata=key("(height, width) of the buckets in pixels.", form=SIZES)
-  )
-  durations: tuple[int, ...] = field(
-    metadata=key("Lengths of the buckets in pixel frames, each 4k+1.", form=DURATIONS)
-  )
-  validation_fraction: float = field(
-    metadata=key("Fraction of files held out, chosen by a hash of their names.", allowed=FRACTION)
-  )
-  limits: Limits = field(
-    default=DEFAULT_LIMITS, metadata=key("What is refused: files above a limit.")
-  )
-
-
-@dataclass(frozen=True)
-class VAEScheduleConfig:
-  """How long to train the VAE."""
-
-  steps: int = field(metadata=key("Updates in total."))
-  frames: int = field(metadata=key("Pixel frames in a batch, which holds clips of one bucket."))
-  batch_multiple: int = field(
-    metadata=key("The clips of a batch divide by it: the devices that share a batch.")
-  )
-
-
-@dataclass(frozen=True)
-class VAELossConfig:
-  """Weights of the terms of the VAE's loss; the paper names the terms, not their weights."""
-
-  l1: float = field(metadata=key("Weight of the mean absolute error over pixels in [-1, 1]."))
-  l2: float = field(
-    metadata=key(
-      "Weight of the mean squared error over pixels in [-1, 1]. Alone it learns edges sooner than "
-      "the absolute error (measured)."
-    )
-  )
-  kl: float = field(
-    metadata=key("Weight of the mean divergence of the latents from the unit normal.")
-  )
-
-
-@dataclass(frozen=True)
-class VAEPreviewConfig:
-  """Reconstructions made during training."""
-
-  every: int = field(
-    metadata=key("Updates from preview to preview. 0: never.", allowed=AT_LEAST_ZERO)
-  )
-
-
-@dataclass(frozen=True)
-class VAETrainConfig:
-  """The VAE's training: the keys of configs/vae_tiny.py."""
-
-  seed: int = field(metadata=key("Seed of drawn weights, batches and noise.", allowed=SEED))
-  model: VAEConfig = field(metadata=key("The VAE."))
-  data: VAEDataConfig = field(metadata=key("Which clips to train on."))
-  train: VAEScheduleConfig = field(metadata=key("How long to train."))
-  loss: VAELossConfig = field(metadata=key("Weights of the loss."))
-  optimizer: OptimizerConfig = field(metadata=key("AdamW and the moving average."))
-  mesh: MeshConfig = field(metadata=key("Devices along each mesh axis."))
-  sharding: str = field(
-    metadata=key("How arrays are split over the mesh.", choices=tuple(sharding.RULES))
-  )
-  cpu_devices: int = field(metadata=key("Devices that a CPU counts as. They share its cores."))
-  log_every: int = field(metadata=key("Updates from metrics line to metrics line."))
-  checkpoint: CheckpointConfig = field(metadata=key("When to save."))
-  validation: ValidationConfig = field(metadata=key("The loss on held-out clips."))
-  preview: VAEPreviewConfig = field(metadata=key("Reconstructions made during training."))

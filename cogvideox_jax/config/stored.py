@@ -8,7 +8,8 @@ import json
 from ml_collections import ConfigDict
 
 from cogvideox_jax.config.read import read, to_dict
-from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.version import name_writer
 
@@ -33,7 +34,7 @@ def get_config(path: str) -> ConfigDict:
   fields.pop(DIGESTS_KEY, None)
   version = fields.pop(VERSION_KEY, None)
   try:
-    config = read(TrainConfig if "stages" in fields else VAETrainConfig, fields)
+    config = read(VAETrainConfig if "loss" in fields else TrainConfig, fields)
   except UserError as error:
     raise UserError("\n".join(filter(None, [f"{path}: {error}", name_writer(version)]))) from error
   return ConfigDict(to_dict(config)).lock()

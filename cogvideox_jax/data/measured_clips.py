@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from cogvideox_jax.data.media import VideoError
 from cogvideox_jax.data.video import VideoInfo, Window
 from cogvideox_jax.errors import UserError
 
+RATE_SLACK = 0.05  # A file of 15.984 frames a second may be read at 16.
+
 
 class BucketClips(NamedTuple):
   """The clips of one bucket, in the order of the source."""
@@ -34,6 +37,9 @@ class MeasuredClips(NamedTuple):
   fps: float  # Frames a second that the clips are brought to.
   by_bucket: Mapping[Bucket, BucketClips]  # In ascending order; no bucket is empty.
   refusals: Sequence[Refusal]  # Lines and files that give no clip, and why.
+  # The frame rates at which each file's clips may be read: `fps`, and then faster ones. No file has
+  # an entry if `fps` is the only one.
+  rates: Mapping[int, tuple[float, ...]] = MappingProxyType({})
 
   @property
   def num_clips(self) -> int:
@@ -67,7 +73,27 @@ class MeasuredClips(NamedTuple):
     for bucket, found in self.by_bucket.items():
       total.update(repr(bucket).encode())
       total.update(np.stack(found).astype("<i8").tobytes())
+    if self.rates:
+      total.update(repr(sorted(self.rates.items())).encode())
     return total.hexdigest()
+
+  def videos(self) -> "MeasuredClips":
+    """Returns the clips of several frames."""
+    return self._replace(by_bucket={key: x for key, x in self.by_bucket.items() if key[0] > 1})
+
+  def stills(self) -> "MeasuredClips":
+    """Returns the clips of one frame; if there are none, the first frame of each clip."""
+    images = {key: x for key, x in self.by_bucket.items() if key.num_frames == 1}
+    if images:
+      return self._replace(by_bucket=images)
+    found: dict[Bucket, list[BucketClips]] = {}
+    for bucket, clips in self.by_bucket.items():
+      found.setdefault(bucket._replace(num_frames=1), []).append(clips)
+    joined = {
+      bucket: BucketClips(*map(np.concatenate, zip(*clips, strict=True)))
+      for bucket, clips in sorted(found.items())
+    }
+    return self._replace(by_bucket=joined)
 
   def _of_files(self, chosen: Bool[np.ndarray, " files"]) -> "MeasuredClips":
     kept = {
@@ -83,6 +109,7 @@ def measure(
   durations: Sequence[int],
   fps: float,
   decoders: Decoders,
+  more_fps: Sequence[float] = (),
 ) -> MeasuredClips:
   """Measures every file of a manifest or folder and cuts it into clips, as `encode` does.
 
@@ -92,6 +119,7 @@ def measure(
     sizes: (height, width) in pixels; a file takes the nearest.
     durations: pixel frames, each 4k+1; a clip has as many as the rest of its file allows.
     fps: frames a second that clips are brought to.
+    more_fps: faster rates, at which a clip may be read, too; a file has those up to its own rate.
 
   Raises:
     UserError: the source does not exist, is empty, or gives no clip.
@@ -101,6 +129,7 @@ def measure(
     tqdm.write(note)
   windows: dict[int, list[Window]] = {}
   faults: dict[int, str] = {}
+  rates: dict[int, tuple[float, ...]] = {}
 
   def plan(number: int, info: VideoInfo) -> list[Window]:
     if info.note:
@@ -108,6 +137,8 @@ def measure(
     try:
       cut = cut_clips(items[number], info, sizes, durations, fps)
       windows[number] = [clip.window for clip in cut]
+      if more_fps:
+        rates[number] = (fps, *(rate for rate in more_fps if rate <= info.fps + RATE_SLACK))
     except VideoError as error:
       faults[number] = str(error)
     return []  # No frame is read yet.
@@ -127,7 +158,7 @@ def measure(
       f"The shortest duration is {min(durations)} frames at {fps} frames a second."
     )
   refused = [Refusal(items[n].name, items[n].line, fault) for n, fault in sorted(faults.items())]
-  return MeasuredClips(items, fps, _by_bucket(windows), [*refusals, *refused])
+  return MeasuredClips(items, fps, _by_bucket(windows), [*refusals, *refused], rates)
 
 
 def _by_bucket(windows: Mapping[int, Sequence[Window]]) -> dict[Bucket, BucketClips]:

@@ -34,7 +34,9 @@ EPSILON = 1e-20
 class Backbone(NamedTuple):
   """The convolutions of a classifier, each with a ReLU after it."""
 
-  strides: tuple[int, ...]  # Of each convolution.
+  channels: tuple[int, ...]  # That each convolution gives.
+  kernels: tuple[int, ...]  # The side of each.
+  strides: tuple[int, ...]
   paddings: tuple[int, ...]
   pooled: frozenset[int]  # The convolutions whose input is halved by a maximum.
   compared: tuple[int, ...]  # The convolutions whose features are compared.
@@ -60,6 +62,8 @@ def _max_of_nine(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
 BACKBONES = {
   "vgg16": Backbone(
+    channels=(64, 64, 128, 128, *(256,) * 3, *(512,) * 6),
+    kernels=(3,) * 13,
     strides=(1,) * 13,
     paddings=(1,) * 13,
     pooled=frozenset({2, 4, 7, 10}),
@@ -68,6 +72,8 @@ BACKBONES = {
     smallest=16,
   ),
   "alexnet": Backbone(
+    channels=(64, 192, 384, 256, 256),
+    kernels=(11, 5, 3, 3, 3),
     strides=(4, 1, 1, 1, 1),
     paddings=(2, 2, 1, 1, 1),
     pooled=frozenset({1, 2}),
@@ -119,6 +125,22 @@ def lpips(
     difference = jnp.square(_unit(of_x) - _unit(of_y))
     distance += (difference * head["scale"].astype(jnp.float32)).sum(axis=-1).mean(axis=(1, 2))
   return distance.reshape(pictures)
+
+
+def abstract_params(network: str) -> Params:
+  """Returns the shapes of the parameters; `network`: a key of BACKBONES."""
+  backbone = BACKBONES[network]
+
+  def array(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  inputs = (3, *backbone.channels)
+  features = {
+    str(i): {"conv": {"kernel": array(side, side, inputs[i], out), "bias": array(out)}}
+    for i, (side, out) in enumerate(zip(backbone.kernels, backbone.channels, strict=True))
+  }
+  heads = {str(j): {"scale": array(backbone.channels[i])} for j, i in enumerate(backbone.compared)}
+  return {"features": features, "heads": heads}
 
 
 def features(params: Params, x: Float[Array, "b H W 3"], network: str) -> list[Array]:

@@ -1,6 +1,7 @@
 """Reads what a training needs from the components of its config: the VAE's scale and sizes."""
 
-from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.conversion import component_fields, diffusers
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.diffusion.latents import LatentConfig

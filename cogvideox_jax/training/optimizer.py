@@ -41,11 +41,15 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-  """Returns the updates of the warm-up of a schedule of so many steps.
+  """Returns the updates of the warm-up of a schedule of so many steps."""
+  return updates_of(config.warmup_steps, steps)
+
+
+def updates_of(wanted: int | float, steps: int) -> int:
+  """Returns a number of updates that may be given as a fraction of `steps`, below 1.
 
   A fraction of them is rounded down, but not for the inexactness of a number such as 1/15.
   """
-  wanted = config.warmup_steps
   return math.floor(wanted * steps + 1e-6) if 0 < wanted < 1 else int(wanted)
 
 

@@ -11,8 +11,9 @@ from etils import epath
 from cogvideox_jax import hosts
 from cogvideox_jax.config.locations import absolute_text, path_keys
 from cogvideox_jax.config.read import read, to_json
-from cogvideox_jax.config.schema import TrainConfig, VAETrainConfig
+from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.config.stored import DIGESTS_KEY, VERSION_KEY
+from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.config_keys import Key
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import write_atomically

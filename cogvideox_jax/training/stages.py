@@ -7,14 +7,14 @@ positions.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 import optax
 
-from cogvideox_jax.config.schema import TrainConfig
+from cogvideox_jax.config.schema import OptimizerConfig, TrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.training import optimizer
@@ -40,22 +40,31 @@ class Stage(NamedTuple):
 def plan(config: TrainConfig) -> tuple[Stage, ...]:
   """Returns the stages in the order of their names, which is the order of training.
 
-  A stage ends at the sum of the shares up to its own, as a fraction of `config.train.steps`,
-  rounded. Every stage has at least one update.
+  Raises:
+    UserError: there are fewer updates than stages.
+  """
+  return divide({name: stage.share for name, stage in config.stages.items()}, config.train.steps)
+
+
+def divide(shares: Mapping[str, int | float], steps: int) -> tuple[Stage, ...]:
+  """Divides the updates of a run over stages, in the order of their names.
+
+  A stage ends at the sum of the shares up to its own, as a fraction of the steps, rounded. Every
+  stage has at least one update.
 
   Raises:
     UserError: there are fewer updates than stages.
   """
-  names, steps = sorted(config.stages), config.train.steps
+  names = sorted(shares)
   if steps < len(names):
     raise UserError(
       f"config.train.steps is {steps}, but config.stages has {len(names)} stages "
       f"({', '.join(names)}), and each takes a step.\nGive at least {len(names)} steps."
     )
-  shares = [Fraction(str(config.stages[name].share)) for name in names]
+  exact = [Fraction(str(shares[name])) for name in names]
   found, start = [], 0
   for number, name in enumerate(names, 1):
-    wanted = int(steps * sum(shares[:number]) / sum(shares) + Fraction(1, 2))
+    wanted = int(steps * sum(exact[:number]) / sum(exact) + Fraction(1, 2))
     end = min(max(wanted, start + 1), steps - (len(names) - number))
     found.append(Stage(name, start, end))
     start = end
@@ -78,19 +87,28 @@ def trained_last(stages: Sequence[Stage], step: int) -> Stage:
 
 
 def learning_rate(config: TrainConfig, name: str) -> optax.Schedule:
+  """Returns the schedule of a stage, as a function of the updates of the whole run."""
+  peak = config.stages[name].learning_rate
+  return schedule_of(named(config, name), config.optimizer, peak, alone=len(config.stages) == 1)
+
+
+def schedule_of(
+  stage: Stage, own: OptimizerConfig, peak: int | float, *, alone: bool
+) -> optax.Schedule:
   """Returns the schedule of a stage, as a function of the updates of the whole run.
 
-  It warms up, then follows a cosine to the stage's last update. The peak is the stage's own, or
-  config.optimizer's if that is 0. With several stages, the warm-up is at most a tenth of the stage,
-  so that the stages of a short run get past it. The paper says that the decay is a cosine
-  (Table 6), not whether one cosine spans all stages; one for each is ours, because each stage is
-  trained until it no longer gains.
+  It warms up, then follows a cosine to the stage's last update. With several stages, the warm-up is
+  at most a tenth of the stage, so that the stages of a short run get past it. The paper says that
+  the decay is a cosine (Table 6), not whether one cosine spans all stages; one for each is ours,
+  because each stage is trained until it no longer gains.
+
+  Args:
+    peak: the stage's own peak; 0: that of `own`.
+    alone: whether the run has no other stage.
   """
-  stage = named(config, name)
-  own = config.optimizer
-  if peak := config.stages[name].learning_rate:
+  if peak:
     own = dataclasses.replace(own, learning_rate=float(peak))
-  if len(config.stages) > 1:
+  if not alone:
     most = int(stage.steps * WARMUP_FRACTION)
     own = dataclasses.replace(own, warmup_steps=min(optimizer.warmup_steps(own, stage.steps), most))
   schedule = optimizer.learning_rate(own, stage.steps)
@@ -118,8 +136,7 @@ def enter(config: TrainConfig, stage: Stage, state: TrainState, abstract: TrainS
     state: its buffers may be reused.
     abstract: a state's shapes and shardings on the stage's mesh.
   """
-  shardings = shardings_of(abstract)
-  state = jax.tree.map(_moved, state, shardings)
+  shardings, state = shardings_of(abstract), moved(state, abstract)
   if config.train.carry_optimizer or stage.start == 0 or int(state.step) != stage.start:
     return state
   tx = make_optimizer(config, stage.name)
@@ -127,9 +144,13 @@ def enter(config: TrainConfig, stage: Stage, state: TrainState, abstract: TrainS
   return state._replace(opt_state=moments)
 
 
-def _moved(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-  """Returns the array with that sharding; its buffers may be reused."""
-  return array if array.sharding == sharding else jax.device_put(array, sharding, donate=True)
+def moved(state: TrainState, abstract: TrainState) -> TrainState:
+  """Returns the state on the shardings of an abstract one; its buffers may be reused."""
+
+  def move(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    return array if array.sharding == sharding else jax.device_put(array, sharding, donate=True)
+
+  return jax.tree.map(move, state, shardings_of(abstract))
 
 
 def stage_model(config: TrainConfig, name: str) -> DiTConfig:

@@ -19,6 +19,7 @@ from cogvideox_jax.diffusion.objective import (
   loss_share,
 )
 from cogvideox_jax.models.dit import timestep_sinusoid
+from cogvideox_jax.training.accumulation import sum_over
 from cogvideox_jax.training.state import TrainState, Updates
 from cogvideox_jax.types import Batch, Params
 
@@ -71,7 +72,7 @@ def train_step(
     share, grads = jax.value_and_grad(loss_of)(state.params, microbatch)
     return share, accumulation.pin(grads)
 
-  total, grads = _sum_over(gradient_of, accumulation.split(timed))
+  total, grads = sum_over(gradient_of, accumulation.split(timed))
   metrics = {
     "loss": total,
     "grad_norm": optax.tree.norm(grads),
@@ -102,22 +103,9 @@ def validation_step(
     return loss_share(objective, denoise, microbatch, count, key)
 
   def at(timestep: Int[Array, ""]) -> Float32[Array, ""]:
-    return _sum_over(share, accumulation.split(at_timestep(batch, timestep)))
+    return sum_over(share, accumulation.split(at_timestep(batch, timestep)))
 
   return jax.lax.map(at, timesteps)
-
-
-def _sum_over(function: Callable[[TimedBatch], Any], microbatches: TimedBatch) -> Any:
-  """Returns the sum of a function over the microbatches, which are computed one after the other."""
-  first = jax.tree.map(lambda x: x[0], microbatches)
-  if len(microbatches.rows) == 1:
-    return function(first)
-
-  def add(total: Any, microbatch: TimedBatch) -> tuple[Any, None]:
-    return jax.tree.map(jnp.add, total, function(microbatch)), None
-
-  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, first))
-  return jax.lax.scan(add, zeros, microbatches)[0]
 
 
 def denoiser(network: Network, params: Params, batch: Batch) -> Denoise:

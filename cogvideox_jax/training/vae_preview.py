@@ -8,7 +8,6 @@ from flax import nnx
 from jaxtyping import Array, UInt8
 
 from cogvideox_jax import hosts
-from cogvideox_jax.data.clip_batches import ClipBatches
 from cogvideox_jax.data.contact_sheet import contact_sheet
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
@@ -17,6 +16,7 @@ from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training.pixels import to_bytes, to_float
 from cogvideox_jax.training.preview_files import preview_path
 from cogvideox_jax.training.state import TrainState
+from cogvideox_jax.training.vae_clips import Batches
 from cogvideox_jax.types import Params
 
 SHOWN_CLIPS = 4
@@ -25,7 +25,7 @@ SHOWN_CLIPS = 4
 class Previewer:
   """Reconstructs a few of the longest clips from the mean of their posterior, always the same."""
 
-  def __init__(self, config: VAEConfig, batches: ClipBatches, folder: epath.Path):
+  def __init__(self, config: VAEConfig, batches: Batches, folder: epath.Path):
     self._folder = folder
     longest = max(range(batches.per_epoch), key=lambda k: batches.sizes_of(k).bucket.num_frames)
     self._clips = batches.batch(longest)[:SHOWN_CLIPS]

@@ -4,13 +4,12 @@ Clips are decoded while training runs. The driver of steps, the state, the meshe
 checkpoints are those of the transformer's training.
 """
 
-import dataclasses
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,23 +19,32 @@ from jaxtyping import UInt8
 
 from cogvideox_jax import hosts, sharding
 from cogvideox_jax.config.checks import check_values
-from cogvideox_jax.config.schema import VAETrainConfig
-from cogvideox_jax.data import buckets, measured_clips, shape_clips
-from cogvideox_jax.data.clip_batches import ClipBatches
+from cogvideox_jax.config.vae_schema import VAETrainConfig
+from cogvideox_jax.data import shape_clips
 from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.files import disk_errors
-from cogvideox_jax.data.measured_clips import MeasuredClips
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.exclusive import exclusive
-from cogvideox_jax.training import drive, global_batch, optimizer, resume
+from cogvideox_jax.training import (
+  checkpoint,
+  drive,
+  global_batch,
+  resume,
+  stages,
+  vae_clips,
+  vae_stages,
+)
 from cogvideox_jax.training.drive import Every
 from cogvideox_jax.training.metrics import Numbers, Report
 from cogvideox_jax.training.session import Session, opened, say
 from cogvideox_jax.training.state import TrainState
-from cogvideox_jax.training.step_functions import jit_train
+from cogvideox_jax.training.step_functions import Functions, jit_train
+from cogvideox_jax.training.vae_clips import Batches
 from cogvideox_jax.training.vae_export import export
-from cogvideox_jax.training.vae_functions import make_vae_functions
+from cogvideox_jax.training.vae_functions import load_frozen, make_vae_functions
 from cogvideox_jax.training.vae_preview import Previewer
+from cogvideox_jax.training.vae_stages import VAEStage
+from cogvideox_jax.types import Params
 
 SCALING_BATCHES = 256  # The scaling factor is measured on at most so many batches of an epoch.
 # Folded into the training's key for validation, as steps are; larger than any step.
@@ -60,11 +68,7 @@ def train(config: VAETrainConfig, workdir: epath.Path) -> int:
     UserError: the config, the data or the workdir do not allow it. Nothing is compiled before.
   """
   check_values(config)
-  multiple = config.model.spatial_compression
-  buckets.check(config.data.sizes, config.data.durations, multiple_of=multiple)
-  buckets.check_restored(config.data.durations, config.model.temporal_compression)
-  # Raises if the warm-up is not shorter than the training.
-  optimizer.learning_rate(config.optimizer, config.train.steps)
+  vae_stages.check(config)
   with exclusive(workdir) as check_lock:
     return _train(config, workdir, check_lock)
 
@@ -72,8 +76,9 @@ def train(config: VAETrainConfig, workdir: epath.Path) -> int:
 def _train(config: VAETrainConfig, workdir: epath.Path, check_lock: Callable[[], None]) -> int:
   """Trains in a workdir that no other job writes to."""
   steps_before = resume.check_config(workdir, config)
+  frozen = load_frozen(config.loss)
   with Decoders(DECODERS, config.data.limits) as decoders:
-    run = Run(config, workdir, _open_clips(config, workdir, decoders), decoders)
+    run = Run(config, workdir, decoders, frozen)
     with disk_errors(workdir):
       if hosts.is_first():
         resume.store(workdir, config, run.data_digests)
@@ -88,74 +93,154 @@ def _train(config: VAETrainConfig, workdir: epath.Path, check_lock: Callable[[],
   return exit_code
 
 
-class Clips(NamedTuple):
-  """The clips to train on, and those that are held out for validation."""
-
-  train: MeasuredClips
-  held_out: MeasuredClips
-
-
 class Run:
-  """One start of a training in a workdir."""
+  """One start of a training in a workdir. It moves from stage to stage by itself."""
 
-  def __init__(self, config: VAETrainConfig, workdir: epath.Path, clips: Clips, decoders: Decoders):
-    """Makes the mesh and the functions, and plans the batches.
+  def __init__(
+    self, config: VAETrainConfig, workdir: epath.Path, decoders: Decoders, frozen: Params
+  ):
+    """Prepares the clips and functions of the remaining stages, and compiles none of them.
 
     Raises:
       UserError: the mesh, the clips or the workdir do not allow the training.
     """
-    self._config, self._workdir = config, workdir
-    self._rules = sharding.rules_named(config.sharding)
-    self.mesh = _make_mesh(config)
-    self._functions = make_vae_functions(config, self.mesh, self._rules)
-    self.data_digests = {"clips": clips.train.digest()}
-    hosts.check_same("set of clips", self.data_digests["clips"])
-    resume.check_data(workdir, self.data_digests)
-    self._train = self._batches(clips.train, decoders)
-    self._held_out = self._batches(clips.held_out, decoders) if clips.held_out.num_clips else None
-    self._step = jit_train(self._functions)
-    self._measure = jax.jit(self._functions.validate)
-    self._create_key, self._train_key, self._validation_key = _keys(config)
+    self._config, self._workdir, self._frozen = config, workdir, frozen
+    start, steps = vae_stages.gan_start(config), config.train.steps
+    if vae_stages.has_adversary(config) and start >= steps:
+      say(
+        f"Warning: config.loss.gan_start is {start}, but the training ends at step {steps}: the "
+        "discriminator never takes part."
+      )
+    source = config.data.path or _render(config, workdir)
+    saved = checkpoint.good_steps(workdir / "checkpoints")
+    plan = vae_stages.plan(config)
+    first = stages.going_on_at([stage.stage for stage in plan], saved[-1] if saved else 0)
+    self._stages = [
+      StageRun(config, stage, workdir, source, decoders, frozen)
+      for stage in plan
+      if stage.stage.start >= first.start
+    ]
+    self._create_key = _keys(config).create
+
+  @property
+  def mesh(self) -> Mesh:
+    """The mesh of the stage that the run goes on with."""
+    return self._stages[0].mesh
+
+  @property
+  def data_digests(self) -> dict[str, str]:
+    """The digests of the clips of the stages that remain, by name."""
+    return {name: digest for stage in self._stages for name, digest in stage.data_digest.items()}
 
   def go(self, session: Session) -> TrainState:
     """Takes the remaining steps until a signal comes; the last one is saved."""
-    config, functions = self._config, self._functions
-    steps = config.train.steps
+    functions, steps = self._stages[0].functions, self._config.train.steps
     state = session.begin(
-      functions.abstract, partial(functions.create, self._create_key), steps=steps
+      functions.abstract,
+      lambda: functions.create(self._create_key),
+      steps=steps,
+      frozen=self._frozen,
     )
-    done = int(state.step)
-    if done == steps:
+    for run in self._stages:
+      stage = run.stage.stage
+      if int(state.step) == stage.start > 0:
+        session.log.event("stage", step=stage.start, stage=stage.name)
+        say(f"stage {stage.name}, to step {stage.end}")
+      state = run.go(state, session)
+      if session.stopping.exit_code is not None:
+        break
+    return state
+
+  def export(self, state: TrainState) -> None:
+    """Writes the averaged weights as a VAE in diffusers' layout."""
+    frames = self._stages[-1].some_batches(SCALING_BATCHES)
+    factor = export(self._workdir / "vae", self._config.model, state.ema, frames)
+    say(f"{self._workdir / 'vae'}: the VAE, scaling factor {factor}")
+
+
+class StageRun:
+  """One stage of a run: its mesh, programs and clips."""
+
+  def __init__(
+    self,
+    config: VAETrainConfig,
+    stage: VAEStage,
+    workdir: epath.Path,
+    source: str,
+    decoders: Decoders,
+    frozen: Params,
+  ):
+    """Makes the mesh and the functions of a stage, and plans its batches.
+
+    Args:
+      source: the manifest or folder of clips.
+
+    Raises:
+      UserError: the mesh, the clips or the workdir do not allow the stage.
+    """
+    self.stage = stage
+    self._config, self._workdir, self._frozen = config, workdir, frozen
+    self._rules = sharding.rules_named(config.sharding)
+    self.mesh = vae_stages.make_mesh(config, stage, jax.devices())
+    self.functions = self._make_functions(adversarial=False)
+    clips = vae_clips.open_clips(config, stage, source, decoders)
+    name = f"clips of {stage.stage.name}" if config.stages else "clips"
+    self.data_digest = {name: clips.train.digest()}
+    hosts.check_same("set of clips", self.data_digest[name])
+    resume.check_data(workdir, self.data_digest)
+    self._train = vae_clips.batches(config, stage, clips.train, decoders)
+    self._held_out = None
+    if clips.held_out.num_clips:
+      self._held_out = vae_clips.batches(config, stage, clips.held_out, decoders)
+    self._measure = jax.jit(self.functions.validate)
+
+  def go(self, state: TrainState, session: Session) -> TrainState:
+    """Takes the stage's remaining steps until a signal comes; the last one is saved."""
+    config, stage = self._config, self.stage.stage
+    state = stages.moved(state, self.functions.abstract)
+    done = int(state.step) - stage.start
+    if done == stage.steps:
       return state
+    take_step = self._steps()
     with closing(self._train.iterate(done, self._rows_here)) as frames:
       clips = (self._train.sizes_of(k).clips for k in itertools.count(done))
+      batches = zip(itertools.count(int(state.step)), clips, frames, strict=False)
       return drive.take_steps(
         state,
-        drive.read_ahead(zip(clips, frames, strict=False), lambda batch: self._assemble(*batch)),
-        lambda state, frames: self._step(state, frames, self._train_key),
+        drive.read_ahead(batches, lambda batch: (batch[0], self._assemble(*batch[1:]))),
+        take_step,
         session,
         self._report(),
-        last=steps,
+        last=stage.end,
         save_every=config.checkpoint.every,
         happenings=self._happenings(),
       )
 
-  def export(self, state: TrainState) -> None:
-    """Writes the averaged weights as a VAE in diffusers' layout."""
-    count = min(self._train.per_epoch, SCALING_BATCHES)
-    frames = (self._batch(self._train, k) for k in range(count))
-    factor = export(self._workdir / "vae", self._config.model, state.ema, frames)
-    say(f"{self._workdir / 'vae'}: the VAE, scaling factor {factor}")
+  def some_batches(self, most: int) -> Iterator[jax.Array]:
+    """Yields the first batches of an epoch, at most so many, on the mesh."""
+    return (self._batch(self._train, k) for k in range(min(self._train.per_epoch, most)))
 
-  def _batches(self, clips: MeasuredClips, decoders: Decoders) -> ClipBatches:
-    """Plans batches of the clips as the config says."""
-    return ClipBatches(
-      clips,
-      decoders,
-      frames=self._config.train.frames,
-      seed=self._config.seed,
-      multiple_of=self._config.train.batch_multiple,
+  def _make_functions(self, *, adversarial: bool) -> Functions:
+    return make_vae_functions(
+      self._config, self.stage, self.mesh, self._rules, self._frozen, adversarial=adversarial
     )
+
+  def _steps(self) -> drive.Step:
+    """Returns the function that takes a step, with the discriminator from its start on.
+
+    It takes batches with the number of updates done before them.
+    """
+    key, before = _keys(self._config).train, jit_train(self.functions)
+    after, start = before, self._config.train.steps
+    if vae_stages.has_adversary(self._config):
+      after = jit_train(self._make_functions(adversarial=True))
+      start = vae_stages.gan_start(self._config)
+
+    def take(state: TrainState, batch: tuple[int, jax.Array]) -> Any:
+      number, frames = batch
+      return (before if number < start else after)(state, frames, key)
+
+    return take
 
   def _happenings(self) -> list[Every]:
     """Lists what happens every so many steps, besides saving."""
@@ -175,22 +260,22 @@ class Run:
     """Returns metrics of the averaged weights on held-out clips. Clips and noise never change."""
     assert self._held_out
     count = min(self._config.validation.batches, self._held_out.per_epoch)
-    found = []
+    key, found = _keys(self._config).validation, []
     for k in range(count):
       frames = self._batch(self._held_out, k)
-      found.append(jax.device_get(self._measure(state.ema, frames, self._validation_key)))
+      found.append(jax.device_get(self._measure(state.ema, frames, key, state.frozen)))
     return {
       f"validation_{name}": float(np.mean([numbers[name] for numbers in found]))
       for name in found[0]
     }
 
   def _report(self) -> Report:
-    """Describes the training's steps for the log."""
-    config, batches = self._config, self._train
+    """Describes the stage's steps for the log."""
+    config, batches, first = self._config, self._train, self.stage.stage.start + 1
 
     def describe(step: int, seconds: float) -> Numbers:
-      size = batches.sizes_of(step - 1)
-      return {"epoch": batches.epoch(step - 1), "frames": size.clips * size.bucket.num_frames}
+      size = batches.sizes_of(step - first)
+      return {"epoch": batches.epoch(step - first), "frames": size.clips * size.bucket.num_frames}
 
     return Report(
       name="train VAE",
@@ -199,7 +284,8 @@ class Run:
       log_every=config.log_every,
       way_out=WAY_OUT,
       describe=describe,
-      clips=lambda step: batches.clips(step - 1),
+      labels={"stage": self.stage.stage.name} if config.stages else {},
+      clips=lambda step: batches.clips(step - first),
     )
 
   def _rows_here(self, clips: int) -> tuple[int, ...]:
@@ -208,37 +294,24 @@ class Run:
 
   def _assemble(self, clips: int, frames: UInt8[np.ndarray, "b F H W 3"]) -> jax.Array:
     """Returns the global batch on the mesh, to which this host gives its frames."""
-    return global_batch.assemble(frames, self._rows_here(clips), clips, self._sharding(clips))
+    split = sharding.clip_sharding(self.mesh, self._rules)
+    return global_batch.assemble(frames, self._rows_here(clips), clips, split)
 
-  def _batch(self, batches: ClipBatches, k: int) -> jax.Array:
+  def _batch(self, batches: Batches, k: int) -> jax.Array:
     """Returns batch k on the mesh."""
     return self._assemble(batches.sizes_of(k).clips, batches.batch(k, self._rows_here))
 
   def _sharding(self, clips: int) -> NamedSharding:
     """Returns the sharding of a batch of so many clips; a UserError if they do not divide."""
-    try:
-      return sharding.row_sharding(self.mesh, self._rules, clips)
-    except UserError as error:
-      shards = sharding.row_shards(self.mesh, self._rules)
+    shards = sharding.row_shards(self.mesh, self._rules)
+    microbatches = self._config.train.microbatches
+    if clips % (shards * microbatches):
       raise UserError(
-        f"a batch of {clips} clips does not divide over the {shards} devices that share it.\n"
-        f"Set config.train.batch_multiple={shards}, and config.train.frames to hold so many clips."
-      ) from error
-
-
-def _open_clips(config: VAETrainConfig, workdir: epath.Path, decoders: Decoders) -> Clips:
-  """Measures the clips of the config's path; without a path it renders the embedded ones first."""
-  data = config.data
-  clips = measured_clips.measure(
-    data.path or _render(config, workdir), data.sizes, data.durations, data.fps, decoders
-  )
-  train, held_out = clips.split(data.validation_fraction if config.validation.every else 0.0)
-  if config.validation.every and not held_out.num_clips:
-    say(
-      f"None of the {clips.num_clips} clips is held out by config.data.validation_fraction, so "
-      "that there is no validation."
-    )
-  return Clips(train, held_out)
+        f"a batch of {clips} clips does not divide over the {shards} devices that share it, in "
+        f"{microbatches} microbatches.\nSet config.train.batch_multiple={shards * microbatches}, "
+        "and config.train.frames to hold so many clips."
+      )
+    return sharding.row_sharding(self.mesh, self._rules, clips)
 
 
 def _render(config: VAETrainConfig, workdir: epath.Path) -> str:
@@ -259,13 +332,14 @@ def _render(config: VAETrainConfig, workdir: epath.Path) -> str:
   return str(render())  # Finds the clips rendered, and returns their path.
 
 
-def _make_mesh(config: VAETrainConfig) -> Mesh:
-  """Makes the mesh over all devices of the job. No two devices share a clip."""
-  sizes = sharding.with_context(dataclasses.asdict(config.mesh), 1, jax.devices())
-  return sharding.make_mesh(sizes)
+class Keys(NamedTuple):
+  """The keys of a run."""
+
+  create: jax.Array  # Of the initial weights.
+  train: jax.Array  # Of the noise and the draws of training.
+  validation: jax.Array
 
 
-def _keys(config: VAETrainConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns three keys: for the initial weights, for the noise of training, and of validation."""
-  create_key, train_key = jax.random.split(jax.random.key(config.seed))
-  return create_key, train_key, jax.random.fold_in(train_key, VALIDATION_FOLD)
+def _keys(config: VAETrainConfig) -> Keys:
+  create, train = jax.random.split(jax.random.key(config.seed))
+  return Keys(create, train, jax.random.fold_in(train, VALIDATION_FOLD))

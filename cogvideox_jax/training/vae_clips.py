@@ -1,0 +1,63 @@
+"""Opens the clips of a stage of the VAE's training, and plans its batches."""
+
+from typing import NamedTuple
+
+from cogvideox_jax.config.vae_schema import VAETrainConfig
+from cogvideox_jax.data import measured_clips
+from cogvideox_jax.data.clip_batches import ClipBatches
+from cogvideox_jax.data.decoding import Decoders
+from cogvideox_jax.data.interleaved_batches import InterleavedBatches
+from cogvideox_jax.data.measured_clips import MeasuredClips
+from cogvideox_jax.training.session import say
+from cogvideox_jax.training.vae_stages import VAEStage
+
+Batches = ClipBatches | InterleavedBatches
+
+
+class Clips(NamedTuple):
+  """The clips to train on, and those that are held out for validation."""
+
+  train: MeasuredClips
+  held_out: MeasuredClips
+
+
+def open_clips(config: VAETrainConfig, stage: VAEStage, source: str, decoders: Decoders) -> Clips:
+  """Measures the clips of a stage.
+
+  Args:
+    source: a manifest or folder.
+
+  Raises:
+    UserError: no clip can be used.
+  """
+  data, validates = config.data, bool(config.validation.every)
+  clips = measured_clips.measure(
+    source, stage.config.sizes, stage.config.durations, data.fps, decoders, data.more_fps
+  )
+  train, held_out = clips.split(data.validation_fraction if validates else 0.0)
+  if validates and not held_out.num_clips:
+    say(
+      f"None of the {clips.num_clips} clips is held out by config.data.validation_fraction, so "
+      "that there is no validation."
+    )
+  return Clips(train, held_out)
+
+
+def batches(
+  config: VAETrainConfig, stage: VAEStage, clips: MeasuredClips, decoders: Decoders
+) -> Batches:
+  """Plans batches of the clips as the config says."""
+
+  def plan(chosen: MeasuredClips) -> ClipBatches:
+    return ClipBatches(
+      chosen,
+      decoders,
+      frames=stage.config.frames,
+      seed=config.seed,
+      multiple_of=stage.config.batch_multiple,
+    )
+
+  videos = clips.videos()
+  if not config.data.image_share or not videos.num_clips:
+    return plan(clips)
+  return InterleavedBatches(plan(clips.stills()), plan(videos), config.data.image_share)
