@@ -15,12 +15,13 @@ from flax import nnx
 from jaxtyping import Array
 
 from cogvideox_jax import sharding
-from cogvideox_jax.aot import hlo
+from cogvideox_jax.aot import hlo, work
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
-from cogvideox_jax.sharded_vae import share_clips
+from cogvideox_jax.models.vae_context import Split
+from cogvideox_jax.sharded_vae import SharedClips, share_clips
 
 # As few layers as compile soon, of every kind.
 SMALL = dataclasses.replace(
@@ -170,6 +171,24 @@ def test_devices_may_share_the_height_of_a_clip_and_gather_none_of_it():
   assert sent.keys() == {"collective-permute", "all-reduce"}
   line = 7 * SIDE * 4 * 4  # Of the 5 frames and the 2 before them, of 4 channels.
   assert max(sent["collective-permute"]) <= line and max(sent["all-reduce"]) <= 64
+
+
+def test_the_work_of_all_devices_is_counted():
+  graph, params = graph_of(VAE, SMALL), draw(VAE, SMALL)[1]
+  frames = jnp.zeros((2, 7, SIDE, SIDE, 3))  # 4 latent frames, two on each device.
+
+  def flops(data, context):
+    # Chunks of whole blocks, so that no device has slots to fill.
+    split = Split(("context",), context, 2, (4,))
+    clips = SharedClips(mesh_of(data, context), RULES, "sat", split, split)
+
+    def encode(params, frames):
+      return clips.encode(nnx.merge(graph, params), clips.spread(frames))[0]
+
+    return work.traced_flops(jax.make_jaxpr(encode)(params, frames))
+
+  # Two copies of the first frame, less one, are the price of sharing.
+  assert 1 < flops(2, 2) / flops(2, 1) < 8 / 7 + 0.01
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def forward_flops(model: DiTConfig, clips: Sequence[int]) -> int:
 
 
 def traced_flops(jaxpr: Any) -> float:
-  """FLOPs of a traced function's products and convolutions.
+  """FLOPs of a traced function's products and convolutions, on all devices.
 
   Of several branches the most expensive counts. The function may hold no loops.
   """
@@ -80,6 +80,9 @@ def traced_flops(jaxpr: Any) -> float:
       total += max(inner_flops)
     elif equation.primitive.name == "custom_vjp_call":
       total += inner_flops[0]
+    elif equation.primitive.name == "shard_map":
+      mesh, axes = equation.params["mesh"], equation.params["newly_manual_axes"]
+      total += inner_flops[0] * math.prod(mesh.shape[axis] for axis in axes)
     else:
       total += sum(inner_flops)
     if equation.primitive.name == "conv_general_dilated":
