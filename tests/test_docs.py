@@ -25,7 +25,7 @@ KEY = re.compile(r"(?<![\w.])config\.([a-z][\w]*(?:\.[a-z][\w]*)*)")
 SHARED_FLAGS = ("command.py", "job.py", "model_flags.py")
 # Files of the reader, and of what the commands write.
 READERS = re.compile(
-  r"configs/mine\.py|surf\.txt|sha256sums\.txt|(benchmarks/)?NAME\.py|clips/|runs/.*|encoded/|checkpoints/|previews/"
+  r"configs/mine\.py|surf\.txt|sha256sums\.txt|(benchmarks/)?NAME\.py|clips/|table/|table\.md|runs/.*|encoded/|checkpoints/|previews/"
   r"|(transformer|vae|text_encoder|tokenizer|scheduler|orbax)/|(STAGE|WORKDIR)/|\.venv/.*"
 )
 

@@ -1,0 +1,112 @@
+"""Scores restored clips beside their source: PSNR, SSIM, LPIPS, flicker, and the logits for FVD."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from cogvideox_jax.evaluation import quality
+from cogvideox_jax.evaluation.fvd import Features, TooShortError, check_frames
+from cogvideox_jax.evaluation.lpips_weights import lpips_params
+from cogvideox_jax.evaluation.metric_packages import MissingPackageError
+from cogvideox_jax.models.lpips import lpips
+from cogvideox_jax.types import Params
+
+LPIPS_FRAMES = 8  # Frames compared at once, which bounds the memory.
+Frames = UInt8[np.ndarray, "F H W 3"]
+
+
+class Scores(NamedTuple):
+  """Scores of a clip, or means over clips; None where there is no such figure."""
+
+  psnr: float  # dB, the mean over frames.
+  psnr_clip: float  # dB, of the mean squared error of the clip.
+  ssim: float
+  lpips: float | None  # None if its package is missing.
+  flicker: float | None  # On 0..255; None for a single frame.
+  flicker_source: float | None
+
+
+class Judges:
+  """The networks that judge clips, as far as their packages are installed."""
+
+  def __init__(self, network: str, *, fvd_frames: int | None):
+    """Loads LPIPS with `network`, and I3D.
+
+    Args:
+      fvd_frames: frames of the clips whose FVD is wanted; None if none is.
+
+    Raises:
+      UserError: a package's file or a converted one is damaged.
+    """
+    self.notes: list[str] = []  # What is missing, and how to install it.
+    self._lpips_params = self._load("LPIPS", lambda: jax.device_put(lpips_params(network)))
+    self._lpips = jax.jit(partial(_distances, network=network))
+    self.features: Features | None = None
+    if fvd_frames is not None:
+      self.features = self._load("FVD", partial(_load_features, fvd_frames))
+
+  def _load(self, metric, make):
+    try:
+      return make()
+    except (MissingPackageError, TooShortError) as error:
+      self.notes.append(f"no {metric}: {error}")
+      return None
+
+  def score(self, source: Frames, restored: Frames) -> Scores:
+    """Scores one clip."""
+    distance = None
+    if self._lpips_params is not None:
+      distance = float(self._lpips(self._lpips_params, source, restored).mean())
+    return Scores(
+      *quality.psnr(source, restored),
+      quality.ssim(source, restored),
+      distance,
+      quality.flicker(restored),
+      quality.flicker(source),
+    )
+
+
+def mean(scores: list[Scores]) -> Scores:
+  """Returns the means over clips of one length."""
+
+  def of(name: str) -> float:
+    return float(np.mean([getattr(score, name) for score in scores]))
+
+  absent = {name for name, value in scores[0]._asdict().items() if value is None}
+  return scores[0]._replace(**{name: of(name) for name in Scores._fields if name not in absent})
+
+
+def as_fields(scores: Scores) -> dict[str, float | None]:
+  """Returns the scores by name, with what follows from them: excess flicker and VBench's."""
+  fields: dict[str, float | None] = dict(scores._asdict())
+  if scores.flicker is None or scores.flicker_source is None:
+    return fields | {"flicker_excess": None, "vbench_flickering": None}
+  return fields | {
+    "flicker_excess": scores.flicker - scores.flicker_source,
+    "vbench_flickering": quality.steadiness(scores.flicker),
+  }
+
+
+def _load_features(frames: int) -> Features:
+  check_frames(frames)
+  return Features()
+
+
+def _distances(
+  params: Params,
+  source: UInt8[Array, "F H W 3"],
+  restored: UInt8[Array, "F H W 3"],
+  *,
+  network: str,
+) -> Float[Array, "F"]:
+  """Returns the LPIPS of each frame."""
+
+  def distance(pair):
+    x, y = (frame.astype(jnp.float32) / 127.5 - 1 for frame in pair)
+    return lpips(params, x, y, network=network)
+
+  return jax.lax.map(distance, (restored, source), batch_size=LPIPS_FRAMES)
