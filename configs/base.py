@@ -16,68 +16,93 @@ def get_config() -> ConfigDict:
   config.seed = 0
   config.components = ""
   config.init_from = ""
-  config.init = ConfigDict()
-  config.init.keep = ""
+  config.init = ConfigDict({"keep": ""})
   config.dtype = "auto"
   config.remat = "branches"
+  config.model = _model()
+  config.noise = _noise()
+  config.text = ConfigDict({"drop": "zeros", "drop_rate": 0.1})
+  config.image = _image()
+  config.data = _data()
+  config.stages = _stages()
+  config.train = _train()
+  config.optimizer = _optimizer()
+  config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})
+  config.sharding = "fsdp"
+  config.cpu_devices = 1
+  config.log_every = 10
+  config.checkpoint = ConfigDict({"every": 1000, "keep": 3})
+  config.validation = ConfigDict({"every": 1000, "batches": 4})
+  config.preview = _preview()
+  return config.lock()
 
-  config.model = ConfigDict()
-  config.model.depth = 30
-  config.model.heads = 30
-  config.model.head_dim = 64
-  config.model.time_width = 512
-  config.model.in_channels = 16
-  config.model.out_channels = 16
-  config.model.patch = (1, 2, 2)
-  config.model.text_width = 4096
-  config.model.text_length = 226
-  config.model.positions = "sincos"
-  config.model.sample_frames = 49
-  config.model.sample_height = 60
-  config.model.sample_width = 90
-  config.model.spatial_interpolation = 1.875
-  config.model.temporal_interpolation = 1.0
-  config.model.learned_positions = False
-  config.model.ofs_width = 0
 
-  config.noise = ConfigDict()
-  config.noise.steps = 1000
-  config.noise.beta_start = 0.00085
-  config.noise.beta_end = 0.012
-  config.noise.snr_shift = 3.0
-  config.noise.zero_terminal_snr = True
+def _model() -> ConfigDict:
+  model = ConfigDict()
+  model.depth = 30
+  model.heads = 30
+  model.head_dim = 64
+  model.time_width = 512
+  model.in_channels = 16
+  model.out_channels = 16
+  model.patch = (1, 2, 2)
+  model.text_width = 4096
+  model.text_length = 226
+  model.positions = "sincos"
+  model.sample_frames = 49
+  model.sample_height = 60
+  model.sample_width = 90
+  model.spatial_interpolation = 1.875
+  model.temporal_interpolation = 1.0
+  model.learned_positions = False
+  model.ofs_width = 0
+  return model
 
-  config.text = ConfigDict()
-  config.text.drop = "zeros"
-  config.text.drop_rate = 0.1
 
-  config.image = ConfigDict()
-  config.image.draws = 4
-  config.image.log_sigma_mean = -3.0
-  config.image.log_sigma_std = 0.5
-  config.image.drop_rate = 0.05
-  config.image.scale = "scaled"
+def _noise() -> ConfigDict:
+  noise = ConfigDict()
+  noise.steps = 1000
+  noise.beta_start = 0.00085
+  noise.beta_end = 0.012
+  noise.snr_shift = 3.0
+  noise.zero_terminal_snr = True
+  return noise
 
-  config.data = ConfigDict()
-  config.data.path = ""
-  config.data.mixture = ConfigDict()  # Filled by `source`.
-  config.data.clips = 0
-  config.data.fps = 8.0
-  config.data.validation_fraction = 0.01
-  config.data.limits = ConfigDict()
-  config.data.limits.max_pixels = 36_000_000
-  config.data.limits.max_picture_pixels = 256_000_000
-  config.data.limits.max_frames = 0
-  config.data.limits.max_seconds = 86_400.0
-  config.data.limits.max_bytes = 0
-  config.data.limits.max_fps = 1000.0
 
+def _image() -> ConfigDict:
+  image = ConfigDict()
+  image.draws = 4
+  image.log_sigma_mean = -3.0
+  image.log_sigma_std = 0.5
+  image.drop_rate = 0.05
+  image.scale = "scaled"
+  return image
+
+
+def _data() -> ConfigDict:
+  data = ConfigDict()
+  data.path = ""
+  data.mixture = ConfigDict()  # Filled by `source`.
+  data.clips = 0
+  data.fps = 8.0
+  data.validation_fraction = 0.01
+  data.limits = ConfigDict()
+  data.limits.max_pixels = 36_000_000
+  data.limits.max_picture_pixels = 256_000_000
+  data.limits.max_frames = 0
+  data.limits.max_seconds = 86_400.0
+  data.limits.max_bytes = 0
+  data.limits.max_fps = 1000.0
+  return data
+
+
+def _stages() -> ConfigDict:
   # P Table 5 gives each stage's largest size, its seconds, row_tokens (25k, 75k, 700k, 700k), share
   # and a batch of 2000, 1000, 250 and 100 clips (our reading). The rows are ours: such a batch
   # needs 408, 235, 30 and 12 rows if all clips have full length, and 130, 70, 7 and 3 rows if half
   # of them are images. The other sizes, the learning rates and the context are ours as well.
-  config.stages = ConfigDict()
-  config.stages.stage1 = stage(
+  stages = ConfigDict()
+  stages.stage1 = stage(
     sizes=sizes(256),
     durations=(1, 9, 17, 33, 49),
     rows=256,
@@ -85,7 +110,7 @@ def get_config() -> ConfigDict:
     max_clips=32,
     share=400_000,
   )
-  config.stages.stage2 = stage(
+  stages.stage2 = stage(
     sizes=sizes(480),
     durations=(1, 9, 17, 33, 49),
     rows=128,
@@ -100,51 +125,49 @@ def get_config() -> ConfigDict:
     "max_clips": 64,
     "context": 16,
   }
-  config.stages.stage3 = stage(**third, rows=16, share=120_000, learning_rate=5e-5)
-  config.stages.stage4 = stage(  # P 3.1: the best fifth of the same clips.
+  stages.stage3 = stage(**third, rows=16, share=120_000, learning_rate=5e-5)
+  stages.stage4 = stage(  # P 3.1: the best fifth of the same clips.
     **third, rows=8, share=10_000, learning_rate=1e-5, data="stage3", best=0.2
   )
+  return stages
 
-  config.train = ConfigDict()
-  config.train.steps = 750_000
-  config.train.carry_optimizer = True
-  config.train.growth = "extrapolate"
-  config.train.explicit_uniform = True
-  config.train.weighting = "clips"
 
-  config.optimizer = ConfigDict()
-  config.optimizer.learning_rate = 1e-4
-  config.optimizer.warmup_steps = 1000.0
-  config.optimizer.final_fraction = 0.0
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.95
-  config.optimizer.eps = 1e-8
-  config.optimizer.weight_decay = 1e-4
-  config.optimizer.clip_norm = 1.0
-  config.optimizer.ema_decay = 0.9999
+def _train() -> ConfigDict:
+  train = ConfigDict()
+  train.steps = 750_000
+  train.carry_optimizer = True
+  train.growth = "extrapolate"
+  train.explicit_uniform = True
+  train.weighting = "clips"
+  return train
 
-  config.mesh = ConfigDict()
-  config.mesh.data = 1
-  config.mesh.fsdp = -1
-  config.mesh.context = 0
-  config.mesh.tensor = 1
-  config.sharding = "fsdp"
-  config.cpu_devices = 1
 
-  config.log_every = 10
-  config.checkpoint = ConfigDict({"every": 1000, "keep": 3})
-  config.validation = ConfigDict({"every": 1000, "batches": 4})
-  config.preview = ConfigDict()
-  config.preview.every = 1000
-  config.preview.prompts = ()
-  config.preview.images = ()
-  config.preview.num_frames = 49
-  config.preview.height = 256
-  config.preview.width = 384
-  config.preview.steps = 50
-  config.preview.guidance_scale = 6.0
-  config.preview.solver = "ddim"
-  return config.lock()
+def _optimizer() -> ConfigDict:
+  optimizer = ConfigDict()
+  optimizer.learning_rate = 1e-4
+  optimizer.warmup_steps = 1000.0
+  optimizer.final_fraction = 0.0
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.95
+  optimizer.eps = 1e-8
+  optimizer.weight_decay = 1e-4
+  optimizer.clip_norm = 1.0
+  optimizer.ema_decay = 0.9999
+  return optimizer
+
+
+def _preview() -> ConfigDict:
+  preview = ConfigDict()
+  preview.every = 1000
+  preview.prompts = ()
+  preview.images = ()
+  preview.num_frames = 49
+  preview.height = 256
+  preview.width = 384
+  preview.steps = 50
+  preview.guidance_scale = 6.0
+  preview.solver = "ddim"
+  return preview
 
 
 def source(path: str, weight: float) -> ConfigDict:
