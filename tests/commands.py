@@ -16,10 +16,10 @@ import jax
 from cogvideox_jax.precompute import encode_clips
 from cogvideox_jax.training import transformer_run
 
-# The libraries, and nothing else, are loaded once for all commands.
+# The libraries, and nothing else, are loaded once for all commands; at last they are frozen.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-  [encode_clips.__name__, transformer_run.__name__, "torch", "safetensors.torch"]
+  [encode_clips.__name__, transformer_run.__name__, "torch", "safetensors.torch", "frozen"]
 )
 # Without the number of fake devices, so that a command has as many as its config says.
 OWN_DEVICES = " ".join(
