@@ -20,7 +20,6 @@ from cogvideox_jax.conversion import orbax, tensors
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.models import positions
 from cogvideox_jax.training import (
   dataset_report,
   meshes,
@@ -32,7 +31,7 @@ from cogvideox_jax.training import (
   transformer_run,
   workdir,
 )
-from configs import base, tiny_stages
+from configs import tiny_stages
 
 GRIDS = {  # Latent frames, height, width.
   "stage1": ((1, 2, 2), (3, 2, 2)),
@@ -53,6 +52,9 @@ def inputs(tmp_path_factory):
     write_dataset(folder / "data" / stage, seed, CLIPS, grids, scores)
   make_model(folder / "model")
   return folder
+
+
+GROWS = {"train__growth": "interpolate", "model__positions": "rope"}
 
 
 def make_config(inputs, only=(), **changes):
@@ -112,7 +114,7 @@ def whole(inputs, tmp_path_factory):
   folder = epath.Path(tmp_path_factory.mktemp("whole"))
   with pytest.MonkeyPatch.context() as patch:
     watched = Watched(patch)
-    assert transformer_run.train(make_config(inputs), folder) == 0
+    assert transformer_run.train(make_config(inputs, **GROWS), folder) == 0
   return folder, watched
 
 
@@ -171,7 +173,7 @@ def stop_after(config, folder, step):
 def test_a_run_stopped_in_every_stage_and_at_every_boundary_ends_with_the_same_bits(
   inputs, whole, tmp_path
 ):
-  config, folder = make_config(inputs), epath.Path(tmp_path)
+  config, folder = make_config(inputs, **GROWS), epath.Path(tmp_path)
   for step in range(1, 9):
     assert stop_after(config, folder, step) == (83 if step < 8 else 0)
   assert digests(folder) == {**digests(folder), **digests(whole[0])}
@@ -179,43 +181,48 @@ def test_a_run_stopped_in_every_stage_and_at_every_boundary_ends_with_the_same_b
   assert resumed == list(range(8))
 
 
+@pytest.mark.slow
 def test_a_stage_falls_back_on_a_checkpoint_of_an_earlier_one(inputs, whole, tmp_path):
   folder = epath.Path(tmp_path) / "run"
   shutil.copytree(whole[0], folder)
   for step in (5, 6, 7, 8):  # The newest was made on another mesh than the one before it.
     (folder / "checkpoints" / str(step) / "digests.json").write_text("{}")
-  assert stop_after(make_config(inputs), folder, 5) == 83
+  assert stop_after(make_config(inputs, **GROWS), folder, 5) == 83
   again = [line for line in lines(folder / "events.jsonl") if line["event"] == "checkpoint_saved"]
   assert again[-1] == {"event": "checkpoint_saved", "step": 5, "digest": digests(whole[0])[5]}
 
 
 @pytest.fixture(scope="module")
 def two(inputs, tmp_path_factory):
-  """A run of two stages that interpolates positions and starts the moments anew."""
+  """A run of two stages that starts the moments anew."""
   folder = epath.Path(tmp_path_factory.mktemp("two"))
   config = make_config(
-    inputs, ("stage1", "stage2"), train__steps=4, train__growth="interpolate", validation__every=2,
-    train__carry_optimizer=False, model__positions="rope",
+    inputs, ("stage1", "stage2"), train__steps=4, validation__every=2,
+    train__carry_optimizer=False, **GROWS,
   )  # fmt: skip
   assert stop_after(config, folder, 2) == 83
-  halfway = epath.Path(tmp_path_factory.mktemp("halfway")) / "run"
-  shutil.copytree(folder, halfway)
   assert transformer_run.train(config, folder) == 0
-  return halfway, folder
+  return folder
 
 
-def test_what_is_sampled_and_converted_has_the_positions_of_its_stage(two):
-  scales = [workdir.open_trained(folder, "raw").networks["transformer"].config for folder in two]
+def test_what_is_sampled_and_converted_has_the_positions_of_its_stage(whole, tmp_path):
+  runs = [epath.Path(tmp_path) / str(step) for step in (2, 4)]
+  for folder in runs:  # As if stopped at that step.
+    shutil.copytree(whole[0], folder)
+    for step in range(int(folder.name) + 1, 9):
+      shutil.rmtree(folder / "checkpoints" / str(step))
+  scales = [workdir.open_trained(folder, "raw").networks["transformer"].config for folder in runs]
   assert [one.positions for one in scales] == ["rope_scaled", "rope_scaled"]
   assert [one.spatial_interpolation for one in scales] == [1.0, 2.0]
-  video = workdir.load(two[1])(
+  video = workdir.load(runs[1])(
     "a clip", num_frames=1, height=16, width=16, num_inference_steps=1, output_type="uint8"
   )
   assert video.frames[0].shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_each_stage_is_validated_on_its_own_held_out_clips(two):
-  measured = [line for line in lines(two[1] / "metrics.jsonl") if "validation_loss" in line]
+  measured = [line for line in lines(two / "metrics.jsonl") if "validation_loss" in line]
   assert [(line["step"], line["stage"]) for line in measured] == [(2, "stage1"), (4, "stage2")]
   assert all(np.isfinite(line["validation_loss"]) for line in measured)
 
@@ -227,9 +234,13 @@ def counts(folder, step):
   return {int(count) for count in tensors.materialize(found).values()}
 
 
-def test_moments_go_on_or_begin_anew_where_a_stage_begins(two, whole):
-  assert [counts(two[1], step) for step in (1, 2, 3, 4)] == [{1}, {2}, {1}, {2}]
+def test_moments_go_on_where_a_stage_begins(whole):
   assert [counts(whole[0], step) for step in (2, 3, 7, 8)] == [{2}, {3}, {7}, {8}]
+
+
+@pytest.mark.slow
+def test_moments_begin_anew_where_a_stage_begins(two):
+  assert [counts(two, step) for step in (1, 2, 3, 4)] == [{1}, {2}, {1}, {2}]
 
 
 def test_a_stage_that_begins_has_no_moments_but_the_weights_and_their_average(inputs):
@@ -252,44 +263,6 @@ def test_a_stage_that_begins_has_no_moments_but_the_weights_and_their_average(in
   assert {float(jnp.min(x)) for x in jax.tree.leaves(inside.opt_state)} == {1.0}
 
 
-def test_the_published_steps_are_shared_out_exactly_and_a_short_run_has_every_stage():
-  published = base.get_config()
-  ends = [(stage.name, stage.end) for stage in stages.plan(typed(published))]
-  assert ends == [
-    ("stage1", 400_000), ("stage2", 620_000), ("stage3", 740_000), ("stage4", 750_000)
-  ]  # fmt: skip
-  for steps, expected in ((8, [4, 6, 7, 8]), (4, [1, 2, 3, 4]), (75, [40, 62, 74, 75])):
-    plan = stages.plan(typed(published, train__steps=steps))
-    assert [stage.end for stage in plan] == expected
-    assert [stage.start for stage in plan] == [0, *expected[:-1]]
-  uneven = {"train__steps": 10, "stages__stage1__share": 1, "stages__stage2__share": 1}
-  assert [stage.end for stage in stages.plan(typed(published, **uneven))] == [1, 2, 9, 10]
-  with pytest.raises(UserError, match=r"config.train.steps is 3, but .* 4 stages"):
-    stages.plan(typed(published, **uneven | {"train__steps": 3}))
-
-
-def test_a_step_belongs_to_one_stage_and_a_checkpoint_to_the_stage_that_made_it():
-  plan = stages.plan(typed(base.get_config(), train__steps=8))  # Ends at 4, 6, 7 and 8.
-  going_on = [stages.going_on_at(plan, step).name[-1] for step in range(9)]
-  assert "".join(going_on) == "111122344"
-  assert "".join(stages.trained_last(plan, step).name[-1] for step in range(9)) == "111112234"
-
-
-def test_each_stage_has_its_own_peak_warmup_and_cosine():
-  config = typed(base.get_config(), train__steps=7500)  # Ends at 4000, 6200, 7400, 7500.
-  peaks = {"stage1": 1e-4, "stage2": 1e-4, "stage3": 5e-5, "stage4": 1e-5}
-  for stage in stages.plan(config):
-    rate = stages.learning_rate(config, stage.name)
-    values = np.array([float(rate(step)) for step in range(stage.start, stage.end + 1)])
-    assert values[0] > 0 and values[-1] == pytest.approx(0, abs=1e-12)
-    assert values.max() == pytest.approx(peaks[stage.name])
-    assert values.argmax() == stage.steps // 10
-    assert (np.diff(values[: stage.steps // 10]) > 0).all()
-    assert (np.diff(values[stage.steps // 10 :]) < 0).all()
-  rate = stages.learning_rate(typed(base.get_config()), "stage2")
-  assert float(rate(400_500)) == pytest.approx(501 / 1001 * 1e-4)  # Midway in the warm-up.
-
-
 def test_the_logged_rate_is_the_one_that_moved_the_weights(inputs):
   kernel = {"kernel": jnp.ones(3)}
   for carry in (True, False):
@@ -304,42 +277,6 @@ def test_the_logged_rate_is_the_one_that_moved_the_weights(inputs):
     np.testing.assert_allclose(
       updates["kernel"], -config.optimizer.weight_decay * rate * jnp.ones(3), rtol=1e-6
     )
-
-
-def test_positions_are_the_index_at_every_size_or_span_what_the_first_stage_did():
-  for rule, extrapolated, interpolated in (
-    ("sincos", "sincos", "sincos"), ("rope", "rope_index", "rope_scaled")
-  ):  # fmt: skip
-    published = base.get_config()
-    published.model.positions = rule
-    config = typed(published, train__growth="extrapolate")
-    for name in config.stages:
-      model = stages.stage_model(config, name)
-      assert model.positions == extrapolated
-      assert rule == "rope" or model.spatial_interpolation == 1.0
-    config = typed(published, train__growth="interpolate")
-    models = [stages.stage_model(config, name) for name in config.stages]
-    assert {model.positions for model in models} == {interpolated}
-    scales = [model.spatial_interpolation for model in models]
-    assert scales == [1.0, 1.875, 3.0, 3.0]
-    with published.unlocked():
-      published.stages = {"stage2": published.stages.stage2}
-    alone = typed(published)
-    assert stages.stage_model(alone, "stage2") == alone.model
-
-
-def test_grown_positions_are_those_of_the_published_rules():
-  t, h, w = (axis.reshape(1, -1) for axis in np.indices((2, 30, 45)))
-  coordinates = jnp.asarray(np.stack([t, h, w], axis=-1))
-  grid = jnp.broadcast_to(jnp.array([2, 30, 45]), coordinates.shape)
-  # The 5B at 480x720: its rule for the sample size gives the index itself.
-  rope = positions.rotary_positions("rope", coordinates, grid, (30, 45))
-  index = positions.rotary_positions("rope_index", coordinates, grid, (30, 45))
-  np.testing.assert_array_equal(rope, index)
-  # And for a sample size of 256x384, what interpolation makes of 480x720.
-  rope = positions.rotary_positions("rope", coordinates, grid, (16, 24))
-  scaled = positions.rotary_positions("rope_scaled", coordinates, grid, (0, 0), (1.875, 1.0))
-  np.testing.assert_allclose(rope, scaled, atol=2e-6)
 
 
 def test_clips_of_the_embedded_data_are_made_once_and_scored(inputs, tmp_path):
