@@ -5,6 +5,7 @@ and one of the weights that metrics use.
 """
 
 import atexit
+import gc
 import os
 import subprocess
 import tempfile
@@ -37,6 +38,24 @@ if "COGVIDEOX_JAX_CACHE" not in os.environ:
   CONVERTED = tempfile.TemporaryDirectory(prefix="converted_", ignore_cleanup_errors=True)
   atexit.register(CONVERTED.cleanup)
   os.environ["COGVIDEOX_JAX_CACHE"] = CONVERTED.name
+
+
+def pytest_collection_finish():
+  """Spares the collector what all tests share: a million objects of the libraries, which stay.
+
+  Otherwise each full collection walks through them, several times in a test that traces a model.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 50)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+  """A `FinishedRun`, which is the same for all workers."""
+  import finished_run
+
+  return finished_run.finished_run(tmp_path_factory)
 
 
 @pytest.fixture

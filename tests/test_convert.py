@@ -14,7 +14,7 @@ from drawn import DIT_CONFIG, draw
 from etils import epath
 from model_folder import make_model
 from safetensors.numpy import load_file, save_file
-from small_run import make_config, make_inputs
+from small_run import make_config
 
 from cogvideox_jax import convert
 from cogvideox_jax.conversion import diffusers, lora, orbax, sat_release, tensors
@@ -25,7 +25,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.inference.pipeline import Pipeline
 from cogvideox_jax.models.dit import DiT
-from cogvideox_jax.training import checkpoint, transformer_run
+from cogvideox_jax.training import checkpoint
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 PIPELINES = sorted((GOLDENS / "pipelines").iterdir())
@@ -82,8 +82,15 @@ def assert_same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray])
     np.testing.assert_array_equal(tensor.view(np.uint8), theirs[name].view(np.uint8), name)
 
 
-@pytest.mark.parametrize("layout", ["orbax", "sat"])
-@pytest.mark.parametrize("source", [path.name for path in PIPELINES])
+# Each layout and each source once; all pairs in the slow tests.
+PAIRS = [
+  pytest.param(path.name, layout, marks=[pytest.mark.slow] * ((n + m) % 2))
+  for n, path in enumerate(PIPELINES)
+  for m, layout in enumerate(("orbax", "sat"))
+]
+
+
+@pytest.mark.parametrize(("source", "layout"), PAIRS)
 def test_a_model_of_diffusers_comes_back_bit_by_bit_with_its_configs(source, layout, tmp_path):
   folder = GOLDENS / "pipelines" / source
   there = run(folder, tmp_path / "there", layout)
@@ -179,14 +186,12 @@ def test_parts_alone_are_converted(model, tmp_path):
   assert_same_bits(weights(run(there, tmp_path / "back", "diffusers")), expected)
 
 
-def test_a_training_run_is_written_with_the_average_of_its_weights(model, tmp_path):
-  inputs = make_inputs(tmp_path)
-  config = make_config(inputs, components=str(model), train__steps=3)
-  assert transformer_run.train(config, epath.Path(tmp_path / "run")) == 0
+def test_a_training_run_is_written_with_the_average_of_its_weights(finished_run, tmp_path):
+  config = make_config(finished_run.inputs)
   for weights_flag, tree in (("ema", "ema"), ("raw", "params")):
-    there = run(tmp_path / "run", tmp_path / tree, "diffusers", weights=weights_flag)
+    there = run(finished_run.workdir, tmp_path / tree, "diffusers", weights=weights_flag)
     _, found = open_model(there).transformer()
-    stored = checkpoint.load_weights(tmp_path / "run", weights_flag)
+    stored = checkpoint.load_weights(finished_run.workdir, weights_flag)
     assert_same_bits(tensors.flatten(found), tensors.flatten(stored))
   assert open_model(there).settings().text_drop == config.text.drop
   assert open_model(there).scheduler() == config.noise
@@ -205,7 +210,9 @@ def make_lora(path: Path) -> Path:
   return path
 
 
-@pytest.mark.parametrize("source_layout", ["diffusers", "orbax"])
+@pytest.mark.parametrize(
+  "source_layout", ["diffusers", pytest.param("orbax", marks=pytest.mark.slow)]
+)
 def test_a_lora_becomes_part_of_the_weights(model, tmp_path, source_layout):
   path = make_lora(tmp_path / "lora.safetensors")
   source = run(model, tmp_path / "source", source_layout)

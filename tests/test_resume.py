@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import os
 import signal
 import time
 
 import pytest
-from commands import OWN_DEVICES, PATIENCE, start_command
+from commands import OWN_DEVICES, PATIENCE, Running, start_command
 from etils import epath
-from small_run import config_flags_of, make_inputs, settings
+from small_run import config_flags_of, make_config, make_inputs, settings
+
+from cogvideox_jax.training import metrics, transformer_run
 
 STEPS = 40
 
@@ -55,7 +58,35 @@ def finish(process):
   return ended.output
 
 
-def test_a_run_killed_and_started_again_ends_as_one_never_killed(start, tmp_path):
+def train_until_killed(inputs, workdir, at):
+  """Trains, and kills its own process after a step, while a save of the step before may go on."""
+  add = metrics.Recorder.add
+
+  def add_and_die(self, step, values, measure):
+    add(self, step, values, measure)
+    if step == at:
+      os.kill(os.getpid(), signal.SIGKILL)
+
+  metrics.Recorder.add = add_and_die
+  transformer_run.train(make_config(inputs), workdir)
+
+
+def test_a_run_killed_and_started_again_has_the_weights_of_one_never_killed(finished_run, tmp_path):
+  inputs, whole = finished_run
+  workdir = epath.Path(tmp_path) / "run"
+  assert Running(tmp_path, train_until_killed, inputs, workdir, 5).wait().code == -signal.SIGKILL
+  assert max(saved(workdir)) in (2, 4)
+  assert transformer_run.train(make_config(inputs), workdir) == 0
+  assert saved(workdir)[6] == saved(whole)[6]
+  losses = [
+    {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl")}
+    for run in (workdir, whole)
+  ]
+  assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+@pytest.mark.slow
+def test_a_command_killed_at_any_time_and_started_again_ends_as_one_never_killed(start, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   kill_once_saved(start(killed, save_every=5), killed)
   last = max(saved(killed))

@@ -42,16 +42,13 @@ LOGGED = {
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-  return make_inputs(epath.Path(tmp_path_factory.mktemp("inputs")))
+def inputs(finished_run):
+  return finished_run.inputs
 
 
 @pytest.fixture(scope="module")
-def finished(inputs, tmp_path_factory):
-  """A run to its end, at which tests only look, because they come in any order."""
-  workdir = epath.Path(tmp_path_factory.mktemp("finished"))
-  assert transformer_run.train(make_config(inputs), workdir) == 0
-  return workdir
+def finished(finished_run):
+  return finished_run.workdir
 
 
 @pytest.fixture
@@ -183,18 +180,17 @@ def test_data_may_move_but_not_change(inputs, copied, tmp_path):
     transformer_run.train(make_config(inputs, data__path=str(other / "data")), copied)
 
 
-def mix(inputs, weights):
-  """The config of a run on several datasets, weights by their folders."""
+def mix(first, second, weights):
+  """The config of a run on two datasets of these weights."""
   config = tiny.get_config()
   with config.unlocked():
-    for folder, weight in weights.items():
-      path = str(inputs / "data" if folder == "first" else inputs / folder / "data" / "tiny")
-      config.data.mixture[folder] = base.source(path, weight)
-  return typed(config, **settings(inputs, data__path="", train__steps=4))
+    for name, inputs, weight in zip(("first", "second"), (first, second), weights, strict=True):
+      config.data.mixture[name] = base.source(str(inputs / "data"), weight)
+  return typed(config, **settings(first, data__path=""))
 
 
 def test_datasets_of_a_mixture_have_an_order_and_dropped_captions_of_their_own(inputs):
-  config = mix(inputs, {"first": 1, "second": 1})
+  config = mix(inputs, inputs, (1, 1))
   dataset = Dataset(inputs / "data" / "tiny")
   same = {"first": dataset, "second": dataset}
   one, other = stage_data.make_rows(config, "tiny", same, "train", "zeros").values()
@@ -209,8 +205,8 @@ def test_datasets_of_a_mixture_have_an_order_and_dropped_captions_of_their_own(i
 def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
   inputs, tmp_path, monkeypatch
 ):
-  make_inputs(inputs / "second", seed=1)
-  workdir, placed, iterate = epath.Path(tmp_path), {}, Loader.iterate
+  second = make_inputs(epath.Path(tmp_path) / "second", seed=1)
+  workdir, placed, iterate = epath.Path(tmp_path) / "run", {}, Loader.iterate
 
   def iterate_and_note(self, start=0):
     for k, batch in enumerate(iterate(self, start), start):
@@ -218,8 +214,8 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
       yield batch
 
   monkeypatch.setattr(Loader, "iterate", iterate_and_note)
-  train_and_stop(mix(inputs, {"first": 1, "second": 1}), workdir, at=1)
-  config, kept = mix(inputs, {"first": 3, "second": 1}), workdir / "mixture.json"
+  train_and_stop(mix(inputs, second, (1, 1)), workdir, at=1)
+  config, kept = mix(inputs, second, (3, 1)), workdir / "mixture.json"
   before = kept.read_text()
   kept.write_text('{"tiny": [{}]}')
   with pytest.raises(UserError, match=r"mixture\.json is damaged"):
@@ -227,8 +223,8 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
   kept.write_text(before)
   assert transformer_run.train(config, workdir) == 0
 
-  rows = [placed[index] for index in range(4 * 8)]
-  assert [dataset for dataset, _ in rows].count("first") == 4 + 18
+  rows = [placed[index] for index in range(6 * 8)]
+  assert [dataset for dataset, _ in rows].count("first") == 4 + 30
   datasets = stage_data.make_rows(
     config, "tiny", stage_data.open_data(config, "tiny", workdir), "train", "zeros"
   )
