@@ -142,7 +142,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", ["tiny", pytest.param("2b", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
 def test_two_layers_fit_a_small_pod(run, model):
   code, output, errors = run("compile", *MODELS[model], "--topology=v5p:2x2x1", "--json")
   assert code == 0, errors

@@ -4,11 +4,10 @@ import dataclasses
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from in_process import run_here
 from ml_collections import ConfigDict
 from typed_config import typed
 
@@ -151,9 +150,10 @@ def test_the_help_describes_groups_that_have_no_name_yet():
     ("encode", "tiny", "config.train.steps = 7\n    int, above 0."),
   ],
 )
-def test_help_config_needs_no_other_flag_and_knows_the_overrides(verb, name, line):
-  command = [sys.executable, "-m", f"cogvideox_jax.{verb}", "--help_config"]
-  command += [f"--config=configs/{name}.py", "--config.train.steps=7"]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert result.returncode == 0, result.stderr
-  assert line in result.stdout
+def test_help_config_needs_no_other_flag_and_knows_the_overrides(
+  monkeypatch, capfd, verb, name, line
+):
+  flags = ["--help_config", f"--config=configs/{name}.py", "--config.train.steps=7"]
+  result = run_here(monkeypatch, capfd, verb, *flags, folder=ROOT)
+  assert result.code == 0, result.errors
+  assert line in result.output

@@ -100,6 +100,7 @@ def test_a_model_of_diffusers_comes_back_bit_by_bit_with_its_configs(source, lay
   assert not list(there.rglob("*.safetensors")) or layout == "sat"
 
 
+@pytest.mark.slow
 def test_orbax_and_sat_pass_into_each_other(model, tmp_path):
   first = run(model, tmp_path / "orbax", "orbax")
   second = run(first, tmp_path / "sat", "sat")

@@ -23,8 +23,21 @@ def test_every_reference_model_counts_as_many_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == model["num_params"], name
 
 
-# Of what compiles longest, one of each kind: tiles stay with `vae_decode_tiled_z1`.
-SLOW = ("vae_decode_tiled_z4",)
+# Beside others of their kind: other sizes, numbers of frames, tiles, SAT's names and a LoRA.
+SLOW = {
+  "lora_transformer_5b",
+  "sat:transformer_15_i2v",
+  "transformer_15_altsize",
+  "transformer_15_i2v_altsize",
+  "vae_decode_tiled_z4",
+  "vae_decode_z3",
+  "vae_decode_z4",
+  "vae_encode_f13",
+  "vae_encode_f5",
+  "vae_encode_f8",
+  "vae_encode_f9",
+  "vae_encode_tiled_f5",
+}
 
 
 @pytest.mark.parametrize(

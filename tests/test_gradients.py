@@ -81,9 +81,10 @@ def test_gradients_of_the_transformer(kind):
   assert error < 1e-4, where
 
 
-def test_gradients_of_the_vae():
+@pytest.mark.parametrize("case", ["f1", pytest.param("f17", marks=pytest.mark.slow)])
+def test_gradients_of_the_vae(case):
   config, params = FOLDER.model("vae")
-  frames = FOLDER.case("vae_encode_f17").stored["in.sample"]
+  frames = FOLDER.case(f"vae_encode_{case}").stored["in.sample"]
   weight = np.random.default_rng(0).normal(size=frames.shape).astype(np.float32)
 
   path = FOLDER.path / FOLDER.index["models"]["vae"]["dir"]
@@ -108,7 +109,10 @@ def test_gradients_of_the_vae():
   assert error < 1e-4, where
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind",
+  [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("5b", "15"))) for kind in KINDS],
+)  # As above.
 def test_the_transformer_in_bfloat16_is_near_its_float32(kind):
   config, params = FOLDER.model(f"transformer_{kind}")
   stored = FOLDER.case(f"transformer_{kind}_default").stored
@@ -117,6 +121,7 @@ def test_the_transformer_in_bfloat16_is_near_its_float32(kind):
   assert 0 < relative(half, stored["out.sample"]) < 3e-2
 
 
+@pytest.mark.slow
 def test_the_vae_in_bfloat16_is_near_its_float32():
   config, params = FOLDER.model("vae")
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)

@@ -115,9 +115,8 @@ def test_encoded_images_are_those_of_noised_first_frames(inputs, encoded):
   assert not np.array_equal(example.image[0], example.image[1])
 
 
-@pytest.mark.parametrize(
-  "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "5b_i2v")) for kind in KINDS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_sees_an_image_trains_and_its_workdir_is_sampled_from(
   kind, inputs, encoded, tmp_path
 ):

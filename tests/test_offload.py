@@ -107,7 +107,9 @@ def write_lora(folder, seed=0):
   return folder / f"{seed}.safetensors"
 
 
-@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize(
+  "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind is ImageToVideo)) for kind in GIVEN]
+)
 def test_only_the_component_in_use_is_on_the_devices_and_frames_keep_their_bits(kind, watch):
   expected = frames_of(make(kind))
   pipe = make(kind, offload=True)
@@ -173,6 +175,7 @@ def test_arrays_are_sharded_alike_in_both_memories(offload):
   assert counts == {"transformer": 8, "text encoder": 1, "vae": 8}
 
 
+@pytest.mark.slow
 def test_several_devices_make_the_same_frames_with_and_without():
   plain, offloaded = (make(devices=jax.devices()[:2], offload=offload) for offload in (False, True))
   np.testing.assert_array_equal(frames_of(offloaded), frames_of(plain))

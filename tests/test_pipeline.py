@@ -157,6 +157,7 @@ def test_given_noise_and_text_states_replace_drawn_and_encoded_ones(pipe):
   np.testing.assert_allclose(given, drawn, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_extra_frames_of_a_temporal_patch_are_dropped_from_the_front():
   pipe = make_pipeline(patch=(2, 2, 2))
   latents = pipe("a circle", **QUICK).frames
@@ -303,7 +304,10 @@ def test_a_model_that_also_wants_an_image_is_refused():
     make_pipeline(in_channels=8)
 
 
-@pytest.mark.parametrize(("prompts", "devices"), [(["a circle"], 4), (["a circle", "a square"], 4)])
+@pytest.mark.parametrize(
+  ("prompts", "devices"),
+  [(["a circle"], 4), pytest.param(["a circle", "a square"], 4, marks=pytest.mark.slow)],
+)
 def test_devices_share_rows_and_then_tokens_and_make_the_same_video(pipe, prompts, devices):
   """One video is two rows, on two devices each; two are four, each on its own."""
   DENOISE_STEP.clear_cache()

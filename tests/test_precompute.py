@@ -40,6 +40,8 @@ from configs import tiny
 
 TOKENIZER = epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer"
 ROOT = Path(__file__).parent.parent
+# One process decodes, which starts sooner than several; the result does not depend on their number.
+encode = partial(encode_clips.encode, workers=1)
 
 
 def make_encoders(folder: Path) -> str:
@@ -91,7 +93,7 @@ def test_an_example_holds_the_moments_of_its_clip_and_the_states_of_its_caption(
   tmp_path, model, config
 ):
   clips = write_clips(tmp_path / "clips", 3)
-  encode_clips.encode(typed(config), clips, tmp_path / "out", model)
+  encode(typed(config), clips, tmp_path / "out", model)
   dataset = Dataset(tmp_path / "out" / "tiny")
   examples = [dataset[index] for index in range(len(dataset))]
   example = next(example for example in examples if example.caption == "number 1")
@@ -124,7 +126,7 @@ def test_clips_that_cannot_be_used_get_their_line_and_the_rest_is_encoded(tmp_pa
     manifest.write('{"file": "../outside.mp4", "caption": "outside"}\n')
     manifest.write('{"file": "000.mp4"}\n')
     manifest.write("not json\n")
-  counts = encode_clips.encode(typed(config), clips, tmp_path / "out", model)
+  counts = encode(typed(config), clips, tmp_path / "out", model)
   lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
   refused = [json.loads(line) for line in lines]
   assert counts == (4, 6)
@@ -136,7 +138,7 @@ def test_clips_that_cannot_be_used_get_their_line_and_the_rest_is_encoded(tmp_pa
 def test_a_clip_shorter_than_every_duration_is_refused_with_the_reason(tmp_path, model, config):
   config.stages.tiny.durations = (9,)
   clips = write_clips(tmp_path / "clips", 2)
-  encode_clips.encode(typed(config), clips, tmp_path / "out", model)
+  encode(typed(config), clips, tmp_path / "out", model)
   (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
   assert "9 frames at 8 frames a second" in json.loads(line)["reason"]
 
@@ -144,10 +146,10 @@ def test_a_clip_shorter_than_every_duration_is_refused_with_the_reason(tmp_path,
 def test_encoding_again_does_nothing_and_keeps_the_quarantine(tmp_path, model, config):
   clips = write_clips(tmp_path / "clips", 3)
   (clips / "002.mp4").write_bytes(b"x")
-  encode_clips.encode(typed(config), clips, tmp_path / "out", model)
+  encode(typed(config), clips, tmp_path / "out", model)
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.array_record*")}
   quarantine = (tmp_path / "out" / "quarantine.jsonl").read_text()
-  counts = encode_clips.encode(typed(config), clips, tmp_path / "out", model)
+  counts = encode(typed(config), clips, tmp_path / "out", model)
   assert counts == (2, 1)
   assert (tmp_path / "out" / "quarantine.jsonl").read_text() == quarantine
   for path, time_of in before.items():
@@ -155,10 +157,10 @@ def test_encoding_again_does_nothing_and_keeps_the_quarantine(tmp_path, model, c
 
 
 def test_another_manifest_into_the_same_place_is_refused(tmp_path, model, config):
-  encode_clips.encode(typed(config), write_clips(tmp_path / "one", 2), tmp_path / "out", model)
+  encode(typed(config), write_clips(tmp_path / "one", 2), tmp_path / "out", model)
   other = write_clips(tmp_path / "two", 3)
   with pytest.raises(UserError, match="other files or settings"):
-    encode_clips.encode(typed(config), other, tmp_path / "out", model)
+    encode(typed(config), other, tmp_path / "out", model)
 
 
 def two_stages(config):
@@ -174,7 +176,7 @@ def test_a_long_video_becomes_clips_that_share_its_caption_and_follow_one_anothe
   clips, output = write_clips(tmp_path / "clips", 1), tmp_path / "out"
   frames = np.random.default_rng(1).integers(0, 255, (30, 16, 16, 3), np.uint8)
   write_mp4(clips / "000.mp4", frames, 8.0)
-  assert encode_clips.encode(typed(config), clips, output, model) == (3, 0)
+  assert encode(typed(config), clips, output, model) == (3, 0)
   dataset = Dataset(output / "tiny")
   assert sources(output) == ["000.mp4#0", "000.mp4#1", "000.mp4#2"]
   assert len(set(dataset.index.source_hash)) == 1
@@ -192,7 +194,7 @@ def test_a_file_goes_to_each_stage_at_its_size_unless_it_would_blur(tmp_path, mo
   large = np.random.default_rng(1).integers(0, 255, (9, 32, 32, 3), np.uint8)
   write_mp4(clips / "001.mp4", large, 8.0)
   (clips / "002.mp4").write_bytes(b"x")
-  assert encode_clips.encode(typed(two_stages(config)), clips, output, model) == (3, 2)
+  assert encode(typed(two_stages(config)), clips, output, model) == (3, 2)
   a, b = Dataset(output / "a"), Dataset(output / "b")
   assert sorted(a.source(clip) for clip in range(len(a))) == ["000.mp4", "001.mp4"]
   assert [b.source(clip) for clip in range(len(b))] == ["001.mp4"]
@@ -206,12 +208,12 @@ def test_a_file_goes_to_each_stage_at_its_size_unless_it_would_blur(tmp_path, mo
 def test_a_stage_that_is_there_is_not_written_again(tmp_path, model, config):
   clips, output = write_clips(tmp_path / "clips", 2), tmp_path / "out"
   config.stages.tiny.sizes = ((16, 16), (16, 32))
-  encode_clips.encode(typed(two_stages(config)), clips, output, model)
+  encode(typed(two_stages(config)), clips, output, model)
   shards = {stage: next(output.glob(f"{stage}/*.array_record*")) for stage in "ab"}
   expected = shards["b"].read_bytes()
   shards["b"].unlink()
   before = shards["a"].stat().st_mtime_ns
-  encode_clips.encode(typed(config), clips, output, model)
+  encode(typed(config), clips, output, model)
   assert shards["b"].read_bytes() == expected
   assert shards["a"].stat().st_mtime_ns == before
 
@@ -221,7 +223,7 @@ def test_a_clip_keeps_all_its_captions_and_its_score(tmp_path, model, config):
   line = {"file": "000.mp4", "caption": "first", "captions": ["second", "number 1"], "score": 0.5}
   manifest = clips / "manifest.jsonl"
   manifest.write_text(f"{json.dumps(line)}\n{manifest.read_text().splitlines()[1]}\n")
-  encode_clips.encode(typed(config), clips, output, model)
+  encode(typed(config), clips, output, model)
   dataset = Dataset(output / "tiny")
   several, one = np.argsort(-dataset.index.captions).tolist()
   np.testing.assert_array_equal(dataset.index.captions[[several, one]], [3, 1])
@@ -238,7 +240,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, model, config, monkey
   written = []
   for workers in (1, 3):
     output = tmp_path / str(workers)
-    encode_clips.encode(typed(config), clips, output, model, workers=workers)
+    encode(typed(config), clips, output, model, workers=workers)
     files = [path for path in output.rglob("*") if path.is_file()]
     written.append({path.relative_to(output): path.read_bytes() for path in files})
   assert written[0] == written[1]
@@ -250,15 +252,15 @@ def test_a_full_disk_is_one_clear_message(tmp_path, model, config):
   resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
   try:
     with pytest.raises(UserError, match=r"cannot write .*\nFree some space"):
-      encode_clips.encode(typed(config), clips, output, model)
+      encode(typed(config), clips, output, model)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  assert encode_clips.encode(typed(config), clips, output, model) == (12, 0)
+  assert encode(typed(config), clips, output, model) == (12, 0)
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, model):
   clips = write_clips(tmp_path / "clips", 1)
-  lines = [{"file": "000.mp4", "caption": "x", "id": f"{index}"} for index in range(20_000)]
+  lines = [{"file": "000.mp4", "caption": "x", "id": f"{index}"} for index in range(4000)]
   (clips / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
   flags = [
     "--config=configs/tiny.py",
@@ -297,7 +299,7 @@ def encode_in_shards_of_four(clips, output, model, shards):
   """What a process does that is killed after so many shards."""
   wait_to_be_killed(output, shards)
   encode_clips.SHARD_ITEMS = 4
-  encode_clips.encode(typed(small_config()), clips, output, model)
+  encode(typed(small_config()), clips, output, model)
 
 
 def test_a_killed_run_started_again_holds_each_clip_once(tmp_path, model):
@@ -339,7 +341,7 @@ def test_a_run_that_encoded_nothing_is_a_mistake_that_lists_the_reasons(tmp_path
     manifest.write('{"file": "000.mp4"}\n')
   for _ in range(2):
     with pytest.raises(UserError) as caught:
-      encode_clips.encode(typed(config), clips, tmp_path / "out", model)
+      encode(typed(config), clips, tmp_path / "out", model)
     lines = str(caught.value).splitlines()
     assert lines[0] == "Not one clip was encoded: all 4 files or lines were refused."
     assert lines[1].startswith("  3x 0 bytes") and lines[2] == "  1x no caption"
@@ -352,16 +354,18 @@ def test_a_damaged_shard_is_encoded_again_and_the_others_are_not(
 ):
   monkeypatch.setattr(encode_clips, "SHARD_ITEMS", 2)
   clips, output = write_clips(tmp_path / "clips", 4), tmp_path / "out"
-  encode_clips.encode(typed(config), clips, output, model)
+  encode(typed(config), clips, output, model)
   one, other = sorted(output.glob("tiny/*.array_record*"))
   whole, before = other.read_bytes(), one.stat().st_mtime_ns
   other.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-  assert encode_clips.encode(typed(config), clips, output, model) == (4, 0)
+  assert encode(typed(config), clips, output, model) == (4, 0)
   assert other.read_bytes() == whole and one.stat().st_mtime_ns == before
   assert "shard 1 is damaged and is encoded again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", [np.nan, 6e4, -6e4, 200.0])
+@pytest.mark.parametrize(
+  "value", [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (6e4, -6e4)), 200.0]
+)
 def test_latents_that_no_sound_vae_makes_are_refused(tmp_path, model, config, monkeypatch, value):
   clips = write_clips(tmp_path / "clips", 4)
   moments = FrozenNetworks.moments
@@ -372,7 +376,7 @@ def test_latents_that_no_sound_vae_makes_are_refused(tmp_path, model, config, mo
     return (mean.at[0, 0, 0, 0, 0].set(value) if moves else mean), logvar
 
   monkeypatch.setattr(FrozenNetworks, "moments", spoiled)
-  assert encode_clips.encode(typed(config), clips, tmp_path / "out", model) == (3, 1)
+  assert encode(typed(config), clips, tmp_path / "out", model) == (3, 1)
   refusal = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
   assert refusal["file"] == "001.mp4"
   words = "not finite" if np.isnan(value) else f"latents reach {abs(value):.0f}, which is"

@@ -91,7 +91,8 @@ def test_two_processes_write_what_one_does(tmp_path, start, alone):
   assert contents(tmp_path / "out") == alone
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_job_which_goes_on_when_started_again(
   tmp_path, start, alone, victim
 ):

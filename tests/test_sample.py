@@ -52,7 +52,7 @@ def test_flags_not_given_are_as_the_model_has_them(run):
   assert (info.num_frames, info.height, info.width, info.fps) == (9, 16, 24, 12.0)
 
 
-@pytest.mark.parametrize("num_frames", [5, 13])
+@pytest.mark.parametrize("num_frames", [5, pytest.param(13, marks=pytest.mark.slow)])
 def test_as_many_frames_are_written_as_were_asked_for(run, num_frames, capsys):
   assert probe(run(num_frames=num_frames, steps=1)).num_frames == num_frames
   said = f"The VAE decodes {num_frames + 3} frames; the first {num_frames}, as asked for, are writt"

@@ -80,7 +80,7 @@ def run():
 @pytest.mark.parametrize(
   "name, sizes, microbatches",
   [
-    ("fsdp", {"data": 4, "fsdp": 2}, 1),
+    pytest.param("fsdp", {"data": 4, "fsdp": 2}, 1, marks=pytest.mark.slow),
     ("fsdp", {"data": 2, "context": 2}, 4),
     pytest.param("fsdp", {"fsdp": 2, "context": 4}, 2, marks=pytest.mark.slow),
     ("fsdp_tensor", {"data": 2, "fsdp": 2, "tensor": 2}, 2),
@@ -116,7 +116,7 @@ def test_a_sharded_step_in_any_number_of_microbatches_equals_that_of_one_device(
 @pytest.mark.parametrize(
   "remat",
   [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("branches", "offload")))
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "offload"))
     for name in REMAT
     if name != "none"
   ],
@@ -135,6 +135,7 @@ def products(remat):
   return text.count("dot_general")
 
 
+@pytest.mark.slow
 def test_a_policy_spares_the_products_that_it_names():
   none, linear, branches, attend, full = map(
     products, ("none", "linear", "branches", "attention", "full")
@@ -188,7 +189,7 @@ def loss_and_gradients(config):
 
 
 @pytest.mark.parametrize(
-  "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "5b")) for kind in KINDS]
+  "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "1_5_i2v")) for kind in KINDS]
 )
 def test_clips_packed_in_one_row_train_as_each_alone(kind):
   config = dataclasses.replace(DIT_CONFIG, **KINDS[kind])
@@ -277,6 +278,7 @@ def test_training_on_one_batch_learns_it(run):
   assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
+@pytest.mark.slow
 def test_explicit_uniform_sampling_can_be_left_out(run):
   batch = batch_of()
   objective = OBJECTIVE._replace(explicit_uniform=False)

@@ -75,8 +75,8 @@ def check_uniform(timesteps):
 @pytest.mark.parametrize(
   ("rows", "weights"),
   [
-    (2, {"images": 1, "videos": 1}),
-    (4, {"images": 1, "videos": 3}),
+    pytest.param(2, {"images": 1, "videos": 1}, marks=pytest.mark.slow),
+    pytest.param(4, {"images": 1, "videos": 3}, marks=pytest.mark.slow),
     (6, {"images": 2, "videos": 3}),
   ],
 )

@@ -58,11 +58,12 @@ def alone(inputs, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh",
   [
     pytest.param({}, id="rows"),
-    pytest.param({"mesh__data": 1, "mesh__context": 2}, id="tokens", marks=pytest.mark.slow),
+    pytest.param({"mesh__data": 1, "mesh__context": 2}, id="tokens"),
   ],
 )
 def test_two_processes_train_as_one_stop_together_and_one_goes_on(inputs, alone, tmp_path, mesh):

@@ -304,6 +304,7 @@ def test_a_workdir_that_is_a_file_is_named(inputs, tmp_path):
     transformer_run.train(make_config(inputs), epath.Path(tmp_path) / "file")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
   inputs, tmp_path, monkeypatch
 ):

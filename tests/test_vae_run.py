@@ -107,6 +107,7 @@ def test_few_clips_train_without_validation_and_leave_the_scaling_factor_of_the_
   assert vae_config.scaling_factor == pytest.approx(measured, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_ends_in_a_message_and_keeps_its_finite_checkpoint(tmp_path):
   config = make_config(
     optimizer__learning_rate=1e18,
