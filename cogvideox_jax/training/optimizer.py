@@ -31,6 +31,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
       "of it."
     )
   peak = config.learning_rate
+  if not warmup:
+    return optax.cosine_decay_schedule(peak, steps, alpha=config.final_fraction)
   return optax.warmup_cosine_decay_schedule(
     init_value=peak / (warmup + 1),
     peak_value=peak,
