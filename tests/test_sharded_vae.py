@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +64,9 @@ def outcome(config, count, plan, data, context, *, remat=False) -> Outcome:
   noise = noise[..., None, None]
   rows = sharding.row_sharding(mesh, RULES, CLIPS)
   given = jax.device_put((params, frames, noise), (sharding.replicated(mesh), rows, rows))
+  if data * context == 1:  # The VAE jits its chunks, of which long clips have many.
+    (loss, (mean, restored)), grads = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(*given)
+    return Outcome(mean, restored, loss, grads, "")
   program = jax.jit(jax.value_and_grad(loss_of, (0, 1), has_aux=True)).lower(*given).compile()
   (loss, (mean, restored)), grads = jax.block_until_ready(program(*given))
   return Outcome(
@@ -134,15 +137,15 @@ def test_no_activation_is_gathered_and_only_two_frames_of_it_are_sent(shared):
   assert {size for size in sent["all-reduce"] if size > kernel} <= {clip}
 
 
+published = cache(partial(outcome, VAE_CONFIG, data=1))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ("count", "plan", "contexts"),
-  [(161, "sat", (2, 4, 8)), (17, "diffusers", (2, 4, 8)), (1, "diffusers", (2,))],
-)
-def test_clips_of_the_published_stages_are_exact(count, plan, contexts):
-  alone = outcome(VAE_CONFIG, count, plan, 1, 1)
-  for context in contexts:
-    check_same(outcome(VAE_CONFIG, count, plan, 1, context), alone)
+@pytest.mark.parametrize("context", [8, 4, 2])
+@pytest.mark.parametrize(("count", "plan"), [(161, "sat"), (17, "diffusers"), (1, "diffusers")])
+def test_clips_of_the_published_stages_are_exact(count, plan, context):
+  alone = published(count=count, plan=plan, context=1)
+  check_same(published(count=count, plan=plan, context=context), alone)
 
 
 @pytest.mark.parametrize(
