@@ -7,6 +7,7 @@ import pytest
 from typed_config import typed
 
 from cogvideox_jax.config import checks
+from cogvideox_jax.data import buckets
 from cogvideox_jax.data.buckets import Bucket, assign, check, cut
 from cogvideox_jax.data.video import VideoError, VideoInfo
 from cogvideox_jax.errors import UserError
@@ -120,6 +121,13 @@ def test_a_shape_farther_off_is_taken_before_a_size_that_is_too_large():
     (97, (1, 9, 17, 33, 49), [49, 9, 9, 9, 9, 9]),
     (31, (5, 13), [13, 13, 5]),
     (44, (9, 33), [33, 9]),
+    (66, (1, 33, 49), [33, 33]),  # 49 alone would leave a quarter over.
+    (98, (49, 81), [49, 49]),
+    (147, (49, 81), [49, 49, 49]),
+    (179, (49, 81), [81, 81]),
+    (81, (1, 9, 17, 33, 49), [49, 9, 9, 9]),  # Five frames are not worth a clip of 49.
+    (24, (1, 9, 17), [17]),  # Nor is one.
+    (40, (1, 9, 17, 33, 49), [9, 9, 9, 9]),
     (8, (1, 9), [1]),  # Less than a clip is worth a still, but
     (16, (1, 9), [9]),  # more than a clip is worth no stills.
     (1, (1, 9), [1]),
@@ -130,6 +138,21 @@ def test_a_long_video_is_cut_into_clips_that_share_no_frame(num_frames, duration
   assert [window.num_frames for window in windows] == lengths
   assert [window.start for window in windows] == [0, *itertools.accumulate(lengths)][:-1]
   assert {window[2:] for window in windows} == {(64, 64)}
+
+
+@pytest.mark.parametrize("durations", [(1, 9, 17, 33, 49), (1, 33, 49), (49, 81), (5, 13), (17,)])
+def test_no_cut_leaves_a_tenth_fewer_frames_over_and_short_videos_lose_the_fewest(durations):
+  moving = [frames for frames in durations if frames > 1]
+  reached = {0}  # Sums of clips.
+  for frames in range(1, 200):
+    reached |= {frames} if any(frames - length in reached for length in moving) else set()
+    if frames < min(moving):
+      continue
+    windows = cut(clip(frames, 64, 64), SIZES, durations, 8.0)
+    used, most = sum(window.num_frames for window in windows), max(reached)
+    assert most - used < buckets.WORTH_A_CLIP * frames
+    if frames < max(moving):
+      assert used == most
 
 
 def test_the_published_stages_keep_every_common_aspect():
