@@ -2,7 +2,8 @@
 
 Users write configs as `ml_collections.ConfigDict` (configs/) and override keys on the command line.
 `config/read.py` turns a ConfigDict, or the JSON of a workdir, into these dataclasses once, and the
-package passes on nothing else. Values are those of the configs: this file has none.
+package passes on nothing else. Values are those of the configs. A default here is none of them: it
+says what trainings did before the key existed, for stored configs that lack it (config/older.py).
 
 Sources: "paper" is arXiv:2408.06072; "SAT" is the code of the authors; "published" is what the
 released model folders hold in diffusers' layout; "ours" was not published.
@@ -160,7 +161,7 @@ class DataConfig:
   )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
   """What one stage of the training trains on, and how."""
 
@@ -185,58 +186,66 @@ class StageConfig:
   )
   max_clips: int = field(metadata=key("Most clips in a row."))
   rows_at_once: int = field(
+    default=0,
     metadata=key(
       "Rows that a device computes at once (a microbatch). Gradients are summed over its "
       "microbatches. 0: all rows at once.",
       allowed=AT_LEAST_ZERO,
-    )
+    ),
   )
   context: int = field(
+    default=1,
     metadata=key(
       "Most devices that share the tokens of a row, where mesh.context is 0. The mesh takes the "
       "largest number up to it that divides what its other axes leave."
-    )
+    ),
   )
   share: int | float = field(
+    default=1.0,
     metadata=key(
       "This stage's share of train.steps, relative to the other shares. Each stage has at least "
       "one step.",
       "paper Table 5",
-    )
+    ),
   )
   learning_rate: int | float = field(
+    default=0.0,
     metadata=key(
       "Peak learning rate; each stage has its own warm-up and cosine. 0: optimizer.learning_rate.",
       allowed=AT_LEAST_ZERO,
-    )
+    ),
   )
   data: str = field(
-    metadata=key("Name of the stage whose encoded clips this stage reads. Empty: its own.")
+    default="",
+    metadata=key("Name of the stage whose encoded clips this stage reads. Empty: its own."),
   )
   best: int | float = field(
+    default=1.0,
     metadata=key(
       "Fraction of each dataset's clips to train on: those with the highest manifest score.",
       "paper section 3.1: the best 20% in the last stage",
       allowed=PART,
-    )
+    ),
   )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
   """How long to train, and what changes from stage to stage."""
 
   steps: int = field(metadata=key("Updates in total, over all stages.", "paper Table 5"))
   carry_optimizer: bool = field(
-    metadata=key("Whether the next stage keeps the optimizer's moments instead of zeroing them.")
+    default=True,
+    metadata=key("Whether the next stage keeps the optimizer's moments instead of zeroing them."),
   )
   growth: str = field(
+    default="extrapolate",
     metadata=key(
       "How positions change with the sizes of later stages. extrapolate: a token's position is its "
       "index; interpolate: positions are divided by the ratio of the short sides.",
       "paper section 2.4",
       choices=("extrapolate", "interpolate"),
-    )
+    ),
   )
   explicit_uniform: bool = field(
     metadata=key(
@@ -245,12 +254,13 @@ class ScheduleConfig:
     )
   )
   weighting: str = field(
+    default="tokens",
     metadata=key(
       "What the loss is a mean of. clips: every clip of a batch counts the same; tokens: every "
       "vision token does, so that a long clip counts for many images.",
       "SAT and diffusers: clips",
       choices=WEIGHTINGS,
-    )
+    ),
   )
 
 
@@ -332,7 +342,7 @@ class ValidationConfig:
   batches: int = field(metadata=key("Batches of held-out clips in a measurement, at most."))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
   """Videos sampled during training; also how `sample` samples a workdir by default."""
 
@@ -343,12 +353,13 @@ class PreviewConfig:
     metadata=key("Prompts to sample, each with a fixed seed.", form="hold texts", may_be_empty=True)
   )
   images: tuple[str, ...] = field(
+    default=(),
     metadata=key(
       "Image files, one for each prompt, for models that see an image.",
       form="hold names of files",
       may_be_empty=True,
       is_path=True,
-    )
+    ),
   )
   num_frames: int = field(metadata=key("Pixel frames of a preview, 4k+1."))
   height: int = field(metadata=key("Height of a preview in pixels."))
@@ -376,7 +387,7 @@ class InitConfig:
   )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
   """The transformer's training: the keys of configs/base.py."""
 
@@ -397,7 +408,7 @@ class TrainConfig:
       names=SHIPPED,
     )
   )
-  init: InitConfig = field(metadata=key("The weights of init_from."))
+  init: InitConfig = field(default=InitConfig(keep=""), metadata=key("The weights of init_from."))
   dtype: str = field(
     metadata=key(
       "Type that the networks compute in. auto: float32 on CPUs, bfloat16 elsewhere.",

@@ -67,7 +67,8 @@ class VAEDataConfig:
     )
   )
   validation_fraction: float = field(
-    metadata=key("Fraction of files held out, chosen by a hash of their names.", allowed=FRACTION)
+    default=0.0,
+    metadata=key("Fraction of files held out, chosen by a hash of their names.", allowed=FRACTION),
   )
   limits: Limits = field(
     default=DEFAULT_LIMITS, metadata=key("What is refused: files above a limit.")
@@ -107,16 +108,17 @@ class VAEStageConfig:
   )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VAEScheduleConfig:
   """How long to train the VAE."""
 
   steps: int = field(metadata=key("Updates in total, over all stages."))
   frames: int = field(metadata=key("Pixel frames in a batch, which holds clips of one bucket."))
   batch_multiple: int = field(
+    default=1,
     metadata=key(
       "The clips of a batch divide by it: the devices that share a batch, times the microbatches."
-    )
+    ),
   )
   microbatches: int = field(
     default=1,
@@ -270,12 +272,20 @@ class VAETrainConfig:
     default=_DISCRIMINATOR, metadata=key("The discriminator.")
   )
   optimizer: OptimizerConfig = field(metadata=key("AdamW and the moving average."))
-  mesh: MeshConfig = field(metadata=key("Devices along each mesh axis."))
-  sharding: str = field(
-    metadata=key("How arrays are split over the mesh.", choices=tuple(sharding.RULES))
+  mesh: MeshConfig = field(
+    default=MeshConfig(data=1, fsdp=-1, context=1, tensor=1),
+    metadata=key("Devices along each mesh axis."),
   )
-  cpu_devices: int = field(metadata=key("Devices that a CPU counts as. They share its cores."))
+  sharding: str = field(
+    default="fsdp",
+    metadata=key("How arrays are split over the mesh.", choices=tuple(sharding.RULES)),
+  )
+  cpu_devices: int = field(
+    default=1, metadata=key("Devices that a CPU counts as. They share its cores.")
+  )
   log_every: int = field(metadata=key("Updates from metrics line to metrics line."))
   checkpoint: CheckpointConfig = field(metadata=key("When to save."))
-  validation: ValidationConfig = field(metadata=key("The loss on held-out clips."))
+  validation: ValidationConfig = field(
+    default=ValidationConfig(every=0, batches=1), metadata=key("The loss on held-out clips.")
+  )
   preview: VAEPreviewConfig = field(metadata=key("Reconstructions made during training."))

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import os
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
 from cogvideox_jax import hosts
 from cogvideox_jax.config.locations import absolute_text, path_keys
-from cogvideox_jax.config.read import read, to_json
+from cogvideox_jax.config.older import Newer, describe, newer_keys, with_values
+from cogvideox_jax.config.read import read, to_dict, to_json
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.config.stored import DIGESTS_KEY, VERSION_KEY
 from cogvideox_jax.config.vae_schema import VAETrainConfig
@@ -37,6 +38,33 @@ FREE_KEYS = (
 )
 STEPS_KEY = "train.steps"
 LISTED_KEYS = 8  # The most changed keys that a message lists.
+_Config = TypeVar("_Config", TrainConfig, VAETrainConfig)
+
+
+def with_former_keys(workdir: epath.Path, config: _Config) -> tuple[_Config, str]:
+  """Returns the config that goes on with a workdir of any version, and a line about what is newer.
+
+  A key that the workdir's version did not have keeps what that version did, whatever the config
+  says. The line is empty if the workdir is new or has every key.
+  """
+  if not (workdir / CONFIG_FILE).exists():
+    return config, ""
+  newer = _newer_keys(workdir, type(config))
+  if not newer:
+    return config, ""
+  changed = read(type(config), with_values(to_dict(config), newer))
+  return changed, describe(workdir, newer)
+
+
+def older_line(workdir: epath.Path) -> str:
+  """Returns a line about the keys that the config of a workdir lacks; empty if it has all."""
+  newer = _newer_keys(workdir, TrainConfig)
+  return describe(workdir, newer) if newer else ""
+
+
+def _newer_keys(workdir: epath.Path, schema: type) -> list[Newer]:
+  stored = read_fields(workdir / CONFIG_FILE, "Restore it, or start in a new workdir.")
+  return [key for key in newer_keys(schema, stored) if not _is_free(".".join(key.path))]
 
 
 def check_config(workdir: epath.Path, config: TrainConfig | VAETrainConfig) -> int:
@@ -59,6 +87,7 @@ def check_config(workdir: epath.Path, config: TrainConfig | VAETrainConfig) -> i
   stored = read_fields(path, "Restore it, or start in a new workdir.")
   stored.pop(DIGESTS_KEY, None)
   version = stored.pop(VERSION_KEY, None)
+  stored = with_values(stored, newer_keys(type(config), stored))
   before, now = _flat(stored), _flat(json.loads(to_json(config)))
   for name, key in path_keys(config).items():
     if name in before and _is_same_path(before[name], now[name], key):

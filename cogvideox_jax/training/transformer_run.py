@@ -71,8 +71,11 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
 
 def _train(config: TrainConfig, workdir: epath.Path, check_lock: Callable[[], None]) -> int:
   """Trains in a workdir that no other job writes to."""
+  config, line = resume.with_former_keys(workdir, config)
   config = source_facts.settle(config, workdir)
   steps_before = resume.check_config(workdir, config)
+  if line:
+    say(line)
   open_model(config.components)  # Raises if there are none, because the loss needs the VAE's scale.
   run = Run(config, workdir)
   with disk_errors(workdir):

@@ -75,7 +75,10 @@ def train(config: VAETrainConfig, workdir: epath.Path) -> int:
 
 def _train(config: VAETrainConfig, workdir: epath.Path, check_lock: Callable[[], None]) -> int:
   """Trains in a workdir that no other job writes to."""
+  config, line = resume.with_former_keys(workdir, config)
   steps_before = resume.check_config(workdir, config)
+  if line:
+    say(line)
   frozen = load_frozen(config.loss)
   with Decoders(DECODERS, config.data.limits) as decoders:
     run = Run(config, workdir, decoders, frozen)

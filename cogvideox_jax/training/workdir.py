@@ -23,7 +23,8 @@ from cogvideox_jax.models.vae_config import VAEConfig
 from cogvideox_jax.training import stages
 from cogvideox_jax.training.checkpoint import open_weights
 from cogvideox_jax.training.metrics import EVENTS
-from cogvideox_jax.training.resume import CONFIG_FILE, read_config
+from cogvideox_jax.training.resume import CONFIG_FILE, older_line, read_config
+from cogvideox_jax.training.session import say
 from cogvideox_jax.types import Params
 
 
@@ -51,6 +52,7 @@ def load(
   if not is_workdir(workdir):
     return kind.from_pretrained(model, progress=progress, offload=offload)
   config = _read_config(workdir)
+  _say_if_older(workdir)
   _, found = _transformer(config, workdir, weights)
   return with_transformer(config, found, load_frozen(config), progress, kind, offload)
 
@@ -98,6 +100,11 @@ def _read_config(workdir: epath.Path) -> TrainConfig:
   return config
 
 
+def _say_if_older(workdir: epath.Path) -> None:
+  if line := older_line(workdir):
+    say(line)
+
+
 def _transformer(
   config: TrainConfig, workdir: epath.Path, weights: str
 ) -> tuple[stages.Stage, tuple[DiTConfig, Params]]:
@@ -123,6 +130,7 @@ def open_trained(workdir: epath.Path, weights: str) -> Model:
     UserError: it has no good checkpoint, or a component is missing or damaged.
   """
   config = _read_config(workdir)
+  _say_if_older(workdir)
   trained = model_layouts.read_folder(open_model(config.components).path)
   stage, (model, params) = _transformer(config, workdir, weights)
   trained.networks["transformer"] = Network("transformer", model, params, None)
