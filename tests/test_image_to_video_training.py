@@ -28,7 +28,8 @@ from cogvideox_jax.inference.image_to_video import ImageToVideo
 from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.precompute import encode_clips
-from cogvideox_jax.training import transformer_run, workdir
+from cogvideox_jax.training import stage_data, transformer_run, workdir
+from cogvideox_jax.training.stages import Stage
 from configs import tiny_i2v
 
 CLIPS = 20
@@ -140,6 +141,21 @@ def test_a_model_that_sees_an_image_trains_and_its_workdir_is_sampled_from(
     sample.main()
   info = video.probe(output)
   assert (info.num_frames, info.height, info.width) == (9, 16, 24)
+
+
+def test_it_is_said_when_a_stage_sees_the_noise_of_a_first_frame_twice(inputs, encoded):
+  config = make_config(inputs, **{"data.path": str(encoded)})
+  datasets = stage_data.open_data(config, "tiny", encoded)
+  rows = stage_data.make_rows(config, "tiny", datasets, "train", "zeros")
+  epoch = rows["tiny"].per_epoch
+  assert config.stages["tiny"].rows == 8
+
+  def said(steps):
+    return stage_data.repeated_noise(config, Stage("tiny", 10, 10 + steps), rows)
+
+  assert said(2 * epoch // 8) == []
+  (line,) = said(3 * epoch)
+  assert "24.0 times" in line and "2 noised copies" in line and "--config.image.draws" in line
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from drawn import DIT_CONFIG, NOISE, draw
@@ -14,7 +15,7 @@ from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.conversion.folder import INDEX
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.dit import DiT
-from cogvideox_jax.training import resume, source_facts, stages
+from cogvideox_jax.training import metrics, resume, source_facts, stages, transformer_run
 from configs import base, tiny
 
 LIKE_THE_MODEL = {  # What makes the config that of the drawn model.
@@ -145,3 +146,51 @@ def test_a_workdir_goes_on_with_the_facts_that_it_was_begun_with(inputs, tmp_pat
 def test_whose_facts_to_keep_needs_weights(inputs, tmp_path):
   with pytest.raises(UserError, match="names no weights"):
     settle(make_config(inputs, init_from="", init__keep="source"), tmp_path)
+
+
+THEIRS = {"model__positions": "rope_index", "noise__snr_shift": NOISE.snr_shift}
+OURS = {"model__positions": "rope", "noise__snr_shift": 3.0}
+
+
+def train(config, workdir, copy_at=None):
+  """Trains; returns the digest of each saved step and the loss of each step.
+
+  Args:
+    copy_at: a step, and the folder to which the workdir is then copied: what a kill leaves.
+  """
+  add = metrics.Recorder.add
+
+  def add_and_copy(self, step, values, measure):
+    add(self, step, values, measure)
+    if copy_at and step == copy_at[0]:
+      shutil.copytree(workdir, copy_at[1], ignore=shutil.ignore_patterns("*tmp*"))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(metrics.Recorder, "add", add_and_copy)
+    assert transformer_run.train(config, workdir) == 0
+  events, logged = (
+    [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+    for name in ("events.jsonl", "metrics.jsonl")
+  )
+  saved = {one["step"]: one["digest"] for one in events if one["event"] == "checkpoint_saved"}
+  return saved, {line["step"]: line["loss"] for line in logged}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keep", "held"), [("source", THEIRS), ("config", OURS)])
+def test_a_run_that_keeps_facts_ends_as_one_whose_config_has_them_also_if_it_is_killed(
+  inputs, tmp_path, keep, held
+):
+  folder, rest = epath.Path(tmp_path), {"validation__every": 0, "checkpoint__every": 2}
+  kept = make_config(inputs, init__keep=keep, **OURS, **rest)
+  whole, losses = train(kept, folder / "whole", copy_at=(5, folder / "killed"))
+  begun = resume.read_config(folder / "whole")
+  assert (begun.model.positions, begun.noise.snr_shift) == tuple(held.values())
+
+  stated, stated_losses = train(
+    make_config(inputs, init__keep="config", **held, **rest), folder / "stated"
+  )
+  assert (stated, stated_losses) == (whole, losses)
+  resumed, resumed_losses = train(kept, folder / "killed")
+  assert (folder / "killed" / "events.jsonl").read_text().count('"resumed"') == 2
+  assert (resumed[6], resumed_losses) == (whole[6], losses)

@@ -21,6 +21,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.frozen_networks import FrozenNetworks
 from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.precompute import encode_clips
+from cogvideox_jax.training.stages import Stage
 
 ENCODED = "data/encoded"  # The folder in a workdir for the embedded clips.
 
@@ -121,6 +122,23 @@ def make_rows(
     split=split,
   )
   return {name: make(dataset, seed=_seed(config, name)) for name, dataset in datasets.items()}
+
+
+def repeated_noise(config: TrainConfig, stage: Stage, datasets: Mapping[str, Rows]) -> list[str]:
+  """Returns a line for each dataset whose noised first frames the stage sees more than once."""
+  shares = weights(config, stage.name)
+  rows = stage.steps * config.stages[stage.name].rows
+  lines = []
+  for name, dataset in datasets.items() if config.model.takes_image else ():
+    copies = int(dataset.dataset.index.images.min())
+    epochs = rows * shares[name] / sum(shares.values()) / dataset.per_epoch
+    if epochs > copies:
+      lines.append(
+        f"Stage {stage.name} reads the clips of {dataset.dataset.directory} {epochs:.1f} times, "
+        f"and {copies} noised copies of each first frame in turn. `encode` makes more with a "
+        "larger --config.image.draws."
+      )
+  return lines
 
 
 def _seed(config: TrainConfig, name: str) -> int:

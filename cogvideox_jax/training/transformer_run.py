@@ -185,6 +185,8 @@ class StageRun:
     self.data_digests = stage_data.data_digests(config, stage.name, datasets)
     resume.check_data(workdir, self.data_digests)
     self._datasets = stage_data.make_rows(config, stage.name, datasets, "train", drop)
+    for line in stage_data.repeated_noise(config, stage, self._datasets):
+      say(line)
     self._held_out = None
     if held_out := self._held_out_rows(datasets, drop):
       sizes = {name: rows.per_epoch for name, rows in held_out.items()}
