@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from commands import PATIENCE, Running, start_command
 from drawn import T5_CONFIG, VAE_CONFIG, draw
 from etils import epath
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 from typed_config import typed
 
 from cogvideox_jax.conversion import component_digests, diffusers
@@ -161,6 +163,44 @@ def test_another_manifest_into_the_same_place_is_refused(tmp_path, model, config
   other = write_clips(tmp_path / "two", 3)
   with pytest.raises(UserError, match="other files or settings"):
     encode(typed(config), other, tmp_path / "out", model)
+
+
+def test_an_output_that_belongs_to_another_dataset_is_refused_before_a_model_is_read(
+  tmp_path, model, config, monkeypatch
+):
+  """Also the output of a version that recorded less, whose numbers of shards differ."""
+  clips = write_clips(tmp_path / "clips", 2)
+  encode_clips.encode(typed(config), clips, tmp_path / "out", model)
+
+  def refuse(*_):
+    raise AssertionError("the model is read")
+
+  monkeypatch.setattr(encode_clips, "FrozenNetworks", refuse)
+  with monkeypatch.context() as patch:
+    patch.setattr(encode_clips.component_digests, "describe", refuse)
+    other = write_clips(tmp_path / "two", 3)
+    for change in ({"data__fps": 4.0}, {"stages__tiny__durations": (1, 5)}):
+      with pytest.raises(UserError, match="other files or settings"):
+        encode_clips.encode(typed(config, **change), clips, tmp_path / "out", model)
+    with pytest.raises(UserError, match="other files or settings"):
+      encode_clips.encode(typed(config), other, tmp_path / "out", model)
+    plan = tmp_path / "out" / "tiny" / "shards.json"
+    fields = json.loads(plan.read_text())
+    del fields["settings"]
+    plan.write_text(json.dumps(fields))
+    patch.setattr(encode_clips, "SHARD_ITEMS", 1)
+    with pytest.raises(UserError, match="other files or settings"):
+      encode_clips.encode(typed(config), clips, tmp_path / "out", model)
+  changed = shutil.copytree(model, tmp_path / "changed")
+  stored = load_file(changed / "vae" / "diffusion_pytorch_model.safetensors")
+  name = next(iter(stored))
+  save_file(
+    {**stored, name: stored[name] + 1}, changed / "vae" / "diffusion_pytorch_model.safetensors"
+  )
+  with pytest.raises(UserError, match="other files or settings"):
+    encode_clips.encode(typed(config), clips, tmp_path / "out", str(changed))
+  monkeypatch.undo()
+  assert encode_clips.encode(typed(config), clips, tmp_path / "out", model).clips
 
 
 def two_stages(config):

@@ -36,6 +36,8 @@ from cogvideox_jax.data.shard_notes import Note
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.types import Example
 
+_PLAN, _SETTINGS = "shards.json", "settings"  # The file of a dataset's plan, and a key of it.
+
 
 class Counts(NamedTuple):
   """How many clips were encoded, and how many lines or files were refused."""
@@ -53,13 +55,15 @@ class ShardWriter:
     num_shards: int,
     made_from: str,
     encoders: EncodedBy | None = None,
+    settings: str | None = None,
   ):
     """Opens or begins a dataset.
 
     Args:
       num_shards: at least 1.
-      made_from: `shard_notes.identity` of the items and settings.
+      made_from: `shard_notes.identity` of the items, the settings and the networks.
       encoders: what encodes the examples. None: it is not known, and is not recorded.
+      settings: as in `check_begun`; None: it is not recorded.
 
     Raises:
       UserError: the folder holds a dataset that was made from something else.
@@ -69,19 +73,18 @@ class ShardWriter:
     self.directory = epath.Path(directory)
     self.num_shards = num_shards
     plan = {"format": FORMAT, "made_from": made_from, "num_shards": num_shards}
-    path = self.directory / "shards.json"
+    recorded = plan if settings is None else {**plan, _SETTINGS: settings}
+    path = self.directory / _PLAN
     with disk_errors(self.directory):
       (self.directory / "shards").mkdir(parents=True, exist_ok=True)
       if not path.exists():
         if encoders:
           encoded_by.write(self.directory, encoders)
-        write_atomically(path, json.dumps(plan).encode())
+        write_atomically(path, json.dumps(recorded).encode())
       found = _read_plan(path)
+    found.pop(_SETTINGS, None)
     if found != plan or (encoders and not self._is_encoded_by(encoders)):
-      raise UserError(
-        f"{self.directory} holds clips that were encoded from other files or settings.\n"
-        "Choose another --output, or delete that folder to encode again."
-      )
+      raise _other_clips(self.directory)
 
   def _is_encoded_by(self, encoders: EncodedBy) -> bool:
     """Whether these networks encode the dataset, which was begun before.
@@ -234,9 +237,44 @@ class OpenShard:
       self._partial.replace(self._path)
 
 
-def _read_plan(path: epath.Path) -> Any:
+def check_begun(directory: epath.Path, num_shards: int, settings: str) -> None:
+  """Raises a UserError if a folder holds a dataset of other items or settings.
+
+  It needs no network, so it can tell before any is read. `ShardWriter` compares the networks, too.
+
+  Args:
+    settings: `shard_notes.identity` of the items and settings.
+  """
+  path = directory / _PLAN
+  if not path.exists():
+    return
+  found = _read_plan(path)
+  # An earlier version recorded one digest alone, of the networks, too.
+  known = found.get(_SETTINGS, settings)
+  if (found.get("format"), found.get("num_shards"), known) != (FORMAT, num_shards, settings):
+    raise _other_clips(directory)
+
+
+def check_networks(directory: epath.Path, encoders: EncodedBy) -> None:
+  """Raises a UserError if it is recorded that other networks encode the dataset in a folder."""
+  known = encoded_by.read(directory)
+  if known and known.networks != encoders.networks:
+    raise _other_clips(directory)
+
+
+def _other_clips(directory: epath.Path) -> UserError:
+  return UserError(
+    f"{directory} holds clips that were encoded from other files or settings.\n"
+    "Choose another --output, or delete that folder to encode again."
+  )
+
+
+def _read_plan(path: epath.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_bytes())
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+      raise ValueError("it must hold one JSON object")
+    return found
   except ValueError as error:
     raise UserError(
       f"{path} is damaged ({error}).\nIf the dataset was made from the same files and settings, "

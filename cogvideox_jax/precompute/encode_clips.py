@@ -32,7 +32,7 @@ from cogvideox_jax.data.files import disk_errors, write_atomically
 from cogvideox_jax.data.items import Item, Refusal
 from cogvideox_jax.data.manifest import read_manifest
 from cogvideox_jax.data.noising import ImageNoise, noised_copies
-from cogvideox_jax.data.shards import Counts
+from cogvideox_jax.data.shards import Counts, check_networks
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.frozen_networks import FrozenNetworks, fill
 from cogvideox_jax.interrupts import Interrupts
@@ -44,6 +44,7 @@ from cogvideox_jax.precompute.stage_shards import (
   StageClip,
   States,
   by_line,
+  check_begun,
   image_noise,
 )
 from cogvideox_jax.version import __version__
@@ -90,10 +91,14 @@ def encode(
   for note in notes if hosts.is_first() else ():
     print(note)
   folder, output = open_model(model), epath.Path(output)
-  networks = FrozenNetworks(folder, config)
-  encoders = component_digests.describe(folder, model, config.text.drop, config.data.fps)
   shard_items = _cut_into_shards(items)
   names = [name for name, stage in config.stages.items() if not stage.data]
+  for name in names:
+    check_begun(config, name, output, shard_items)
+  encoders = component_digests.describe(folder, model, config.text.drop, config.data.fps)
+  for name in names:
+    check_networks(output / name, encoders)
+  networks = FrozenNetworks(folder, config)
   stages = [Stage(config, name, output, shard_items, networks.digest, encoders) for name in names]
   numbers = range(len(shard_items))
   _discard_damaged(stages, numbers[jax.process_index() :: jax.process_count()])

@@ -7,7 +7,7 @@ stages, so a `Shard` takes the clips of its files and gives each stage its own.
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from cogvideox_jax.config.schema import TrainConfig
-from cogvideox_jax.data import buckets
+from cogvideox_jax.data import buckets, shards
 from cogvideox_jax.data.clips import Clip, cut_clips
 from cogvideox_jax.data.decoding import File, Piece
 from cogvideox_jax.data.encoded_by import EncodedBy
@@ -60,19 +60,14 @@ class Stage:
     self.name, self._fps = name, config.data.fps
     self.scaling_factor = encoders.scaling_factor
     self._sizes, self._durations = config.stages[name].sizes, config.stages[name].durations
-    made_from = identity(
-      {
-        "items": [
-          [[item.id, item.name, item.score, *item.captions] for item in items]
-          for items in shard_items
-        ],
-        "model": networks,
-        "text_length": config.model.text_length,
-        "buckets": [self._sizes, self._durations, self._fps, buckets.MAX_ENLARGEMENT],
-        "images": image_noise(config),
-      }
+    settings = _settings(config, name, shard_items)
+    self.writer = ShardWriter(
+      output / name,
+      len(shard_items),
+      identity({**settings, "model": networks}),
+      encoders,
+      identity(settings),
     )
-    self.writer = ShardWriter(output / name, len(shard_items), made_from, encoders)
 
   @cached_property
   def _pending(self) -> set[int]:
@@ -86,6 +81,27 @@ class Stage:
     """Returns the clips that this stage takes of a file; VideoError if it takes none."""
     clips = cut_clips(item, info, self._sizes, self._durations, self._fps)
     return [StageClip(self.name, clip) for clip in clips]
+
+
+def check_begun(
+  config: TrainConfig, name: str, output: epath.Path, shard_items: list[list[Item]]
+) -> None:
+  """Raises a UserError if OUTPUT/NAME was made from other items or settings. Reads no network."""
+  settings = _settings(config, name, shard_items)
+  shards.check_begun(output / name, len(shard_items), identity(settings))
+
+
+def _settings(config: TrainConfig, name: str, shard_items: list[list[Item]]) -> dict[str, Any]:
+  """Returns all that the clips of a stage depend on, except the networks."""
+  stage = config.stages[name]
+  return {
+    "items": [
+      [[item.id, item.name, item.score, *item.captions] for item in items] for items in shard_items
+    ],
+    "text_length": config.model.text_length,
+    "buckets": [stage.sizes, stage.durations, config.data.fps, buckets.MAX_ENLARGEMENT],
+    "images": image_noise(config),
+  }
 
 
 class Shard:
