@@ -8,9 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+import typing
 
 import pytest
 from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from cogvideox_jax.data import drafts, locks
 from cogvideox_jax.data.files import new_draft, remove_drafts, write_atomically, write_whole
@@ -112,6 +115,49 @@ def test_an_object_that_stands_still_is_taken_over_and_its_holder_then_stops(fol
     lock.check()
   lock.release()
   assert json.loads(path.read_text())["token"] == "other"
+
+
+class Bucket(MemoryFileSystem):
+  """Objects by name, without links, locks and renames, where the package of a bucket would be."""
+
+  protocol = ("gs", "gcs")
+  store: typing.ClassVar = {}
+  pseudo_dirs: typing.ClassVar = [""]
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.removeprefix("gs://"))
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """A folder of a bucket."""
+  monkeypatch.setitem(_registry, "gs", Bucket)
+  Bucket.store.clear()
+  return epath.Path("gs://bucket/run")
+
+
+def test_a_bucket_is_locked_by_an_object_whose_generation_rises(bucket, hasty):
+  path = bucket / locks.NAME
+  with exclusive(bucket) as check:
+    held = json.loads(path.read_text())
+    assert held["generation"] == 1 and held["pid"] == os.getpid()
+    with pytest.raises(UserError, match=f"process {os.getpid()} on "), exclusive(bucket):
+      pass
+    check()
+    assert json.loads(path.read_text())["beats"] > held["beats"]
+  assert not path.exists()
+  path.write_text(json.dumps({**HOLDER, "generation": 7, "token": "dead", "beats": 3}))
+  with exclusive(bucket) as check:  # It stands still, and is taken over.
+    assert json.loads(path.read_text())["generation"] == 8
+    other = {**HOLDER, "generation": 9, "token": "other", "beats": 0}
+    path.write_text(json.dumps(other))
+    deadline = time.monotonic() + 10
+    with pytest.raises(UserError, match=r"taken over .*\n?.*process 7 on elsewhere"):
+      while time.monotonic() < deadline:
+        check()
+        time.sleep(0.01)
+  assert json.loads(path.read_text()) == other  # What is another's is not removed.
 
 
 def test_drafts_have_names_of_their_own_and_go_with_an_error(tmp_path):
