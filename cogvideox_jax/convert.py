@@ -67,6 +67,7 @@ def main() -> None:
         model.notes = diffusers_limits.fit(model, sample_size())
         for note in model.notes:
           print(f"In diffusers: {note}")
+      model.map_params(model_contents.checked)
       if DTYPE.value != "keep":
         model.map_params(lambda network: model_contents.cast(network, TYPES[DTYPE.value]))
       model_layouts.write(model, target, FORMAT.value)
@@ -117,11 +118,11 @@ def write_lora(source: epath.Path, target: epath.Path) -> None:
   updates = lora.read(source, LORA_ALPHA.value)
   if DTYPE.value != "keep":
     updates = lora.cast(updates, TYPES[DTYPE.value])
-  target.mkdir(parents=True, exist_ok=True)
-  if FORMAT.value == "sat":
-    lora.write_sat(target / lora.SAT_FILE, updates)
-  else:
-    lora.write(target / lora.FILE, updates)
+  with model_layouts.becoming(target) as draft:
+    if FORMAT.value == "sat":
+      lora.write_sat(draft / lora.SAT_FILE, updates)
+    else:
+      lora.write(draft / lora.FILE, updates)
 
 
 if __name__ == "__main__":

@@ -307,6 +307,42 @@ def test_nothing_is_left_under_the_targets_name_by_a_run_that_fails(model, tmp_p
   assert not (tmp_path / "there").exists()
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "orbax"])
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_not_converted(model, tmp_path, layout, dtype, bad):
+  source = shutil.copytree(model, tmp_path / "source")
+  file = source / "vae" / "diffusion_pytorch_model.safetensors"
+  stored = load_file(file)
+  stored["encoder.conv_out.conv.bias"][3] = bad
+  save_file(stored, file)
+  with pytest.raises(
+    UserError, match=r"parameter vae/encoder/conv_out/bias holds numbers that are"
+  ):
+    run(source, tmp_path / "there", layout, dtype=dtype)
+  assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "sat"])
+def test_a_lora_appears_whole_or_not_at_all(tmp_path, monkeypatch, layout):
+  seen = []
+
+  def fail(path, *_):
+    path.write_bytes(b"half")
+    seen.append(path)
+    raise OSError("no space left")
+
+  for name in ("write", "write_sat"):
+    monkeypatch.setattr(lora, name, fail)
+  (tmp_path / "out").mkdir()
+  path = make_lora(tmp_path / "lora.safetensors")
+  with pytest.raises(OSError, match="no space left"):
+    run(path, tmp_path / "out" / "there", layout)
+  (half,) = seen
+  assert half.parent.parent.parent == tmp_path / "out"  # On the target's disk.
+  assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
   ("source", "layout", "message"),
   [

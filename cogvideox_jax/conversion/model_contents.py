@@ -13,7 +13,7 @@ from etils import epath
 
 from cogvideox_jax.conversion import diffusers, numbers
 from cogvideox_jax.conversion.card import Origin
-from cogvideox_jax.conversion.components import COMPONENTS, Component
+from cogvideox_jax.conversion.components import COMPONENTS
 from cogvideox_jax.conversion.folder import INDEX
 from cogvideox_jax.conversion.tensors import Layer, Lazy
 from cogvideox_jax.sharding import path_name
@@ -31,7 +31,7 @@ class Network:
       fields: the fields of the source's config.json, which the target keeps as they are; None if
         the source has no such file.
     """
-    self.component: Component = COMPONENTS[name]
+    self.name, self.component = name, COMPONENTS[name]
     self.config, self.params = config, params
     self.fields: Mapping[str, Any] = (
       self.component.write_config(config) if fields is None else fields
@@ -76,6 +76,27 @@ class Model:
     for file in self.tokenizer.iterdir():
       if file.is_file() and file.name != diffusers.CONFIG and ".safetensors" not in file.name:
         (target / file.name).write_bytes(file.read_bytes())
+
+
+def checked(network: Network) -> Params:
+  """The network's parameters, which raise a UserError when one that is not finite is read."""
+  return jax.tree.map_with_path(
+    lambda path, leaf: _Checked(leaf, f"{network.name}/{path_name(path)}"), network.params
+  )
+
+
+class _Checked(Lazy):
+  """A parameter whose numbers must be finite."""
+
+  def __init__(self, base: Any, name: str):
+    self._base, self._name = base, name
+    self.shape, self.dtype = base.shape, np.dtype(base.dtype)
+    self.layers = base.layers if isinstance(base, Lazy) else (...,)
+
+  def __getitem__(self, layer: Layer) -> np.ndarray:
+    array = np.asarray(self._base[layer])
+    numbers.check_finite(f"The parameter {self._name}", array)
+    return array
 
 
 def cast(network: Network, dtype: np.dtype) -> Params:

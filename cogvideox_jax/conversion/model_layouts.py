@@ -45,7 +45,7 @@ def write(model: Model, target: epath.Path, layout: str) -> None:
   Raises:
     UserError: the target exists already, or the layout cannot hold the model.
   """
-  with _becoming(target) as draft:
+  with becoming(target) as draft:
     LAYOUTS[layout](model, draft)
     if model.scheduler is not None:
       diffusers.write_fields(draft / "scheduler", diffusers.SCHEDULER_CONFIG, model.scheduler)
@@ -56,7 +56,7 @@ def write(model: Model, target: epath.Path, layout: str) -> None:
 
 
 @contextlib.contextmanager
-def _becoming(target: epath.Path) -> Iterator[epath.Path]:
+def becoming(target: epath.Path) -> Iterator[epath.Path]:
   """A draft folder that is renamed to the target at the end; after an error it is removed.
 
   Removes the drafts of the same target that killed runs left. They are known by the lock in them,
