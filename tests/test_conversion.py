@@ -144,6 +144,34 @@ def test_saving_over_an_older_model_leaves_none_of_its_files(tmp_path, monkeypat
   assert_same_weights(tmp_path, weights_of(MODELS / "vae"))
 
 
+def test_saving_deletes_no_file_that_the_folders_index_does_not_name(tmp_path, monkeypatch):
+  loaded, stem = diffusers.load_vae(MODELS / "vae"), "diffusion_pytorch_model"
+  with monkeypatch.context() as patch:
+    patch.setattr(diffusers, "MAX_SHARD_BYTES", 40_000)
+    diffusers.save_vae(tmp_path, *loaded)
+  theirs = [
+    f"{stem}.fp16.safetensors",
+    f"{stem}.safetensors.index.fp16.json",
+    f"{stem}_before.safetensors",
+    f"{stem}-00009-of-00009.safetensors",
+    f"{stem}.safetensors.bak",
+  ]
+  for name in theirs:
+    (tmp_path / name).write_text("theirs")
+  index = tmp_path / f"{stem}.safetensors.index.json"
+  fields = json.loads(index.read_text())
+  fields["weight_map"]["other"] = f"{stem}_before.safetensors"  # No name of a writer.
+  index.write_text(json.dumps(fields))
+  diffusers.save_vae(tmp_path, *loaded)
+  kept = {file.name for file in tmp_path.iterdir()}
+  assert kept == {*theirs, "config.json", f"{stem}.safetensors"}
+  assert {(tmp_path / name).read_text() for name in theirs} == {"theirs"}
+  for mine, read in zip(
+    jax.tree.leaves(loaded[1]), jax.tree.leaves(diffusers.load_vae(tmp_path)[1]), strict=True
+  ):
+    np.testing.assert_array_equal(mine, read)
+
+
 @pytest.mark.parametrize(
   ("kind", "name"),
   [

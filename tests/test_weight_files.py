@@ -1,7 +1,10 @@
 """Files of weights as people have them: read, or named with the way out."""
 
+import gc
+import json
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -152,6 +155,83 @@ def test_weights_of_eight_bits_are_read_as_what_they_are(tmp_path, folder):
   _, params = diffusers.load_transformer(there)
   expected = small["proj_out.weight"].float().numpy().T
   np.testing.assert_array_equal(params["out"]["kernel"].astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "outputs", "outputs, 1"])
+@pytest.mark.parametrize("end", [".scale_weight", ".weight_scale"])
+def test_weights_of_eight_bits_with_a_scale_are_scale_times_value(tmp_path, folder, kind, end):
+  there, rng = shutil.copytree(folder, tmp_path / "transformer"), np.random.default_rng(0)
+  stored, expected = load_file(there / f"{STEM}.safetensors"), {}
+  found = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+  for name, x in stored.items():
+    found[name] = expected[name] = x
+    if x.ndim == 2 and "attn1" in name:
+      shape = {"tensor": (), "outputs": (len(x),), "outputs, 1": (len(x), 1)}[kind]
+      scale = torch.from_numpy(np.asarray(rng.uniform(0.3, 0.9, shape), np.float32))
+      found[name] = (x / scale.reshape(-1, 1)).to(torch.float8_e4m3fn)
+      module = name.removesuffix(".weight")
+      found |= {module + end: scale, f"{module}.input_scale": torch.ones(())}
+      expected[name] = found[name].float() * scale.reshape(-1, 1)
+  save_file(found, there / f"{STEM}.safetensors")
+  save_file(expected, tmp_path / f"{STEM}.safetensors")
+  shutil.copy(there / "config.json", tmp_path)
+  _, params = diffusers.load_transformer(there)
+  _, wanted = diffusers.load_transformer(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+
+@pytest.mark.parametrize(
+  ("end", "shape", "message"),
+  [
+    (".weight_scale_inv", (1, 1), r"weight_scale_inv: scales of blocks .*\n.*bfloat16"),
+    (".weight_scale", (2,), r"has shape \[2\]: it must be one number, or one for each of the"),
+    (".zero_point", (), r"not known: \S+\.zero_point"),
+  ],
+)
+def test_other_scales_of_eight_bits_are_refused_by_name(tmp_path, folder, end, shape, message):
+  there = shutil.copytree(folder, tmp_path / "transformer")
+  stored = load_file(there / f"{STEM}.safetensors")
+  small = {name: x.to(torch.float8_e4m3fn) for name, x in stored.items()}
+  module = "transformer_blocks.0.attn1.to_q"
+  save_file({**small, module + end: torch.ones(shape)}, there / f"{STEM}.safetensors")
+  with pytest.raises(UserError, match=message):
+    diffusers.load_transformer(there)
+
+
+@pytest.mark.usefixtures("forked_torch")
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_in_older_files_of_torch_are_read_by_its_restricted_loader(
+  tmp_path, folder, shards
+):
+  there = shutil.copytree(folder, tmp_path / "transformer")
+  stored = load_file(there / f"{STEM}.safetensors")
+  (there / f"{STEM}.safetensors").unlink()
+  if shards == 1:
+    torch.save(stored, there / f"{STEM}.bin")
+  else:
+    weight_map = {}
+    for number in range(2):
+      part = {name: x for i, (name, x) in enumerate(stored.items()) if i % 2 == number}
+      torch.save(part, there / f"{STEM}-{number}.bin")
+      weight_map |= dict.fromkeys(part, f"{STEM}-{number}.bin")
+    (there / f"{STEM}.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+  config, params = diffusers.load_transformer(there)
+  _, expected = draw(DiT, DIT_CONFIG)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  before = set(Path(tempfile.gettempdir()).glob("torch-*"))
+  opened = diffusers.open_weights(TRANSFORMER, there, config)
+  (copy,) = set(Path(tempfile.gettempdir()).glob("torch-*")) - before
+  del opened, params
+  gc.collect()
+  assert not copy.exists()
+  if shards == 2:
+    (there / f"{STEM}-1.bin").unlink()
+    with pytest.raises(UserError, match=f"names {STEM}-1.bin, which is not there"):
+      diffusers.load_transformer(there)
+  else:
+    torch.save({"x": Thing()}, there / f"{STEM}.bin")
+    with pytest.raises(UserError, match=r"an object, \S+\.Thing, that is no tensor"):
+      diffusers.load_transformer(there)
 
 
 def test_a_moving_average_alone_is_named(tmp_path, folder):

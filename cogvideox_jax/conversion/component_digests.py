@@ -8,7 +8,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from cogvideox_jax.conversion import component_fields, diffusers, orbax
+from cogvideox_jax.conversion import component_fields, diffusers, orbax, weight_pickles
 from cogvideox_jax.conversion.folder import ModelFolder
 from cogvideox_jax.conversion.tensors import Lazy
 from cogvideox_jax.data.encoded_by import EncodedBy
@@ -66,7 +66,9 @@ def digest(params: Params) -> str:
 
 def _digest_of(folder: ModelFolder, component: str) -> str | None:
   files = folder.path / component
-  if not files.is_dir() or not (orbax.is_in(files) or list(files.glob("*.safetensors"))):
+  if not files.is_dir() or not (
+    orbax.is_in(files) or diffusers.has_safetensors(files) or weight_pickles.find(files)
+  ):
     return None
   return digest(folder.open(component)[1])
 

@@ -13,7 +13,13 @@ from typing import Any
 
 from etils import epath
 
-from cogvideox_jax.conversion import component_fields, safetensors_file, tensors
+from cogvideox_jax.conversion import (
+  component_fields,
+  safetensors_file,
+  scaled_weights,
+  tensors,
+  weight_pickles,
+)
 from cogvideox_jax.conversion.components import (
   AUTOENCODER,
   TEXT_ENCODER,
@@ -41,8 +47,17 @@ def open_weights(component: Component, folder: epath.PathLike, config: Any) -> P
   Raises:
     UserError: a file is missing or damaged, or the weights are not those of a model of the config.
   """
+  folder = epath.Path(folder)
+  if not has_safetensors(folder) and (pickles := weight_pickles.find(folder)):
+    return component.read(weight_pickles.read(pickles, component.aliases), config)
   files = _weight_files(folder, component.weights)
-  return component.read(SafetensorsFiles(files, component.aliases), config)
+  stored = SafetensorsFiles(files, component.aliases)
+  return component.read(scaled_weights.unscaled(stored), config)
+
+
+def has_safetensors(folder: epath.Path) -> bool:
+  """Whether a component's folder holds a safetensors file, or an index of some."""
+  return any(True for _ in folder.glob("*.safetensors*"))
 
 
 def load_component(component: Component, folder: epath.PathLike) -> tuple[Any, Params]:
@@ -106,21 +121,25 @@ def _weight_files(folder: epath.PathLike, stem: str) -> list[epath.Path]:
   Without them, those of a variant (`STEM.fp16.safetensors`), or numbered ones without an index.
   """
   folder = epath.Path(folder)
-  indexes = [folder / f"{stem}.safetensors.index{variant}.json" for variant in VARIANTS]
-  singles = [folder / f"{stem}{variant}.safetensors" for variant in VARIANTS]
+  candidates = [
+    folder / name
+    for variant in VARIANTS
+    for name in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors")
+  ]
   where = os.fspath(folder)
-  if index := next((path for path in indexes if path.exists()), None):
-    fields, where = read_fields(folder, index.name)
+  found = next((path for path in candidates if path.exists()), None)
+  if found is None:
+    files = _numbered(folder, stem) or [folder / f"{stem}.safetensors"]
+  elif found.suffix == ".json":
+    fields, where = read_fields(folder, found.name)
     files = [folder / name for name in sorted(set(fields.get("weight_map", {}).values()))]
-  elif single := next((path for path in singles if path.exists()), None):
-    files = [single]
   else:
-    files = _numbered(folder, stem) or singles[:1]
+    files = [found]
   missing = [file.name for file in files if not file.exists()]
   if missing or not files:
     raise UserError(
       f"{where} has no weights: {', '.join(missing) or 'its index is empty'}.\nFetch the folder "
-      "again, with its .safetensors files; weights in .bin or .pt files are not read."
+      "again, with its .safetensors files."
     )
   return files
 
@@ -167,7 +186,8 @@ def write_fields(folder: epath.PathLike, name: str, fields: Mapping[str, Any]) -
 def write_weights(folder: epath.PathLike, stem: str, found: Tensors) -> None:
   """Writes weights in files of at most MAX_SHARD_BYTES, and an index if there are several files.
 
-  One tensor at a time is in memory. Former weight files stay until the new ones are complete.
+  One tensor at a time is in memory. Former weight files stay until the new ones are complete. They
+  are those that a reader would take before the new ones; all other files stay.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -175,8 +195,8 @@ def write_weights(folder: epath.PathLike, stem: str, found: Tensors) -> None:
   partial_files = [new_draft(folder / f"{stem}-{number}") for number in range(len(shards))]
   for path, names in zip(partial_files, shards, strict=True):
     safetensors_file.write(path, found, names)
-  for old in folder.glob(f"{stem}*.safetensors*"):
-    old.unlink()
+  for old in _former_files(folder, stem):
+    old.unlink(missing_ok=True)
   if len(shards) == 1:
     partial_files[0].rename(folder / f"{stem}.safetensors")
     return
@@ -188,6 +208,17 @@ def write_weights(folder: epath.PathLike, stem: str, found: Tensors) -> None:
   total = sum(found.spec(name).nbytes for name in found)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   write_fields(folder, f"{stem}.safetensors.index.json", index)
+
+
+def _former_files(folder: epath.Path, stem: str) -> list[epath.Path]:
+  """The file of the weights in a folder, their index, and the files that it names."""
+  index = folder / f"{stem}.safetensors.index.json"
+  found = [folder / f"{stem}.safetensors", index]
+  if index.exists():
+    names = read_fields(folder, index.name)[0].get("weight_map", {}).values()
+    numbered = re.compile(re.escape(stem) + r"-\d+-of-\d+\.safetensors")
+    found += [folder / name for name in sorted(set(names)) if numbered.fullmatch(name)]
+  return found
 
 
 def _shards(found: Tensors) -> list[list[str]]:

@@ -61,6 +61,11 @@ class SafetensorsFiles(Tensors):
     file, stored = self._files[name]
     return file.spec(stored)
 
+  def is_eight_bits(self, name: str) -> bool:
+    """Whether a tensor is stored as floats of eight bits."""
+    file, stored = self._files[name]
+    return file.code(stored) in _EIGHT_BITS
+
   def __getitem__(self, name: str) -> np.ndarray:
     file, stored = self._files[name]
     return file.read(stored)
@@ -84,6 +89,10 @@ class _File:
       raise UserError(f"{path} is damaged or incomplete ({error}); fetch it again.") from error
     self.names: list[str] = self._file.keys()
     self.metadata: dict[str, str] = self._file.metadata() or {}
+
+  def code(self, name: str) -> str:
+    """The format's name for the dtype of a tensor."""
+    return self._file.get_slice(name).get_dtype()
 
   def spec(self, name: str) -> Spec:
     """The dtype in which a tensor is read, and its shape."""

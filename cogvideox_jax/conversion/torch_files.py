@@ -35,9 +35,18 @@ def opened(path: epath.PathLike) -> Iterator[SafetensorsFiles]:
     yield SafetensorsFiles([path])
     return
   with _scratch(path.parent) as folder:
-    if reason := _failure("read", path, folder):
-      raise UserError(f"{path} cannot be read: {reason}")
+    copy(path, folder)
     yield SafetensorsFiles(sorted(folder.glob("*.safetensors")))
+
+
+def copy(path: epath.Path, folder: epath.Path) -> None:
+  """Copies the tensors of a .pt file into safetensors files of an empty folder.
+
+  Raises:
+    UserError: as `opened`.
+  """
+  if reason := _failure("read", path, folder):
+    raise UserError(f"{path} cannot be read: {reason}")
 
 
 def write(path: epath.PathLike, container: str, found: Tensors) -> None:
