@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     export_to_video,
+    load_image,
+    load_video,
   )
   from cogvideox_jax.inference.image_to_video import ImageToVideo as CogVideoXImageToVideoPipeline
   from cogvideox_jax.inference.pipeline import Pipeline
@@ -34,6 +36,8 @@ __all__ = [
   "__version__",
   "export_to_video",
   "load",
+  "load_image",
+  "load_video",
 ]
 
 _OF_DIFFUSERS = "cogvideox_jax.inference.calls_of_diffusers"
@@ -47,6 +51,8 @@ _HOMES = {
   "Pipeline": ("cogvideox_jax.inference.pipeline", "Pipeline"),
   "export_to_video": (_OF_DIFFUSERS, "export_to_video"),
   "load": ("cogvideox_jax.training.workdir", "load"),
+  "load_image": (_OF_DIFFUSERS, "load_image"),
+  "load_video": (_OF_DIFFUSERS, "load_video"),
 }
 
 

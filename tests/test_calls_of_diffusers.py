@@ -3,19 +3,24 @@
 Each snippet runs with its import changed, on a small model.
 """
 
+import dataclasses
+import shutil
 import textwrap
 
 import numpy as np
 import pytest
 import torch
-from drawn import DIT_CONFIG, make_pipeline
+from drawn import DIT_CONFIG, draw, make_pipeline
 from model_folder import make_model
 from PIL import Image
 from safetensors.numpy import save_file
 
+from cogvideox_jax import load_image, load_video
+from cogvideox_jax.conversion import diffusers
 from cogvideox_jax.data.video import probe
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.inference.offload import is_on_host
+from cogvideox_jax.models.dit import DiT
 
 CALL = "num_inference_steps=2, guidance_scale=2, num_frames=9"
 QUICK = {"num_inference_steps": 2, "num_frames": 1, "output_type": "latent"}
@@ -61,6 +66,42 @@ SNIPPETS = {
       video=frames, prompt="a panda", strength=0.8, num_inference_steps=2, guidance_scale=6.0,
       generator=torch.Generator(device="cpu").manual_seed(1),
     ).frames[0]
+  """,
+  "card of 5B-I2V": f"""
+    image = load_image(image="OUT/input.jpg")
+    pipe = CogVideoXImageToVideoPipeline.from_pretrained("I2V", torch_dtype=torch.float32)
+    pipe.enable_sequential_cpu_offload()
+    pipe.vae.enable_tiling()
+    pipe.vae.enable_slicing()
+    video = pipe(
+      prompt="a panda", image=image, num_videos_per_prompt=1, {CALL},
+      generator=torch.Generator(device="cpu").manual_seed(42),
+    ).frames[0]
+    export_to_video(video, "OUT/output.mp4", fps=8)
+    assert [frame.size for frame in load_video("OUT/output.mp4")] == [(24, 16)] * 9
+  """,
+  "a state dict as an adapter": f"""
+    {LOAD}
+    base = pipe("a panda", **QUICK).frames
+    {LORA} adapter_name="a")
+    expected = pipe("a panda", **QUICK).frames
+    pipe.delete_adapters("a")
+    named = load_file("LORA/pytorch_lora_weights.safetensors")
+    pipe.load_lora_weights({{k: torch.from_numpy(x) for k, x in named.items()}}, adapter_name="b")
+    np.testing.assert_array_equal(pipe("a panda", **QUICK).frames, expected)
+    pipe.set_adapters("b", 0.5)
+    zeros = {{name: np.zeros_like(x) for name, x in named.items()}}
+    pipe.load_lora_weights(zeros, adapter_name="b", hotswap=True)
+    np.testing.assert_array_equal(pipe("a panda", **QUICK).frames, base)
+    half = {{k: torch.from_numpy(x).to(torch.float64) for k, x in named.items()}}
+    pipe.load_lora_weights(half, adapter_name="b", hotswap=True)
+    assert pipe._adapters["b"][1] == 0.5
+    try:
+      pipe.load_lora_weights(zeros, adapter_name="c", hotswap=True)
+    except Exception as error:
+      assert "There is no adapter 'c'" in str(error)
+    else:
+      raise AssertionError
   """,
   "scale of an old adapter": f"""
     {LOAD}
@@ -162,10 +203,18 @@ def test_a_snippet_for_diffusers_runs_with_its_import_changed(model, lora, tmp_p
   imported = (
     "import numpy as np, torch\nfrom PIL import Image\n"
     "from cogvideox_jax import CogVideoXDPMScheduler, CogVideoXPipeline\n"
-    "from cogvideox_jax import CogVideoXVideoToVideoPipeline, export_to_video\n"
+    "from cogvideox_jax import CogVideoXImageToVideoPipeline, CogVideoXVideoToVideoPipeline\n"
+    "from cogvideox_jax import export_to_video, load_image, load_video\n"
+    "from safetensors.numpy import load_file\n"
   )
   code = textwrap.dedent(SNIPPETS[name])
-  for word, path in (("MODEL", model), ("LORA", lora), ("OUT", tmp_path)):
+  if "I2V" in code:
+    config = dataclasses.replace(DIT_CONFIG, in_channels=2 * DIT_CONFIG.out_channels)
+    shutil.copytree(model, tmp_path / "i2v")
+    diffusers.save_transformer(tmp_path / "i2v" / "transformer", *draw(DiT, config))
+    Image.new("RGB", (24, 16), (200, 30, 60)).save(tmp_path / "input.jpg")
+  folders = {"MODEL": model, "LORA": lora, "OUT": tmp_path, "I2V": tmp_path / "i2v"}
+  for word, path in folders.items():
     code = code.replace(f'"{word}', f'"{path}')
   exec(imported + code, {"QUICK": QUICK, "is_on_host": is_on_host})
   if "export_to_video" in code:
@@ -202,6 +251,10 @@ def test_what_is_no_whole_number_is_refused_by_name(pipe, changes, message):
     (lambda pipe: type(pipe).from_pretrained("x", torch_dtype=torch.int8), "torch.int8"),
     (lambda pipe: pipe.fuse_lora(components=["text_encoder"]), "only the transformer has adapters"),
     (lambda pipe: pipe.delete_adapters("x"), "There is no adapter 'x'"),
+    (lambda pipe: pipe.load_lora_weights({"a.lora_A.weight": "x"}), "is str, not an array"),
+    (lambda pipe: pipe.load_lora_weights({}), "changes nothing of a transformer"),
+    (lambda _: load_image("https://host/a.png"), "nothing is fetched here; download it"),
+    (lambda _: load_video("/no/such.mp4"), r"load_video\(/no/such.mp4\): "),
   ],
 )  # fmt: skip
 def test_what_has_no_counterpart_is_refused_with_its_reason(pipe, call, message):

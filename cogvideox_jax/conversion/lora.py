@@ -88,10 +88,49 @@ def read(
   """
   path = find_file(epath.Path(path), weight_name)
   with torch_files.opened(path) as stored:
-    parts, others = lora_names.find_parts(stored, path)
-    is_sat = bool(sat_names.lora_names(stored))
-    found = {part: stored[name] for part, name in parts.items()}
     fields = _fields(stored.metadata, path)
+    return _updates(stored, fields, path, alpha, must_know_alpha)
+
+
+def from_tensors(named: Mapping[str, Any], alpha: float | int | None = None) -> LoRA:
+  """The updates of a state dict: arrays, or tensors of torch, by their names in a file.
+
+  alpha: that of all modules, if no tensor says it; else the scale is 1, as in diffusers.
+
+  Raises:
+    UserError: as `read`.
+  """
+  arrays = {name: _as_array(name, x) for name, x in named.items()}
+  return _updates(tensors.InMemory(arrays), {}, "The state dict", alpha, must_know_alpha=False)
+
+
+def _as_array(name: str, tensor: Any) -> np.ndarray:
+  """An array of numpy, jax or torch as one of numpy; torch's bfloat16 becomes float32."""
+  if hasattr(tensor, "detach"):
+    tensor = tensor.detach().cpu()
+    tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
+  array = np.asarray(tensor)
+  if array.dtype.kind not in "fiuV" or array.dtype == object:
+    raise UserError(f"The state dict: {name} is {type(tensor).__name__}, not an array of numbers.")
+  return array
+
+
+def _updates(
+  stored: Mapping[str, np.ndarray],
+  fields: Mapping[str, Any],
+  path: epath.Path | str,
+  alpha: float | int | None,
+  must_know_alpha: bool,
+) -> LoRA:
+  """The updates of named tensors.
+
+  Args:
+    fields: PEFT's, which say alpha.
+    path: names the tensors in errors.
+  """
+  parts, others = lora_names.find_parts(stored, path)
+  is_sat = bool(sat_names.lora_names(stored))
+  found = {part: stored[name] for part, name in parts.items()}
   if others:
     warnings.warn(
       f"{path}: {len(others)} tensors belong to other networks than the transformer and are passed "
@@ -244,7 +283,7 @@ def _fields(metadata: Mapping[str, str], path: epath.Path) -> dict[str, Any]:
 
 
 def _matrices(
-  found: Mapping[Part, np.ndarray], path: epath.Path
+  found: Mapping[Part, np.ndarray], path: epath.Path | str
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Name of a module -> its A, and its B with two axes.
 
@@ -267,7 +306,7 @@ def _matrices(
   return matrices
 
 
-def _alpha(module: str, tensor: np.ndarray, path: epath.Path) -> float:
+def _alpha(module: str, tensor: np.ndarray, path: epath.Path | str) -> float:
   """The number in a tensor `alpha`."""
   if tensor.size != 1:
     raise UserError(f"{path}: alpha of {module} has shape {list(tensor.shape)}; it is one number.")
@@ -279,7 +318,7 @@ def _scales(
   alphas: Mapping[str, float],
   fields: Mapping[str, Any],
   given: float | int | None,
-  path: epath.Path,
+  path: epath.Path | str,
 ) -> dict[str, float] | None:
   """Name of a module -> alpha / r; None if neither the file nor the caller says alpha.
 

@@ -1,7 +1,7 @@
 """LoRA adapters of a pipeline, with the names of diffusers' `CogVideoXLoraLoaderMixin`."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,24 +35,36 @@ class Adapters:
 
   def load_lora_weights(
     self,
-    path: epath.PathLike,
-    adapter_name: str = "default",
+    path: epath.PathLike | Mapping[str, Any],
+    adapter_name: str | None = None,
     *,
     weight_name: str | None = None,
     lora_alpha: float | int | None = None,
+    hotswap: bool = False,
   ) -> None:
     """Adds an adapter with weight 1.
 
     Args:
-      path: a LoRA file, or a folder that holds one; see `conversion.lora.read`.
-      adapter_name: for `set_adapters`.
+      path: a LoRA file, or a folder that holds one; see `conversion.lora.read`. Or a state dict.
+      adapter_name: for `set_adapters`; None: "default".
       weight_name: the file's name in the folder `path`.
       lora_alpha: alpha of all modules, for a file that does not say it, as SAT's.
+      hotswap: replaces the adapter of that name, which keeps its weight.
 
     Raises:
-      UserError: it is no LoRA of this transformer, or there is an adapter of that name.
+      UserError: it is no LoRA of this transformer; or there is an adapter of that name, or none if
+        it is to be replaced.
     """
-    self.add_lora(lora.read(path, lora_alpha, weight_name=weight_name), adapter_name)
+    name = "default" if adapter_name is None else adapter_name
+    if isinstance(path, Mapping):
+      updates = lora.from_tensors(path, lora_alpha)
+    else:
+      updates = lora.read(path, lora_alpha, weight_name=weight_name)
+    if not hotswap:
+      self.add_lora(updates, name)
+      return
+    self._check_names([name])
+    self._apply({**self._adapters, name: (updates, self._adapters[name][1])})
 
   def add_lora(
     self, updates: LoRA, adapter_name: str = "default", weight: float | int = 1.0

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 from cogvideox_jax.conversion import component_fields
+from cogvideox_jax.data.media import VideoError
 from cogvideox_jax.data.mp4 import write_mp4
+from cogvideox_jax.data.video import probe, read
 from cogvideox_jax.diffusion.noise import NoiseConfig
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.paths import is_address
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DEVICES = ("cpu", "cuda", "tpu", "gpu", "xla", "mps", "xpu")
@@ -103,3 +108,36 @@ def export_to_video(
     frames = np.round(255 * np.clip(frames, 0, 1)).astype(np.uint8)
   write_mp4(output_video_path, frames, float(fps))
   return str(output_video_path)
+
+
+def load_image(image: os.PathLike | str | Image.Image) -> Image.Image:
+  """Returns a picture upright and in sRGB (diffusers `load_image`).
+
+  image: a file or an image.
+
+  Raises:
+    UserError: it is an address, of which nothing is fetched, or no picture that can be read.
+  """
+  if isinstance(image, Image.Image):
+    return image.convert("RGB")
+  return Image.fromarray(_read("load_image", image)[0])
+
+
+def load_video(video: os.PathLike | str) -> list[Image.Image]:
+  """Returns all frames of a video upright and in sRGB, at its own rate (diffusers `load_video`).
+
+  Raises:
+    UserError: it is an address, of which nothing is fetched, or no video that can be read.
+  """
+  return [Image.fromarray(frame) for frame in _read("load_video", video)]
+
+
+def _read(call: str, path: os.PathLike | str) -> UInt8[np.ndarray, "F H W 3"]:
+  if is_address(os.fspath(path)):
+    raise UserError(f"{call}({path}): nothing is fetched here; download it, and give the file.")
+  try:
+    info = probe(path)
+    fps = info.fps or 1.0
+    return read(path, fps=fps, num_frames=info.frames_at(fps), height=info.height, width=info.width)
+  except VideoError as error:
+    raise UserError(f"{call}({path}): {error}") from error
