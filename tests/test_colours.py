@@ -1,5 +1,7 @@
 """Colours of files are those that their makers saw: HDR, wide gamuts, untagged and transparent."""
 
+import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -7,8 +9,9 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image
 
-from cogvideox_jax.data import video
+from cogvideox_jax.data import colours, video
 
 SDR = np.random.default_rng(0).integers(0, 230, (6, 8, 3)).repeat(8, 0).repeat(8, 1)
 RED, GREEN, BLUE, WHITE = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), (0.3127, 0.3290))
@@ -155,3 +158,47 @@ def test_colours_that_no_rule_converts_are_refused_by_name(tmp_path):
     for use in (video.probe, lambda path: read(path, (32, 32))):
       with pytest.raises(video.VideoError, match=reason):
         use(path)
+
+
+def hdr_avif(path, level, transfer, primaries=9):
+  """An AVIF of one grey, coded with 10 bits as phones and cameras do."""
+  with av.open(str(path), "w", format="avif") as container:
+    stream = container.add_stream(
+      "libsvtav1", rate=1, options={"crf": "1", "svtav1-params": "lp=1"}
+    )
+    stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le"
+    context = stream.codec_context
+    context.color_trc, context.color_primaries, context.colorspace = transfer, primaries, 9
+    grey = np.full((64, 64, 3), level, np.uint8)
+    frame = av.VideoFrame.from_ndarray(grey, format="rgb24").reformat(format="yuv420p10le")
+    frame.color_trc, frame.color_primaries, frame.colorspace = transfer, primaries, 9
+    frame.pts = 0
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "pq"), (18, "hlg")])
+def test_a_picture_of_hdr_gets_the_curve_of_video(tmp_path, transfer, name):
+  for level in (40, 100, 148, 190, 230):
+    hdr_avif(tmp_path / "a.avif", level, transfer)
+    assert video.probe(tmp_path / "a.avif").transfer == name
+    shown = video.read(tmp_path / "a.avif", fps=1, num_frames=1, height=64, width=64)[0]
+    with av.open(str(tmp_path / "a.avif")) as container:
+      expected = colours.rgb(next(container.decode(video=0)))
+    assert np.abs(shown.astype(int) - expected).max() <= 3
+    assert np.abs(expected.astype(int) - level).max() > 5
+
+
+def test_a_png_that_is_tagged_as_hdr_gets_the_curve_too(tmp_path):
+  image = Image.new("RGB", (32, 32), (148, 148, 148))
+  image.save(tmp_path / "a.png")
+  data = (tmp_path / "a.png").read_bytes()
+  body = b"cICP" + bytes([9, 16, 0, 1])
+  chunk = struct.pack(">I", 4) + body + struct.pack(">I", zlib.crc32(body))
+  (tmp_path / "b.png").write_bytes(data[:33] + chunk + data[33:])
+  shown = [
+    video.read(tmp_path / f"{x}.png", fps=1, num_frames=1, height=32, width=32) for x in "ab"
+  ]
+  assert (shown[0] == 148).all()
+  assert np.abs(shown[1].astype(int) - 255).max() <= 3  # PQ's 0.58 is 203 cd/m2, which is white.
+  assert video.probe(tmp_path / "b.png").transfer == "pq"

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from etils import epath
 
 from cogvideox_jax.data import texts
+from cogvideox_jax.data.first_bytes import HEIC, HEIC_SUFFIXES
 from cogvideox_jax.data.items import Item, Refusal, Source, text
 from cogvideox_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cogvideox_jax.data.places import RefusedError, inside, is_bucket
@@ -71,6 +72,8 @@ def read_folder(folder: epath.Path, *, subfolders: bool, allow_links: bool) -> S
     passed["picture(s) with the name of a video beside it (its thumbnail)"] += len(thumbnails)
   passed.update(_others(files, {*clips, *thumbnails, *map(captions.of, clips)}))
   notes = [f"Passed over in {folder}: {_counted(passed)}."] if passed else []
+  if any(passed[suffix] for suffix in HEIC_SUFFIXES):
+    notes.append(f"The photos are {HEIC}.")
   return Source(items, refusals, notes)
 
 
@@ -218,6 +221,8 @@ def _nothing(
   ]
   if passed:
     lines.append(f"There are: {_counted(passed)}.")
+  if any(passed[suffix] for suffix in HEIC_SUFFIXES):
+    lines.append(f"The photos are {HEIC}.")
   tables = [str(file) for file in files if _suffix(file) in _TABLES]
   if any(name.lower().endswith((".tar", ".zip")) for name in tables):
     lines.append("Archives, such as WebDataset's .tar shards, are not read: unpack them first.")

@@ -53,7 +53,27 @@ _BAND = 2**18  # Pixels converted at once, so that large frames cost little memo
 
 def transfer_of(frame: av.VideoFrame) -> str:
   """Returns SDR, HLG or PQ: what the frame is tagged as."""
-  return _HDR.get(frame.color_trc, SDR)
+  return transfer_named(frame.color_trc)
+
+
+def transfer_named(number: int) -> str:
+  """Returns SDR, HLG or PQ for the number of a transfer (ITU-T H.273)."""
+  return _HDR.get(number, SDR)
+
+
+def is_wide(primaries: int) -> bool:
+  """Returns whether the number of primaries (ITU-T H.273) names others than BT.709's."""
+  return primaries in _TO_BT709
+
+
+def to_srgb_of_8_bits(
+  pixels: UInt8[np.ndarray, "H W 3"], primaries: int, transfer: int
+) -> UInt8[np.ndarray, "H W 3"]:
+  """Returns a picture as sRGB. Its colours are named by the numbers of ITU-T H.273."""
+  named = transfer_named(transfer)
+  if named != SDR and primaries == _UNTAGGED:
+    primaries = _BT2020
+  return _to_srgb(pixels, named, primaries)
 
 
 def unreadable(frame: av.VideoFrame) -> str:
@@ -65,7 +85,7 @@ def unreadable(frame: av.VideoFrame) -> str:
 
 def is_costly(frame: av.VideoFrame) -> bool:
   """Returns whether a frame's light has to be computed: HDR and wide gamuts."""
-  return transfer_of(frame) != SDR or frame.color_primaries in _TO_BT709
+  return transfer_of(frame) != SDR or is_wide(frame.color_primaries)
 
 
 def rgb(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "H W 3"]:
@@ -110,9 +130,10 @@ def _matrix(frame: av.VideoFrame, transfer: str) -> Colorspace | None:
 
 
 def _to_srgb(
-  pixels: UInt16[np.ndarray, "H W 3"], transfer: str, primaries: int
+  pixels: UInt16[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"], transfer: str, primaries: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-  to_light, peak = _light(transfer), PEAK / WHITE if transfer != SDR else 1.0
+  to_light = _light(transfer)[:: 257 if pixels.dtype == np.uint8 else 1]
+  peak = PEAK / WHITE if transfer != SDR else 1.0
   from_light = _signal(peak)
   matrix = np.array(_TO_BT709.get(primaries, np.eye(3)), np.float32)
   result = np.empty(pixels.shape, np.uint8)

@@ -29,6 +29,7 @@ from cogvideox_jax.data.video import VideoInfo, Window
 from cogvideox_jax.errors import UserError
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "cogvideox_jax.data.decode_worker")
+SMALLER = "make it smaller, as by ffmpeg -i FILE -vf scale=-2:1440 SMALLER.mp4"
 PIPE = 2**20  # Bytes of frames that a process may write before they are read.
 
 Plan = Callable[[VideoInfo], Sequence[Window]]
@@ -276,7 +277,8 @@ class _Worker:
 def _cause(code: int) -> str:
   """Returns what the exit code of a decoding process says about the file."""
   if code == decode_worker.MEMORY_FAULT:
-    return f"takes more than {decode_worker.MEMORY // 2**20} MB of memory to decode"
+    memory = decode_worker.MEMORY // 2**20
+    return f"takes more than {memory} MB of memory to decode; {SMALLER}"
   if code == -signal.SIGALRM:
     return "takes too long to decode"
   if code < 0:

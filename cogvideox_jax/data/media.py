@@ -17,13 +17,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import av
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import FFmpegError, InvalidDataError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from cogvideox_jax.config_keys import AT_LEAST_ZERO, key
-from cogvideox_jax.data import dolby_vision
+from cogvideox_jax.data import dolby_vision, first_bytes
 from cogvideox_jax.data.colours import DOLBY_VISION_5
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".bmp")
@@ -56,6 +56,7 @@ class VideoError(Exception):
 # The decoder of HEVC marks no frame as damaged, but leaves it out; so told, it fails instead. Those
 # of VP8, VP9 and AV1 find little damage, because their bits have no redundancy, and fail at it.
 _STRICT = {"err_detect": "crccheck+explode"}
+_PICTURES = (first_bytes.HEIC, first_bytes.AVIF)
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails
 _NO_LIMIT = "0: no limit."
 
@@ -125,10 +126,23 @@ def opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
       file.seek(0)
       yield file
   except UnidentifiedImageError as error:  # Its message would name the file.
-    raise VideoError("not a JPEG, PNG, WebP, AVIF, TIFF or BMP image") from error
+    known = _kind(path)
+    raise VideoError(
+      f"not a JPEG, PNG, WebP, AVIF, TIFF or BMP image{f', but {known}' if known else ''}"
+    ) from error
   except _FAULTS as error:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    raise VideoError(f"cannot be decoded: {reason or type(error).__name__}") from error
+    known = _kind(path) if isinstance(error, InvalidDataError) else ""
+    known = "" if known == first_bytes.VIDEO else known  # FFmpeg would say so, too.
+    raise VideoError(
+      f"cannot be decoded: {reason or type(error).__name__}{f'; it is {known}' if known else ''}"
+    ) from error
+
+
+def _kind(path: str | os.PathLike[str]) -> str:
+  """Returns what a file is by its first bytes; empty if they do not say it, or not why it fails."""
+  with as_path(path).open("rb") as file:
+    return first_bytes.kind(file.read(first_bytes.LONGEST))
 
 
 class Film(NamedTuple):
@@ -149,6 +163,9 @@ def open_video(path: str | os.PathLike[str], limits: Limits) -> Iterator[Film]:
     "format_whitelist": _DEMUXERS,
   }
   with opened(path, limits) as file:
+    if (known := first_bytes.kind(file.read(first_bytes.LONGEST))) in _PICTURES:
+      raise VideoError(f"it is {known}")  # FFmpeg would give one of its tiles.
+    file.seek(0)
     cut_off = _avi_is_cut_off(file)
     if dolby_vision.profile(file) == 5:
       raise VideoError(DOLBY_VISION_5)

@@ -143,13 +143,13 @@ def _measure_picture(path: str | os.PathLike[str], limits: Limits) -> VideoInfo:
     width, height = stills.shown_size(image)
     if not stills.is_animation(image):
       stills.load(image, _SMALL)
-      return VideoInfo(1, height, width, 0.0, 0.0)
-    count, seconds = 0, 0.0
+      return VideoInfo(1, height, width, 0.0, 0.0, stills.transfer_of(image))
+    count, seconds, transfer = 0, 0.0, stills.transfer_of(image)
     for _, lasts, _ in stills.animation(image, _SMALL):
       count, seconds = count + 1, seconds + lasts
       _check_frames(count, limits)
   _check_seconds(seconds, limits)
-  return VideoInfo(count, height, width, count / seconds, seconds)
+  return VideoInfo(count, height, width, count / seconds, seconds, transfer)
 
 
 def _measure(film: Film, limits: Limits) -> VideoInfo:
