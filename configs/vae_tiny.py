@@ -39,6 +39,8 @@ def get_config() -> ConfigDict:
   config.data.limits.max_seconds = 86_400.0
   config.data.limits.max_bytes = 0
   config.data.limits.max_fps = 1000.0
+  config.data.subfolders = True
+  config.data.allow_links = False
 
   config.train = ConfigDict()
   config.train.steps = 1500

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from contextlib import closing
 from itertools import islice
@@ -310,3 +311,23 @@ def test_a_batch_names_the_files_of_its_clips(folder, clips, decoders):
       first = read(folder / name, fps=FPS, num_frames=1, height=height, width=width)
       is_first = np.array_equal(clip[0], first[0])
       assert is_first or name == "3.mp4"  # It gives several clips.
+
+
+def test_folders_inside_and_links_are_followed_as_encode_follows_them(
+  folder, decoders, tmp_path, capsys
+):
+  own, elsewhere = tmp_path / "own", tmp_path / "elsewhere"
+  (own / "inside").mkdir(parents=True)
+  elsewhere.mkdir()
+  source = sorted(folder.glob("*.mp4"))[0]
+  for place in (own, own / "inside", elsewhere):
+    shutil.copy(source, place / "a.mp4")
+    (place / "a.txt").write_text("a caption")
+  os.symlink(elsewhere, own / "link")
+
+  def files(**choice):
+    return [item.name for item in measure(own, SIZES, DURATIONS, FPS, decoders, **choice).files]
+
+  assert files() == ["a.mp4", "inside/a.mp4"]
+  assert files(subfolders=False) == ["a.mp4"]
+  assert files(allow_links=True) == ["a.mp4", "inside/a.mp4", "link/a.mp4"]

@@ -73,6 +73,14 @@ class VAEDataConfig:
   limits: Limits = field(
     default=DEFAULT_LIMITS, metadata=key("What is refused: files above a limit.")
   )
+  subfolders: bool = field(
+    default=True,
+    metadata=key("Whether the folders inside a folder of videos are searched, as by `encode`."),
+  )
+  allow_links: bool = field(
+    default=False,
+    metadata=key("Whether links may lead out of the folder, as with `encode --allow_links`."),
+  )
 
 
 @dataclass(frozen=True)

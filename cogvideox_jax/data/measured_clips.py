@@ -110,6 +110,9 @@ def measure(
   fps: float,
   decoders: Decoders,
   more_fps: Sequence[float] = (),
+  *,
+  subfolders: bool = True,
+  allow_links: bool = False,
 ) -> MeasuredClips:
   """Measures every file of a manifest or folder and cuts it into clips, as `encode` does.
 
@@ -120,11 +123,13 @@ def measure(
     durations: pixel frames, each 4k+1; a clip has as many as the rest of its file allows.
     fps: frames a second that clips are brought to.
     more_fps: faster rates, at which a clip may be read, too; a file has those up to its own rate.
+    subfolders: whether folders inside a folder of clips are searched.
+    allow_links: whether links may lead out of the manifest's folder.
 
   Raises:
     UserError: the source does not exist, is empty, or gives no clip.
   """
-  items, refusals, notes = read_manifest(source)
+  items, refusals, notes = read_manifest(source, subfolders=subfolders, allow_links=allow_links)
   for note in notes:
     tqdm.write(note)
   windows: dict[int, list[Window]] = {}

@@ -32,7 +32,14 @@ def open_clips(config: VAETrainConfig, stage: VAEStage, source: str, decoders: D
   """
   data, validates = config.data, bool(config.validation.every)
   clips = measured_clips.measure(
-    source, stage.config.sizes, stage.config.durations, data.fps, decoders, data.more_fps
+    source,
+    stage.config.sizes,
+    stage.config.durations,
+    data.fps,
+    decoders,
+    data.more_fps,
+    subfolders=data.subfolders,
+    allow_links=data.allow_links,
   )
   train, held_out = clips.split(data.validation_fraction if validates else 0.0)
   if validates and not held_out.num_clips:
