@@ -157,7 +157,7 @@ def test_a_missing_caption_in_a_list_is_the_refusal_of_its_line(folder):
       lambda path: path.write_bytes(as_csv("file,caption").encode("cp1252", "replace")),
       r"cannot be read .*\nSave it as UTF-8",
     ),
-    ("metadata.csv", lambda path: path.write_text("file,caption\n"), "is empty"),
+    ("metadata.csv", lambda path: path.write_text("file,caption\n"), "is empty.\nName the columns"),
     (
       "captions.json",
       lambda path: path.write_text(json.dumps({"clips": {"a": 1}, "n": 2}, indent=1)),

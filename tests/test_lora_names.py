@@ -121,6 +121,15 @@ def test_what_is_no_plain_lora_is_refused_by_its_true_reason(tmp_path, more, mes
     lora.read(write(tmp_path / "a.safetensors", {**named, more: drawn("A")}))
 
 
+def test_matrices_of_no_rank_are_refused(tmp_path):
+  named = {
+    f"transformer.{INNER}.lora_A.weight": np.zeros((0, 8), np.float32),
+    f"transformer.{INNER}.lora_B.weight": np.zeros((WIDTH, 0), np.float32),
+  }
+  with pytest.raises(UserError, match=rf"matrices of {INNER} hold no number: they change nothing"):
+    lora.read(write(tmp_path / "a.safetensors", named))
+
+
 def test_matrices_of_unequal_ranks_are_refused_by_their_module(tmp_path):
   named = {
     f"transformer.{INNER}.lora_A.weight": drawn("A"),

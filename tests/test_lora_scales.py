@@ -137,6 +137,12 @@ def test_an_alpha_that_the_file_says_is_not_given_again(tmp_path):
     lora.read(write(tmp_path / "a.safetensors", header()), alpha=8)
 
 
+@pytest.mark.parametrize("alpha", [0, -4, float("nan")])
+def test_an_alpha_that_is_not_above_zero_is_refused(tmp_path, alpha):
+  with pytest.raises(UserError, match=r"--lora_alpha=\S+ must be above 0"):
+    lora.read(write(tmp_path / "a.safetensors"), alpha=alpha)
+
+
 def test_a_file_of_sat_asks_for_alpha(tmp_path):
   path = tmp_path / "a.safetensors"
   halves = {"A": np.ones((4, WIDTH), np.float32), "B": np.ones((WIDTH, 4), np.float32)}

@@ -100,6 +100,8 @@ def from_tensors(named: Mapping[str, Any], alpha: float | int | None = None) -> 
   Raises:
     UserError: as `read`.
   """
+  if odd := [name for name in named if not isinstance(name, str)]:
+    raise UserError(f"The state dict: {odd[0]!r} is no name of a tensor.")
   arrays = {name: _as_array(name, x) for name, x in named.items()}
   return _updates(tensors.InMemory(arrays), {}, "The state dict", alpha, must_know_alpha=False)
 
@@ -111,7 +113,8 @@ def _as_array(name: str, tensor: Any) -> np.ndarray:
     tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
   array = np.asarray(tensor)
   if array.dtype.kind not in "fiuV" or array.dtype == object:
-    raise UserError(f"The state dict: {name} is {type(tensor).__name__}, not an array of numbers.")
+    kind = f"an array of {array.dtype}" if array.ndim else type(tensor).__name__
+    raise UserError(f"The state dict: {name} is {kind}, not an array of real numbers.")
   return array
 
 
@@ -295,6 +298,8 @@ def _matrices(
     if missing := [part for part in (Part(module, A), Part(module, B)) if part not in found]:
       raise UserError(f"{path} lacks {missing[0].name}.")
     a, b = found[Part(module, A)], found[Part(module, B)]
+    if not a.size or not b.size:
+      raise UserError(f"{path}: the matrices of {module} hold no number: they change nothing.")
     if a.ndim < 2 or a.shape[:1] != b.shape[1:2] or b.size != b.shape[0] * b.shape[1]:
       raise UserError(
         f"{path}: the matrices of {module} do not fit: A is {list(a.shape)}, [rank, inputs], and B "
@@ -328,6 +333,8 @@ def _scales(
     given: the caller's alpha.
   """
   ranks = {module: len(a) for module, (a, _) in matrices.items()}
+  if given is not None and not given > 0:
+    raise UserError(f"--lora_alpha={given:g} must be above 0; --lora_weight is what may be 0.")
   if given is not None and (alphas or fields):
     raise UserError(
       f"{path} says its alpha itself: leave --lora_alpha={given:g} out; --lora_weight scales it."

@@ -59,7 +59,10 @@ def read_table(path: epath.Path) -> list[Row]:
       f"{path} cannot be read ({error}).\nSave it as UTF-8, one row for each clip."
     ) from error
   if not rows:
-    raise UserError(f"the manifest {path} is empty.\nWrite a line a clip, such as {EXAMPLE}")
+    how = f"Write a line a clip, such as {EXAMPLE}"
+    if path.suffix.lower() in (".csv", ".tsv"):
+      how = "Name the columns in its first line, such as file,caption, and give each clip a row."
+    raise UserError(f"the manifest {path} is empty.\n{how}")
   if all(row.fault for row in rows):
     raise OtherTableError(
       f"{path} is not a table of clips: none of its {len(rows)} lines can be read, the first\n"
