@@ -66,7 +66,10 @@ HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
 )
 def test_the_reason_says_what_the_file_is_and_the_way_out(tmp_path, name, make, reason):
   make(tmp_path / name)
-  for use in (video.probe, lambda path: video.read(path, fps=8, num_frames=1, height=32, width=32)):
+  for use in (
+    video.probe,
+    lambda path: video.read(path, fps=8.0, num_frames=1, height=32, width=32),
+  ):
     with pytest.raises(video.VideoError, match=reason) as told:
       use(tmp_path / name)
     assert "\n" not in str(told.value) and str(tmp_path) not in str(told.value)

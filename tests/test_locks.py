@@ -132,7 +132,7 @@ class Bucket(MemoryFileSystem):
 @pytest.fixture
 def bucket(monkeypatch):
   """A folder of a bucket."""
-  monkeypatch.setitem(_registry, "gs", Bucket)
+  monkeypatch.setitem(_registry, "gcs", Bucket)  # The name by which epath asks for it.
   Bucket.store.clear()
   return epath.Path("gs://bucket/run")
 
