@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from cogvideox_jax.data import video
+from cogvideox_jax.data import video, vp9
 from cogvideox_jax.data.media import Limits
 from cogvideox_jax.data.mp4 import write_mp4
 
@@ -24,7 +24,7 @@ CLIPS = Path(__file__).parent / "data" / "clips"
 # Runs in a process of its own, since the memory of this one holds JAX; prints megabytes.
 PEAK = """
 import resource, sys
-from cogvideox_jax.data import video
+from cogvideox_jax.data import video, vp9
 
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -257,3 +257,39 @@ def test_damage_within_frames_of_hevc_is_found(tmp_path):
     except video.VideoError:
       found += 1
   assert found >= len(packets) - 1
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuva420p"])
+def test_damage_within_frames_of_vp9_is_found(tmp_path, monkeypatch, pixels):
+  rng = np.random.default_rng(0)
+  frames = np.kron(rng.integers(0, 255, (8, 6, 8, 4)), np.ones((1, 16, 16, 1))).astype(np.uint8)
+  options = {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b": "0"}
+  with av.open(str(tmp_path / "a.webm"), "w") as container:
+    stream = container.add_stream("libvpx-vp9", rate=8, options=options)
+    stream.height, stream.width, stream.pix_fmt = 96, 128, pixels
+    for index, frame in enumerate(frames):
+      picture = av.VideoFrame.from_ndarray(frame, format="rgba").reformat(format=pixels)
+      picture.pts, picture.time_base = index, Fraction(1, 8)
+      container.mux(stream.encode(picture))
+    container.mux(stream.encode())
+
+  def read(path: Path) -> np.ndarray:
+    return video.read(path, fps=8.0, num_frames=8, height=96, width=128)
+
+  sound, data = read(tmp_path / "a.webm"), (tmp_path / "a.webm").read_bytes()
+  with av.open(str(tmp_path / "a.webm")) as container:
+    packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+  with monkeypatch.context() as patch:
+    patch.setattr(vp9, "decoder", lambda *_: None)
+    own = read(tmp_path / "a.webm")  # As FFmpeg's decoder shows it, which knows no transparency.
+  assert (sound == own).all() == (pixels == "yuv420p")
+  found = 0
+  for position, size in packets:
+    damaged = bytearray(data)
+    damaged[position + 8 + size // 2] ^= 0x55
+    (tmp_path / "b.webm").write_bytes(damaged)
+    try:
+      np.testing.assert_array_equal(read(tmp_path / "b.webm"), sound)
+    except video.VideoError:
+      found += 1
+  assert found == len(packets)

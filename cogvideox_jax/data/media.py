@@ -17,13 +17,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 import av
 from av.container import InputContainer
-from av.error import FFmpegError, InvalidDataError
+from av.error import ArgumentError, FFmpegError, InvalidDataError
+from av.packet import Packet
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from cogvideox_jax.config_keys import AT_LEAST_ZERO, key
-from cogvideox_jax.data import dolby_vision, first_bytes
+from cogvideox_jax.data import dolby_vision, first_bytes, vp9
 from cogvideox_jax.data.colours import DOLBY_VISION_5
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".bmp")
@@ -49,12 +51,17 @@ _FAULTS = (
 )
 
 
+_UNKNOWN = (
+  InvalidDataError,
+  ArgumentError,
+)  # What FFmpeg raises for containers that it may not read.
+
+
 class VideoError(Exception):
   """A file cannot be used. The message is one line, without the file's name, for the quarantine."""
 
 
-# The decoder of HEVC marks no frame as damaged, but leaves it out; so told, it fails instead. Those
-# of VP8, VP9 and AV1 find little damage, because their bits have no redundancy, and fail at it.
+# The decoder of HEVC marks no frame as damaged, but leaves it out; so told, it fails instead.
 _STRICT = {"err_detect": "crccheck+explode"}
 _PICTURES = (first_bytes.HEIC, first_bytes.AVIF)
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -132,7 +139,7 @@ def opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
     ) from error
   except _FAULTS as error:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    known = _kind(path) if isinstance(error, InvalidDataError) else ""
+    known = _kind(path) if isinstance(error, _UNKNOWN) else ""
     known = "" if known == first_bytes.VIDEO else known  # FFmpeg would say so, too.
     raise VideoError(
       f"cannot be decoded: {reason or type(error).__name__}{f'; it is {known}' if known else ''}"
@@ -152,6 +159,18 @@ class Film(NamedTuple):
   stream: VideoStream
   cut_off: bool  # Whether the file is shorter than it says; False where the format does not say.
   note: str  # Which of several tracks it is; empty if there is one, beside cover art.
+  decoder: VideoCodecContext | None  # Decodes the packets; None: the stream's own.
+
+  def decode(self, packet: Packet) -> list[av.VideoFrame]:
+    """Returns the frames that a packet completes."""
+    if self.decoder is None:
+      return packet.decode()  # pyright: ignore[reportReturnType] - a stream of video.
+    return self.decoder.decode(packet if packet.size else None)
+
+  def flush(self) -> None:
+    """Forgets the packets before a seek; the container does so for the stream's own decoder."""
+    if self.decoder is not None:
+      self.decoder.flush_buffers()
 
 
 @contextmanager
@@ -178,7 +197,8 @@ def open_video(path: str | os.PathLike[str], limits: Limits) -> Iterator[Film]:
         _STRICT if stream.codec_context.name == "hevc" else {}
       )
       stream.codec_context.thread_count = 1
-      yield Film(container, stream, cut_off, note)
+      decoder = vp9.decoder(file, container, stream, limits.max_pixels)
+      yield Film(container, stream, cut_off, note, decoder)
 
 
 def _avi_is_cut_off(file: BinaryIO) -> bool:

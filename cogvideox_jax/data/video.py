@@ -158,7 +158,7 @@ def _measure(film: Film, limits: Limits) -> VideoInfo:
   promised, stream, transfer = _promised(film), film.stream, SDR
   for packet in film.container.demux(stream):
     if size is None:
-      for frame in packet.decode()[:1]:
+      for frame in film.decode(packet)[:1]:
         if reason := unreadable(frame):
           raise VideoError(reason)
         size, transfer = shown_size(frame, screen_of(frame, stream)), transfer_of(frame)
@@ -328,6 +328,7 @@ def _seek(film: Film, seconds: float) -> Iterator[tuple[float | None, av.VideoFr
   """Decodes from the last keyframe on that the file's index knows at or before an instant."""
   unit = float(film.stream.time_base or 1)
   film.container.seek(math.floor(seconds / unit), stream=film.stream)
+  film.flush()
   return _frames(film)
 
 
@@ -335,7 +336,8 @@ def _frames(film: Film) -> Iterator[tuple[float | None, av.VideoFrame]]:
   """Yields each frame, in the order in which they are shown, and the second at which it is."""
   container, stream, *_ = film
   if not _lacks_times(film):
-    yield from ((frame.time, frame) for frame in container.decode(stream))
+    for packet in container.demux(stream):
+      yield from ((frame.time, frame) for frame in film.decode(packet))
     return
   # Frames come in the order of time, so the next has the earliest time that none has yet. If they
   # are decoded in another order, FFmpeg guesses the packets' pts; else their dts are right.
@@ -344,7 +346,7 @@ def _frames(film: Film) -> Iterator[tuple[float | None, av.VideoFrame]]:
     time = packet.pts if reordered else packet.dts
     if time is not None:
       heapq.heappush(times, time)
-    for frame in packet.decode():
+    for frame in film.decode(packet):
       yield heapq.heappop(times) * float(stream.time_base or 0) if times else None, frame
 
 
