@@ -1,6 +1,7 @@
 """Runs the real commands as a user does, but from a process that has loaded the libraries."""
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -16,10 +17,10 @@ import jax
 from cogvideox_jax.precompute import encode_clips
 from cogvideox_jax.training import transformer_run
 
-# The libraries, and nothing else, are loaded once for all commands; at last they are frozen.
+# The libraries, and nothing else, are loaded once for all commands.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-  [encode_clips.__name__, transformer_run.__name__, "torch", "safetensors.torch", "frozen"]
+  [encode_clips.__name__, transformer_run.__name__, "torch", "safetensors.torch"]
 )
 # Without the number of fake devices, so that a command has as many as its config says.
 OWN_DEVICES = " ".join(
@@ -103,6 +104,7 @@ def _start(files: list[Path], flags: str, function: Callable[[], None]) -> None:
   for stream, file in enumerate(files, start=1):
     os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
   os.environ["XLA_FLAGS"] = flags
+  gc.freeze()  # Otherwise a collection would touch, and so copy, every page of the libraries.
   try:
     function()
   finally:
