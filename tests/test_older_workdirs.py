@@ -111,8 +111,10 @@ def test_a_run_of_an_earlier_version_ends_as_it_would_have_and_can_be_loaded(tmp
   assert transformer_run.train(make_config(inputs, validation__every=0), folders[0]) == 0
   printed = capsys.readouterr().out
   assert "which had no config.init, config.train.weighting='tokens': it goes on with" in printed
-  ends = [(folder / "checkpoints" / "6" / "digests.json").read_text() for folder in folders]
-  assert ends[0] == ends[1]
+  ends = [
+    json.loads((folder / "checkpoints" / "6" / "digests.json").read_text()) for folder in folders
+  ]
+  assert ends[0]["arrays"] == ends[1]["arrays"]
 
 
 def test_sampling_from_such_a_workdir_says_so(tmp_path, capsys):
