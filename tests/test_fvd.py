@@ -74,14 +74,14 @@ def drawn(clips: int, seed: int = 0, width: int = 400) -> np.ndarray:
           + draws.normal(size=(clips, width)) + 3).astype(np.float32)  # fmt: skip
 
 
-@pytest.mark.parametrize("clips", [2, 30, 500])
+@pytest.mark.parametrize("clips", [2, 30, 80])  # Fewer or more than the features.
 def test_the_distance_of_a_set_from_itself_is_zero(clips):
-  assert fvd(drawn(clips), drawn(clips)).distance < 1e-3
+  assert fvd(drawn(clips, width=50), drawn(clips, width=50)).distance < 1e-3
 
 
-@pytest.mark.parametrize(("x", "y"), [(30, 30), (30, 50), (500, 30), (450, 500)])
+@pytest.mark.parametrize(("x", "y"), [(30, 30), (30, 40), (80, 30), (70, 80)])
 def test_the_distance_is_symmetric(x, y):
-  x, y = drawn(x), drawn(y, 1)
+  x, y = drawn(x, 0, 50), drawn(y, 1, 50)
   there, back = fvd(x, y).distance, fvd(y, x).distance
   assert there > 1 and there == pytest.approx(back, rel=1e-9)
 
