@@ -33,9 +33,8 @@ demo: install
 
 # XLA compiles for longer than most tests compute, so here it optimizes little, and emits loops in the
 # way that compiles fastest.
-test: export XLA_FLAGS += --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 test: .venv/test
-	$(PYTEST)
+	XLA_FLAGS="$$XLA_FLAGS $$($(RUN) tests/quick_xla.py)" $(PYTEST)
 
 # All tests, those that take minutes among them, with XLA's optimizations as users have them.
 test-slow: .venv/test
