@@ -123,6 +123,10 @@ class Evil:
   def __reduce__(self):
     return self.call[0], self.call[1:]
 
+  def __repr__(self):
+    """A name that is the same in every process of the tests."""
+    return f"Evil({self.call[0].__name__})"
+
 
 @pytest.mark.parametrize(
   "content",
