@@ -6,18 +6,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from typed_config import typed
 
 from cogvideox_jax import sharding
 from cogvideox_jax.config.vae_schema import VAETrainConfig
+from cogvideox_jax.models.discriminator import Discriminator
+from cogvideox_jax.models.graphs import abstract, graph_of
 from cogvideox_jax.training import state as states
 from cogvideox_jax.training import vae_functions, vae_stages
 from cogvideox_jax.training.vae_functions import make_vae_functions
+from cogvideox_jax.training.vae_losses import discriminator_loss
 from cogvideox_jax.training.vae_step import Sums, weighed
 from configs import vae_tiny
 
-CLIPS = np.random.default_rng(0).integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
+CLIPS = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8, 3), np.uint8)
 ALONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 FROZEN = {"heads": {"0": {"scale": np.float32([2.0])}}}
 
@@ -34,11 +39,10 @@ def small_distance(monkeypatch):
 
 def make_config(**changes):
   config = vae_tiny.get_config()
-  config.model.update(channels=(8, 8), temporal_compression=2, latent_channels=4, groups=2)
-  config.data.update(clips=16, sizes=((16, 16),), durations=(5,))
+  config.model.update(channels=(8,), temporal_compression=1, latent_channels=4, groups=2)
+  config.data.update(clips=16, sizes=((8, 8),), durations=(5,))
   config.loss.update(perceptual=0.5, perceptual_frames=2, adversarial=0.1, gan_start=3)
   config.discriminator.model.update(channels=(8, 8), temporal_levels=1, groups=2)
-  config.discriminator.update(r1=0.5, learning_rate=1e-2)
   config.train.update(steps=6)
   config.optimizer.warmup_steps = 0
   return typed(config, VAETrainConfig, **changes)
@@ -104,29 +108,46 @@ def test_every_parameter_of_both_networks_gets_a_gradient_and_only_the_vae_is_av
   before, after, metrics = step_on(1)
   for name in ("vae", "discriminator"):
     for path, moment in jax.tree.leaves_with_path(moments(after, name)):
-      # A constant added to all logits moves neither hinge if it is of both, but here it is seen.
-      assert np.any(moment), (name, sharding.path_name(path))
+      # A constant added to all logits lowers one hinge as much as it raises the other.
+      cancels = (name, sharding.path_name(path)) == ("discriminator", "conv_out/bias")
+      assert cancels or np.any(moment), (name, sharding.path_name(path))
   assert jax.tree.structure(after.ema) == jax.tree.structure(before.params["vae"])
   assert jax.tree.structure(after.frozen) == jax.tree.structure(FROZEN)
   assert all(np.isfinite(x) for x in metrics.values())
 
 
-def test_the_discriminator_learns_to_tell_the_clips_of_a_batch_from_their_reconstructions():
-  state, step = make_step(1)
-  found = []
-  for _ in range(60):
-    state, metrics = step(state)
-    found.append(metrics)
-  gaps = [float(x["logits_real"] - x["logits_fake"]) for x in found]
-  assert gaps[-1] > gaps[0] + 0.5, gaps
-  assert found[-1]["discriminator"] < 0.8 * found[0]["discriminator"]
+def test_a_discriminator_with_the_penalty_learns_to_tell_clips_from_smooth_ones():
+  """The penalty takes the gradient of a gradient."""
+  model = make_config().discriminator.model
+  graphdef, params = graph_of(Discriminator, model), abstract(Discriminator, model)[1]
+  rng, tx = np.random.default_rng(1), optax.adam(1e-2)
+  params = jax.tree.map(lambda x: np.float32(rng.normal(scale=0.2, size=x.shape)), params)
+  real = jnp.float32(CLIPS) / 127.5 - 1
+  fake = jnp.broadcast_to(real.mean(axis=(2, 3), keepdims=True), real.shape)
+
+  @jax.jit
+  def step(params, opt_state):
+    def loss(params):
+      return discriminator_loss(nnx.merge(graphdef, params), real, fake, 0.5)
+
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, opt_state)
+    return optax.apply_updates(params, updates), opt_state, value, metrics
+
+  state, values = (params, tx.init(params)), []
+  for _ in range(40):
+    *state, value, metrics = step(*state)
+    values.append(float(value))
+  assert metrics["r1"] > 0
+  assert metrics["logits_real"] > metrics["logits_fake"] + 0.5
+  assert values[-1] < 0.8 * values[0]
 
 
 @pytest.mark.parametrize(
   ("adaptive", "microbatches", "devices", "sizes"),
   [
     (False, 2, 4, {"fsdp": 2, "context": 2}),
-    pytest.param(False, 1, 8, {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
+    pytest.param(False, 1, 4, {"data": 2, "fsdp": 2}, marks=pytest.mark.slow),
     pytest.param(True, 2, 1, {}, marks=pytest.mark.slow),
   ],
 )

@@ -92,7 +92,7 @@ def read(
     return _updates(stored, fields, path, alpha, must_know_alpha)
 
 
-def from_tensors(named: Mapping[str, Any], alpha: float | int | None = None) -> LoRA:
+def from_tensors(named: Mapping[Any, Any], alpha: float | int | None = None) -> LoRA:
   """The updates of a state dict: arrays, or tensors of torch, by their names in a file.
 
   alpha: that of all modules, if no tensor says it; else the scale is 1, as in diffusers.

@@ -35,7 +35,7 @@ class Adapters:
 
   def load_lora_weights(
     self,
-    path: epath.PathLike | Mapping[str, Any],
+    path: epath.PathLike | Mapping[Any, Any],
     adapter_name: str | None = None,
     *,
     weight_name: str | None = None,
