@@ -63,8 +63,8 @@ BATCH_AXES: dict[str, tuple[str, ...]] = {
 _FSDP: Rules = {
   "rows": ("data", "fsdp"),
   "tokens": ("context",),
-  "frames": ("context",),  # Of the VAE's clips, in time.
-  "lines": ("tensor",),  # Of the VAE's clips: rows of pixels.
+  "frames": ("context",),  # The frames of the VAE's clips.
+  "lines": ("tensor",),  # The rows of pixels of the VAE's clips.
   "embed": ("fsdp", "context"),
   "time": ("fsdp", "context"),
 }

@@ -14,34 +14,8 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0
   config.init_from = ""
-
-  config.model = ConfigDict()
-  config.model.in_channels = 3
-  config.model.channels = (16, 32, 64)
-  config.model.latent_channels = 16
-  config.model.resnets = 1
-  config.model.groups = 8
-  config.model.temporal_compression = 4
-
-  config.data = ConfigDict()
-  config.data.path = ""
-  config.data.clips = 1200
-  config.data.fps = 8.0
-  config.data.more_fps = ()
-  config.data.image_share = 0.0
-  config.data.sizes = ((32, 32), (24, 40))
-  config.data.durations = (1, 17)
-  config.data.validation_fraction = 0.01
-  config.data.limits = ConfigDict()
-  config.data.limits.max_pixels = 36_000_000
-  config.data.limits.max_picture_pixels = 256_000_000
-  config.data.limits.max_frames = 0
-  config.data.limits.max_seconds = 86_400.0
-  config.data.limits.max_bytes = 0
-  config.data.limits.max_fps = 1000.0
-  config.data.subfolders = True
-  config.data.allow_links = False
-
+  config.model = model()
+  config.data = data()
   config.train = ConfigDict()
   config.train.steps = 1500
   config.train.frames = 64
@@ -49,39 +23,9 @@ def get_config() -> ConfigDict:
   config.train.microbatches = 1
   config.train.remat = False
   config.stages = ConfigDict()
-
-  config.loss = ConfigDict()
-  config.loss.l1 = 0.1
-  config.loss.l2 = 1.0
-  config.loss.kl = 1e-4
-  config.loss.perceptual = 0.0
-  config.loss.perceptual_frames = 0
-  config.loss.adversarial = 0.0
-  config.loss.adaptive = False
-  config.loss.gan_start = 0.5
-
-  config.discriminator = ConfigDict()
-  config.discriminator.model = ConfigDict()
-  config.discriminator.model.channels = (16, 32, 32)
-  config.discriminator.model.temporal_levels = 2
-  config.discriminator.model.groups = 8
-  config.discriminator.learning_rate = 1e-3
-  config.discriminator.b1 = 0.5
-  config.discriminator.b2 = 0.9
-  config.discriminator.r1 = 0.0
-  config.discriminator.frames = 0
-
-  config.optimizer = ConfigDict()
-  config.optimizer.learning_rate = 2e-3
-  config.optimizer.warmup_steps = 1 / 15
-  config.optimizer.final_fraction = 0.01
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.95
-  config.optimizer.eps = 1e-8
-  config.optimizer.weight_decay = 1e-4
-  config.optimizer.clip_norm = 1.0
-  config.optimizer.ema_decay = 0.995
-
+  config.loss = loss()
+  config.discriminator = discriminator()
+  config.optimizer = optimizer()
   config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})
   config.sharding = "fsdp"
   config.cpu_devices = 1
@@ -91,3 +35,82 @@ def get_config() -> ConfigDict:
   config.validation = ConfigDict({"every": 500, "batches": 8})
   config.preview = ConfigDict({"every": 500})
   return config.lock()
+
+
+def model() -> ConfigDict:
+  """Returns the sizes of the VAE."""
+  config = ConfigDict()
+  config.in_channels = 3
+  config.channels = (16, 32, 64)
+  config.latent_channels = 16
+  config.resnets = 1
+  config.groups = 8
+  config.temporal_compression = 4
+  return config
+
+
+def data() -> ConfigDict:
+  """Returns which clips to train on."""
+  config = ConfigDict()
+  config.path = ""
+  config.clips = 1200
+  config.fps = 8.0
+  config.more_fps = ()
+  config.image_share = 0.0
+  config.sizes = ((32, 32), (24, 40))
+  config.durations = (1, 17)
+  config.validation_fraction = 0.01
+  config.limits = ConfigDict()
+  config.limits.max_pixels = 36_000_000
+  config.limits.max_picture_pixels = 256_000_000
+  config.limits.max_frames = 0
+  config.limits.max_seconds = 86_400.0
+  config.limits.max_bytes = 0
+  config.limits.max_fps = 1000.0
+  config.subfolders = True
+  config.allow_links = False
+  return config
+
+
+def loss() -> ConfigDict:
+  """Returns the weights of the loss."""
+  config = ConfigDict()
+  config.l1 = 0.1
+  config.l2 = 1.0
+  config.kl = 1e-4
+  config.perceptual = 0.0
+  config.perceptual_frames = 0
+  config.adversarial = 0.0
+  config.adaptive = False
+  config.gan_start = 0.5
+  return config
+
+
+def discriminator() -> ConfigDict:
+  """Returns the discriminator, which takes part if loss.adversarial is not 0."""
+  config = ConfigDict()
+  config.model = ConfigDict()
+  config.model.channels = (16, 32, 32)
+  config.model.temporal_levels = 2
+  config.model.groups = 8
+  config.learning_rate = 1e-3
+  config.b1 = 0.5
+  config.b2 = 0.9
+  config.r1 = 0.0
+  config.frames = 0
+  return config
+
+
+def optimizer() -> ConfigDict:
+  """Returns AdamW, its schedule and the moving average."""
+  config = ConfigDict()
+  config.learning_rate = 2e-3
+  config.warmup_steps = 1 / 15
+  config.final_fraction = 0.01
+  config.b1 = 0.9
+  config.b2 = 0.95
+  config.eps = 1e-8
+  config.weight_decay = 1e-4
+  config.clip_norm = 1.0
+  config.ema_decay = 0.995
+  return config

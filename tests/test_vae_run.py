@@ -1,9 +1,5 @@
 """The VAE's training in a workdir: that it learns, that it resumes, what it leaves."""
 
-import json
-import os
-import signal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +8,7 @@ from drawn import VAE_CONFIG, draw
 from etils import epath
 from flax import nnx
 from typed_config import typed
+from vae_runs import digests, lines, train_and_stop
 
 from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.conversion import diffusers
@@ -24,7 +21,7 @@ from cogvideox_jax.models import vae
 from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.models.vae_config import VAEConfig
-from cogvideox_jax.training import checkpoint, metrics, vae_run
+from cogvideox_jax.training import checkpoint, vae_run
 from cogvideox_jax.training.vae_export import measure_scaling_factor
 from configs import vae_tiny
 
@@ -41,29 +38,6 @@ def make_config(**changes):
   config.validation.every = 3
   config.mesh.update(data=8, fsdp=1)
   return typed(config, VAETrainConfig, **changes)
-
-
-def lines(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def digests(workdir):
-  events = lines(workdir / "events.jsonl")
-  return {e["step"]: e["digest"] for e in events if e["event"] == "checkpoint_saved"}
-
-
-def train_and_stop(config, workdir, at):
-  """Trains until a signal comes after a step."""
-  add = metrics.Recorder.add
-
-  def add_and_signal(self, step, values, measure):
-    add(self, step, values, measure)
-    if step == at:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(metrics.Recorder, "add", add_and_signal)
-    assert vae_run.train(config, workdir) == 83
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """The VAE's training in stages, with a discriminator that starts late, from given weights."""
 
 import json
-import os
-import signal
 
 import jax
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 from typed_config import typed
+from vae_runs import digests, lines, train_and_stop
 
 from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.conversion import diffusers
@@ -18,7 +17,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.graphs import abstract
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.models.vae_config import VAEConfig
-from cogvideox_jax.training import checkpoint, metrics, vae_initial, vae_run, vae_stages
+from cogvideox_jax.training import checkpoint, vae_initial, vae_run, vae_stages
 from configs import vae_tiny
 
 SHORT = {
@@ -50,29 +49,6 @@ def make_config(**changes):
   return typed(config, VAETrainConfig, **changes)
 
 
-def lines(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def digests(workdir):
-  events = lines(workdir / "events.jsonl")
-  return {e["step"]: e["digest"] for e in events if e["event"] == "checkpoint_saved"}
-
-
-def stop_at(step, config, workdir):
-  """Trains until a signal comes after a step."""
-  add = metrics.Recorder.add
-
-  def add_and_signal(self, number, *others):
-    add(self, number, *others)
-    if number == step:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(metrics.Recorder, "add", add_and_signal)
-    assert vae_run.train(config, workdir) == 83
-
-
 @pytest.mark.slow
 def test_a_run_stopped_before_and_after_the_discriminator_starts_and_stages_change_keeps_its_bits(
   tmp_path,
@@ -81,7 +57,7 @@ def test_a_run_stopped_before_and_after_the_discriminator_starts_and_stages_chan
   whole, stopped = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "stopped")
   assert vae_run.train(config, whole) == 0
   for step in (1, 2, 3, 5):
-    stop_at(step, config, stopped)
+    train_and_stop(config, stopped, at=step)
   assert vae_run.train(config, stopped) == 0
   assert digests(stopped) == digests(whole)
   logged = lines(whole / "metrics.jsonl")

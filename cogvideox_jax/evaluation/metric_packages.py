@@ -37,7 +37,7 @@ class Weights(NamedTuple):
   package: str
   version: str
   file: str  # Its path from the folder of installed packages.
-  sha256: str  # Of that file.
+  sha256: str  # The digest of that file.
   converted: str  # The name of the file in the cache.
   converted_sha256: str
 

@@ -28,7 +28,7 @@ class Training(NamedTuple):
   """How a VAE was trained; None where its folder does not say."""
 
   steps: int | None = None
-  seconds: float | None = None  # Of all steps, by the log; without compiling and saving.
+  seconds: float | None = None  # The time of all steps, by the log; without compiling and saving.
   seed: int | None = None
 
 

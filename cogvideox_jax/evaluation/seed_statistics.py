@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
 
   claim: Claim
   difference: float  # Mean of the higher one minus that of the lower one.
-  deviation: float  # Of the difference of one run of each.
+  deviation: float  # That of the difference of one run of each.
 
   @property
   def is_resolved(self) -> bool:

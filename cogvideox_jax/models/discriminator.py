@@ -18,7 +18,7 @@ from cogvideox_jax.config_keys import AT_LEAST_ZERO, key
 from cogvideox_jax.models.precision import exact_in_float32
 from cogvideox_jax.models.vae_layers import EPSILON, Carry, Downsample
 
-SLOPE = 0.2  # Of the leaky ReLU, where its input is negative.
+SLOPE = 0.2  # The slope of the leaky ReLU where its input is negative.
 
 
 @dataclass(frozen=True)

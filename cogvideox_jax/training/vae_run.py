@@ -338,8 +338,8 @@ def _render(config: VAETrainConfig, workdir: epath.Path) -> str:
 class Keys(NamedTuple):
   """The keys of a run."""
 
-  create: jax.Array  # Of the initial weights.
-  train: jax.Array  # Of the noise and the draws of training.
+  create: jax.Array  # Draws the initial weights.
+  train: jax.Array  # Draws for the steps.
   validation: jax.Array
 
 

@@ -57,7 +57,7 @@ class Adversary(NamedTuple):
   """The discriminator without its parameters, and what weighs it."""
 
   graphdef: nnx.GraphDef
-  weight: float  # Of the generator's term; if adaptive, of the ratio of the gradients' norms.
+  weight: float  # Multiplies the generator's term; if adaptive, the ratio of gradient norms.
   adaptive: bool
   r1: float
   frames: int  # Successive frames of a clip that it sees; 0: all of them.
@@ -82,7 +82,7 @@ class Sums(NamedTuple):
   """What the microbatches of a step add up to."""
 
   metrics: Metrics
-  grads: Params  # Of each subtree that learns.
+  grads: Params  # The gradients of each subtree that learns.
   adversarial: Params  # The VAE's gradient of the adversarial term alone, if it is weighed last.
 
 
