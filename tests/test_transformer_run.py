@@ -2,15 +2,14 @@
 
 import itertools
 import json
-import os
 import shutil
-import signal
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 from small_run import make_config, make_inputs, settings
+from stopped_runs import train_and_stop
 from typed_config import typed
 
 from cogvideox_jax.data.loader import Loader
@@ -117,25 +116,11 @@ def test_the_config_chooses_how_timesteps_are_drawn(inputs, monkeypatch, chosen,
   assert asked == [name]
 
 
-def train_and_stop(config, workdir, at):
-  """Trains until a signal comes after a step."""
-  add = metrics.Recorder.add
-
-  def add_and_signal(self, step, values, measure):
-    add(self, step, values, measure)
-    if step == at:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(metrics.Recorder, "add", add_and_signal)
-    assert transformer_run.train(config, workdir) == 83
-
-
 def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(
   inputs, finished, tmp_path, capsys
 ):
   workdir = epath.Path(tmp_path)
-  train_and_stop(make_config(inputs), workdir, at=3)
+  train_and_stop(transformer_run.train, make_config(inputs), workdir, at=3)
   assert "Stopped at step 3, which is saved." in capsys.readouterr().out
   assert checkpoint.good_steps(workdir / "checkpoints") == [2, 3]
   # What is looked at may change, what is trained may not.
@@ -214,7 +199,7 @@ def test_weights_may_change_when_a_run_goes_on_and_no_row_is_lost_or_repeated(
       yield batch
 
   monkeypatch.setattr(Loader, "iterate", iterate_and_note)
-  train_and_stop(mix(inputs, second, (1, 1)), workdir, at=1)
+  train_and_stop(transformer_run.train, mix(inputs, second, (1, 1)), workdir, at=1)
   config, kept = mix(inputs, second, (3, 1)), workdir / "mixture.json"
   before = kept.read_text()
   kept.write_text('{"tiny": [{}]}')

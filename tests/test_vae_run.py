@@ -7,8 +7,8 @@ import pytest
 from drawn import VAE_CONFIG, draw
 from etils import epath
 from flax import nnx
+from stopped_runs import digests, lines, train_and_stop
 from typed_config import typed
-from vae_runs import digests, lines, train_and_stop
 
 from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.conversion import diffusers
@@ -45,7 +45,7 @@ def test_a_stopped_run_ends_with_the_same_bits_and_refuses_other_configs_and_cli
   config = make_config()
   assert vae_run.train(config, epath.Path(tmp_path / "whole")) == 0
   workdir = epath.Path(tmp_path / "stopped")
-  train_and_stop(config, workdir, at=2)
+  train_and_stop(vae_run.train, config, workdir, at=2)
   assert not (workdir / "vae").exists()
   assert vae_run.train(config, workdir) == 0
   assert digests(workdir)[6] == digests(tmp_path / "whole")[6]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
+from stopped_runs import digests, lines, train_and_stop
 from typed_config import typed
-from vae_runs import digests, lines, train_and_stop
 
 from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.conversion import diffusers
@@ -57,7 +57,7 @@ def test_a_run_stopped_before_and_after_the_discriminator_starts_and_stages_chan
   whole, stopped = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "stopped")
   assert vae_run.train(config, whole) == 0
   for step in (1, 2, 3, 5):
-    train_and_stop(config, stopped, at=step)
+    train_and_stop(vae_run.train, config, stopped, at=step)
   assert vae_run.train(config, stopped) == 0
   assert digests(stopped) == digests(whole)
   logged = lines(whole / "metrics.jsonl")

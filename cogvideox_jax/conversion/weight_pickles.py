@@ -15,7 +15,7 @@ from cogvideox_jax.conversion import torch_files
 from cogvideox_jax.conversion.safetensors_file import SafetensorsFiles
 from cogvideox_jax.errors import UserError
 
-STEMS = ("diffusion_pytorch_model", "pytorch_model")  # Of diffusers and of transformers.
+STEMS = ("diffusion_pytorch_model", "pytorch_model")  # The names in diffusers, in transformers.
 VARIANTS = ("", ".fp16", ".bf16", ".fp32")
 
 

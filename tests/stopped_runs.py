@@ -1,4 +1,4 @@
-"""Trainings of the VAE in tests: what they log, and how they are stopped."""
+"""Trainings in tests: what they log, and how they are stopped."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from cogvideox_jax.training import metrics, vae_run
+from cogvideox_jax.training import metrics
 
 
 def lines(path):
@@ -18,8 +18,8 @@ def digests(workdir):
   return {e["step"]: e["digest"] for e in events if e["event"] == "checkpoint_saved"}
 
 
-def train_and_stop(config, workdir, at):
-  """Trains until a signal comes after a step."""
+def train_and_stop(train, config, workdir, at):
+  """Trains by `train` until a signal comes after a step."""
   add = metrics.Recorder.add
 
   def add_and_signal(self, step, values, measure):
@@ -29,4 +29,4 @@ def train_and_stop(config, workdir, at):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(metrics.Recorder, "add", add_and_signal)
-    assert vae_run.train(config, workdir) == 83
+    assert train(config, workdir) == 83
