@@ -59,6 +59,17 @@ def finished_run(tmp_path_factory):
 
 
 @pytest.fixture
+def abandoned_writes(request):
+  """Collects the writes that Orbax abandons when a save fails, each with a warning of Python's.
+
+  Otherwise they would be collected, and the warning be an error, in whatever test runs by then.
+  """
+  request.node.add_marker(pytest.mark.filterwarnings("ignore:coroutine .* was never awaited"))
+  yield
+  gc.collect()
+
+
+@pytest.fixture
 def forked_torch(monkeypatch, tmp_path_factory):
   """PyTorch, which takes seconds to load, is there when a process begins to read its files."""
   from commands import start_module

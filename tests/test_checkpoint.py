@@ -176,8 +176,7 @@ def test_a_workdir_without_checkpoints_is_named(tmp_path):
     checkpoint.load_weights(tmp_path)
 
 
-# Orbax abandons its other writes. Python warns when they are collected: here, not in a later test.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("abandoned_writes")
 def test_a_save_that_cannot_be_written_is_one_message_and_harms_no_other(tmp_path):
   folder = epath.Path(tmp_path)
   checkpoints, states, _ = save_steps(folder, [1])

@@ -210,23 +210,35 @@ def test_batches_are_put_on_the_mesh_ahead_of_their_steps_and_none_is_lost():
   assert [*ahead] == [40, 50, 60, 70, 80]
 
 
-def test_a_workdir_that_is_removed_ends_the_run_with_one_message(workdir):
-  """Whether a line of the log or a checkpoint comes next."""
+def remove(workdir, checkpoints):
+  checkpoints.wait()  # A folder that a save still writes to cannot be removed for good.
+  workdir.rmtree()
 
-  def step_and_remove(state, batch):
+
+def rename_during_a_save(workdir, checkpoints):
+  workdir.rename(workdir.with_name("renamed"))
+
+
+@pytest.mark.usefixtures("abandoned_writes")
+@pytest.mark.parametrize("take_away", [remove, rename_during_a_save])
+@pytest.mark.parametrize("log_every, save_every", [(1, 5), (100, 1)])
+def test_a_workdir_that_is_taken_away_ends_the_run_with_one_message(
+  workdir, take_away, log_every, save_every
+):
+  """Whether a line of the log or a checkpoint comes next."""
+  workdir /= "workdir"
+
+  def step_and_take_away(state, batch):
     if int(state.step) == 1:
-      workdir.rmtree()
+      take_away(workdir, one.checkpoints)
     return take_step(state, batch)
 
-  for log_every, save_every in ((1, 5), (100, 1)):
-    workdir.mkdir(parents=True, exist_ok=True)
-    with exclusive(workdir) as check_lock:
-      report = Report("test", 4, ("loss",), log_every=log_every, way_out="Give up.")
-      with pytest.raises(UserError, match=r"was removed or renamed while this run wrote to it"):  # noqa: SIM117
-        with session.opened(workdir, keep=2, mesh=MESH, check_lock=check_lock) as one:
-          state = one.begin(LIKE, create, steps=4, frozen=FROZEN)
-          batches = (jnp.float32(k) for k in itertools.count(1))
-          drive.take_steps(
-            state, batches, step_and_remove, one, report, last=4, save_every=save_every
-          )
-    workdir.rmtree(missing_ok=True)
+  with exclusive(workdir) as check_lock:
+    report = Report("test", 4, ("loss",), log_every=log_every, way_out="Give up.")
+    with pytest.raises(UserError, match=r"was removed or renamed while this run wrote to it"):  # noqa: SIM117
+      with session.opened(workdir, keep=2, mesh=MESH, check_lock=check_lock) as one:
+        state = one.begin(LIKE, create, steps=4, frozen=FROZEN)
+        batches = (jnp.float32(k) for k in itertools.count(1))
+        drive.take_steps(
+          state, batches, step_and_take_away, one, report, last=4, save_every=save_every
+        )
