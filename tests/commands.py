@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from waiting import PATIENCE
 
 from cogvideox_jax.precompute import encode_clips
 from cogvideox_jax.training import transformer_run
@@ -26,7 +27,6 @@ FORKS.set_forkserver_preload(
 OWN_DEVICES = " ".join(
   flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag
 )
-PATIENCE = 1200  # Seconds, because the machine may have much else to do.
 
 
 class Result(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from drawn_dataset import ROW_TOKENS, make_dataset, make_rows
 from etils import epath
-from test_records import draw_example, write_dataset
+from stored_examples import draw_example, write_dataset
 
 from cogvideox_jax.data import encoded_by, mixture, packing, records, shard_notes
 from cogvideox_jax.data.dataset_index import damaged_files

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_hostile_video import encode
+from waiting import wait_until
 
 from cogvideox_jax.data import video
 from cogvideox_jax.data.decoding import SMALLER, Decoders, File
@@ -163,14 +164,15 @@ with Decoders(1) as decoders:
   with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as parent:
     worker = int(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)
-  deadline = time.monotonic() + 10
-  while Path(f"/proc/{worker}/stat").exists() and time.monotonic() < deadline:
-    state = Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    if state == "Z":  # Nobody here collects what has ended.
-      break
-    time.sleep(0.02)
-  else:
-    assert not Path(f"/proc/{worker}").exists()
+
+  def has_ended() -> bool:
+    try:
+      state = Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+      return True
+    return state == "Z"  # Nobody here collects what has ended.
+
+  wait_until(has_ended)
 
 
 def test_processes_that_do_not_start_are_no_fault_of_a_file(sound):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+from waiting import PATIENCE
 
 from cogvideox_jax.data import video, vp9
 from cogvideox_jax.data.media import Limits
@@ -193,7 +194,7 @@ def test_thousands_of_frames_are_read_only_as_far_as_wanted(tmp_path):
 def test_memory_stays_bounded(tmp_path, codec, size, num_frames):
   path = encode(tmp_path / "a.mov", codec, size, num_frames)
   command = [sys.executable, "-c", PEAK, str(path)]
-  run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+  run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
   assert float(run.stdout.splitlines()[-1]) < 150, run.stdout
 
 

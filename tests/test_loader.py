@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn_dataset import assert_equal, make_dataset, make_rows, numbers_of
+from waiting import PATIENCE
 
 from cogvideox_jax.data import mixture, packing
 from cogvideox_jax.data.loader import Loader
@@ -147,7 +148,7 @@ def test_an_iterator_that_is_closed_leaves_no_thread(datasets):
   assert set(threading.enumerate()) - before
   batches.close()
   for thread in set(threading.enumerate()) - before:
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE)
     assert not thread.is_alive()
 
 

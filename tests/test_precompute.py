@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import PATIENCE, Running, start_command
+from commands import Running, start_command
 from drawn import T5_CONFIG, VAE_CONFIG, draw
 from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from typed_config import typed
+from waiting import PATIENCE, wait_until
 
 from cogvideox_jax.conversion import component_digests, diffusers
 from cogvideox_jax.conversion.folder import open_model
@@ -310,9 +311,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, model):
   ]
   changes = ["--config.stages.tiny.sizes=((16,16),)", "--config.model.text_length=6"]
   process = start_command(tmp_path, "encode", *flags, *changes)
-  while "Encoding" not in process.errors:
-    assert process.poll() is None
-    time.sleep(0.01)
+  wait_until(lambda: "Encoding" in process.errors, runs=lambda: process.poll() is None)
   process.send_signal(signal.SIGINT)
   ended = process.wait()
   assert ended.code == 130
@@ -346,10 +345,8 @@ def test_a_killed_run_started_again_holds_each_clip_once(tmp_path, model):
   clips, output = write_clips(tmp_path / "clips", 24), tmp_path / "out"
   run = partial(Running, tmp_path, encode_in_shards_of_four, clips, output, model)
   killed = run(2)
-  deadline = time.monotonic() + PATIENCE
-  while len(list(output.glob("tiny/*.array_record-*-of-00006"))) < 2:
-    assert killed.poll() is None and time.monotonic() < deadline
-    time.sleep(0.01)
+  shards = partial(output.glob, "tiny/*.array_record-*-of-00006")
+  wait_until(lambda: len(list(shards())) >= 2, runs=lambda: killed.poll() is None)
   killed.kill()
   assert not (output / "tiny" / "index.npz").exists()
   assert run(math.inf).wait().code == 0

@@ -2,14 +2,14 @@
 
 import signal
 import socket
-import time
 from pathlib import Path
 
 import jax
 import pytest
-from commands import OWN_DEVICES, PATIENCE, Running
+from commands import OWN_DEVICES, Running
 from test_precompute import make_encoders, small_config, wait_to_be_killed, write_clips
 from typed_config import typed
+from waiting import wait_until
 
 from cogvideox_jax import hosts
 from cogvideox_jax.errors import UserError
@@ -98,10 +98,10 @@ def test_a_killed_process_ends_the_job_which_goes_on_when_started_again(
 ):
   output = tmp_path / "out"
   processes = start(output, 2, victim)
-  deadline = time.monotonic() + PATIENCE
-  while len(list(output.glob("tiny/*.array_record-*-of-00007"))) < 1:
-    assert processes[victim].poll() is None and time.monotonic() < deadline
-    time.sleep(0.01)
+  wait_until(
+    lambda: [*output.glob("tiny/*.array_record-*-of-00007")],
+    runs=lambda: processes[victim].poll() is None,
+  )
   processes[victim].send_signal(signal.SIGKILL)
   codes = [code for code, _ in finish(processes)]
   assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0

@@ -4,12 +4,12 @@ import itertools
 import json
 import os
 import signal
-import time
 
 import pytest
-from commands import OWN_DEVICES, PATIENCE, Running, start_command
+from commands import OWN_DEVICES, Running, start_command
 from etils import epath
 from small_run import config_flags_of, make_config, make_inputs, settings
+from waiting import wait_until
 
 from cogvideox_jax.training import metrics, transformer_run
 
@@ -45,9 +45,7 @@ def saved(workdir):
 
 
 def kill_once_saved(process, workdir):
-  deadline = time.monotonic() + PATIENCE
-  while not saved(workdir) and process.poll() is None and time.monotonic() < deadline:
-    time.sleep(0.005)
+  wait_until(lambda: saved(workdir), runs=lambda: process.poll() is None)
   process.send_signal(signal.SIGKILL)
   assert process.wait().code == -signal.SIGKILL
 

@@ -1,12 +1,12 @@
 """Training by two real processes, as on two hosts: what one does, whoever must stop or dies."""
 
 import signal
-import time
 
 import pytest
-from commands import PATIENCE, Running
+from commands import Running
 from host_processes import end_all, finish, lines, start_job
 from small_run import config_flags_of, make_inputs, settings
+from waiting import wait_until
 
 STEPS = 40
 
@@ -42,11 +42,11 @@ def losses(workdir) -> dict[int, float]:
 
 
 def wait_for_step(workdir, step, processes) -> None:
-  deadline = time.monotonic() + PATIENCE
-  while max(losses(workdir), default=0) < step:
+  def runs() -> bool:
     assert all(process.poll() is None for process in processes), finish(processes)
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
+    return True
+
+  wait_until(lambda: max(losses(workdir), default=0) >= step, runs=runs)
 
 
 @pytest.fixture(scope="module")
