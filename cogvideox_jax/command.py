@@ -19,6 +19,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from cogvideox_jax import interrupts, streams
+from cogvideox_jax.config.ablation_schema import VAEAblationConfig
 from cogvideox_jax.config.choice import choose, shipped_folder
 from cogvideox_jax.config.help import describe
 from cogvideox_jax.config.locations import with_absolute_paths
@@ -31,9 +32,15 @@ _Schema = TypeVar("_Schema")
 
 # What the schemas of configs are for.
 _TAKERS = {
-  TrainConfig: ("the transformer's training", "train, encode, inspect, compile and demo", "tiny"),
-  VAETrainConfig: ("the VAE's training", "train_vae and compile", "vae_tiny"),
+  TrainConfig: (
+    "the transformer's training",
+    "train, encode, inspect, compile and demo take",
+    "tiny",
+  ),
+  VAETrainConfig: ("the VAE's training", "train_vae and compile take", "vae_tiny"),
+  VAEAblationConfig: ("ablations of the VAE", "evaluate vae --ablation=... takes", "table1"),
 }
+_CONFIG_FLAGS = ("config", "ablation")  # Flags that name a config file.
 
 flags.disclaim_key_flags()  # So that `--help` lists the flags below as those of the command.
 
@@ -83,10 +90,10 @@ class _HelpConfig(flags.BooleanFlag):
 
 
 class ConfigFlag(Generic[_Schema]):
-  """The flag `--config`, and the typed config that it gives."""
+  """The flag `--config`, or another of that kind, and the typed config that it gives."""
 
-  def __init__(self, *schemas: type[_Schema]):
-    self._schemas = schemas
+  def __init__(self, name: str, *schemas: type[_Schema]):
+    self._name, self._schemas = name, schemas
 
   @property
   def given(self) -> bool:
@@ -95,7 +102,7 @@ class ConfigFlag(Generic[_Schema]):
 
   @property
   def _parsed(self) -> ConfigDict | None:
-    return flags.FLAGS["config"].value
+    return flags.FLAGS[self._name].value
 
   @cached_property
   def value(self) -> _Schema:
@@ -105,7 +112,7 @@ class ConfigFlag(Generic[_Schema]):
       UserError: no config is given, or it has an unknown key, lacks one, or has a wrong type.
     """
     if self._parsed is None:
-      raise UserError("Missing flag: --config=...\nSee --help for the flags.")
+      raise UserError(f"Missing flag: --{self._name}=...\nSee --help for the flags.")
     return with_absolute_paths(read(self._schema_of(set(self._parsed)), self._parsed))
 
   def _schema_of(self, given: set[str]) -> type[_Schema]:
@@ -117,28 +124,32 @@ class ConfigFlag(Generic[_Schema]):
       if given & (others - own) and not given & (own - others):
         (what, takers, _), (_, _, example) = _TAKERS[schema], _TAKERS[found]
         raise UserError(
-          f"This config is one of {what}, which {takers} take.\n"
-          f"Run such a command, or give another config here, such as --config={example}"
+          f"This config is one of {what}, which {takers}.\n"
+          f"Run such a command, or give another config here, such as --{self._name}={example}"
         )
     return found
 
 
-def config_flag(*schemas: type[_Schema], required: bool = True) -> ConfigFlag[_Schema]:
+def config_flag(
+  *schemas: type[_Schema], required: bool = True, name: str = "config", what: str = "Config file"
+) -> ConfigFlag[_Schema]:
   """Defines `--config=FILE`, with `--config.KEY=VALUE` to override a key, and `--help_config`.
 
   Args:
-    schemas: the dataclasses of such configs, TrainConfig or VAETrainConfig or both.
+    schemas: the dataclasses of such configs, those of `_TAKERS`.
     required: whether the command needs a config.
+    name: the flag's, one of `_CONFIG_FLAGS`.
+    what: what `--help` says of the file.
   """
   config_flags.DEFINE_config_file(
-    "config", help_string="Config file; --config.KEY=VALUE changes one of its keys."
+    name, help_string=f"{what}; --{name}.KEY=VALUE changes one of its keys."
   )
   if required:
-    flags.mark_flag_as_required("config")
-  config = ConfigFlag(*schemas)
+    flags.mark_flag_as_required(name)
+  config = ConfigFlag(name, *schemas)
   flags.DEFINE_flag(_HelpConfig(config))
-  for name in ("config", "help_config"):
-    flags.declare_key_flag(name)
+  for key_flag in (name, "help_config"):
+    flags.declare_key_flag(key_flag)
   return config
 
 
@@ -192,7 +203,8 @@ def _check_finite() -> None:
   """Raises UserError for a flag that is infinite or not a number. Keys have ranges of their own."""
   for name in flags.FLAGS:
     value = flags.FLAGS[name].value
-    if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
+    is_key = name.split(".")[0] in _CONFIG_FLAGS
+    if isinstance(value, float) and not math.isfinite(value) and not is_key:
       raise UserError(f"Wrong value: --{name}={value}\nWanted: a finite number")
 
 
@@ -202,16 +214,16 @@ def _asks_for_help(argument: str) -> bool:
 
 
 def _choose_config(argv: list[str]) -> tuple[list[str], Path | None]:
-  """Returns the arguments with the file in place of what `--config` names, and the file."""
+  """Returns the arguments with the file in place of what a config flag names, and the file."""
   found, chosen, follows = [], None, False
   for argument in argv:
-    match = re.fullmatch(r"(--?config)(=(.*))?", argument, re.DOTALL)
-    if follows or (match and match[2]):
-      given = argument if follows or not match else match[3]
+    match = re.fullmatch(rf"(--?({'|'.join(_CONFIG_FLAGS)}))(=(.*))?", argument, re.DOTALL)
+    if follows or (match and match[3]):
+      given = argument if follows or not match else match[4]
       choice = choose(given)
       chosen = choice.file
       argument = choice.argument if follows or not match else f"{match[1]}={choice.argument}"
-    follows = not follows and match is not None and not match[2]
+    follows = not follows and match is not None and not match[3]
     found.append(argument)
   return found, chosen
 
@@ -223,7 +235,8 @@ def _explain(error: BaseException, argv: list[str], config: Path | None) -> str:
     place = _place_in_config(cause, config)
     if place:
       return f"Mistake in the config file, {place}:\n{_first_and_last_line(cause)}"
-  if isinstance(error, flags.IllegalFlagValueError) and config and "--config=None" in str(error):
+  nothing = any(f"--{name}=None" in str(error) for name in _CONFIG_FLAGS)
+  if isinstance(error, flags.IllegalFlagValueError) and config and nothing:
     return f"get_config() of {config} returns nothing.\nEnd it with: return config"
   if isinstance(error, flags.IllegalFlagValueError):
     return _explain_value(str(error))

@@ -54,7 +54,7 @@ def main() -> None:
     source = read(INPUT.value, fps=fps, num_frames=num_frames, height=height, width=width)
   except VideoError as error:
     raise UserError(f"{INPUT.value}: {error}") from error
-  judges = Judges(LPIPS.value, fvd_frames=None)
+  judges = Judges(LPIPS.value, (height, width), fvd_frames=None)
   restored = reconstruction.reconstruct(vae, source[None])[0]
   with disk_errors(OUTPUT.value):
     epath.Path(OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,7 @@ def test_fvd_compares_the_logits_of_all_clips_and_says_how(monkeypatch):
   """With means of colours in the place of I3D's logits, which take seconds."""
   no_lpips = lpips_weights.WEIGHTS["alexnet"]._replace(package="not-here")
   monkeypatch.setitem(lpips_weights.WEIGHTS, "alexnet", no_lpips)
-  judges = Judges("alexnet", fvd_frames=None)
+  judges = Judges("alexnet", (16, 16), fvd_frames=None)
   judges.features = FakeFeatures()
   draws = np.random.RandomState(0)
   batches = [draws.randint(0, 256, (1, 9, 16, 16, 3), np.uint8) for _ in range(5)]
@@ -151,6 +151,14 @@ def test_fvd_compares_the_logits_of_all_clips_and_says_how(monkeypatch):
   assert "fewer than 256" in row["notes"][1]
   (row,) = vae_table.compare([drawn_vae()], batches[:1], judges, setting)
   assert row["fvd"] is None and "at least 2 clips, not 1" in row["notes"][1]
+
+
+def test_lpips_of_small_frames_is_null_with_the_reason():
+  judges = Judges("alexnet", (16, 64), fvd_frames=None)
+  (note,) = judges.notes
+  assert "at least 31 pixels a side, not 16x64" in note
+  clip = np.zeros((2, 16, 64, 3), np.uint8)
+  assert judges.score(clip, clip).lpips is None and judges.score(clip, clip).psnr == 120
 
 
 class FakeFeatures:
@@ -164,7 +172,7 @@ class FakeFeatures:
 
 
 def test_fvd_of_short_clips_is_null_with_the_reason():
-  judges = Judges("alexnet", fvd_frames=5)
+  judges = Judges("alexnet", (32, 32), fvd_frames=5)
   assert judges.features is None and "at least 9 frames, not 5" in judges.notes[0]
 
 

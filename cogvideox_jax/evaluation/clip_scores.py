@@ -1,5 +1,6 @@
 """Scores restored clips beside their source: PSNR, SSIM, LPIPS, flicker, and the logits for FVD."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from cogvideox_jax.evaluation import quality
 from cogvideox_jax.evaluation.fvd import Features, TooShortError, check_frames
 from cogvideox_jax.evaluation.lpips_weights import lpips_params
 from cogvideox_jax.evaluation.metric_packages import MissingPackageError
-from cogvideox_jax.models.lpips import lpips
+from cogvideox_jax.models.lpips import TooSmallError, check_size, lpips
 from cogvideox_jax.types import Params
 
 LPIPS_FRAMES = 8  # Frames compared at once, which bounds the memory.
@@ -30,20 +31,25 @@ class Scores(NamedTuple):
   flicker_source: float | None
 
 
+FIELDS = (*Scores._fields, "flicker_excess", "vbench_flickering")  # Of `as_fields`.
+
+
 class Judges:
   """The networks that judge clips, as far as their packages are installed."""
 
-  def __init__(self, network: str, *, fvd_frames: int | None):
+  def __init__(self, network: str, size: Sequence[int], *, fvd_frames: int | None):
     """Loads LPIPS with `network`, and I3D.
 
     Args:
+      size: height and width of the frames in pixels.
       fvd_frames: frames of the clips whose FVD is wanted; None if none is.
 
     Raises:
-      UserError: a package's file or a converted one is damaged.
+      UserError: a package's file or a converted one is damaged; or frames are too small for SSIM.
     """
+    quality.check_size(*size)
     self.notes: list[str] = []  # What is missing, and how to install it.
-    self._lpips_params = self._load("LPIPS", lambda: jax.device_put(lpips_params(network)))
+    self._lpips_params = self._load("LPIPS", partial(_load_lpips, network, size))
     self._lpips = jax.jit(partial(_distances, network=network))
     self.features: Features | None = None
     if fvd_frames is not None:
@@ -52,7 +58,7 @@ class Judges:
   def _load(self, metric, make):
     try:
       return make()
-    except (MissingPackageError, TooShortError) as error:
+    except (MissingPackageError, TooShortError, TooSmallError) as error:
       self.notes.append(f"no {metric}: {error}")
       return None
 
@@ -89,6 +95,11 @@ def as_fields(scores: Scores) -> dict[str, float | None]:
     "flicker_excess": scores.flicker - scores.flicker_source,
     "vbench_flickering": quality.steadiness(scores.flicker),
   }
+
+
+def _load_lpips(network: str, size: Sequence[int]) -> Params:
+  check_size(network, *size)
+  return jax.device_put(lpips_params(network))
 
 
 def _load_features(frames: int) -> Features:

@@ -43,6 +43,13 @@ def _decibels(error: np.ndarray | np.floating) -> np.ndarray | np.floating:
   return -10 * np.log10(np.maximum(error, SMALLEST_ERROR))
 
 
+def check_size(height: int, width: int) -> None:
+  """Raises UserError for frames that are smaller than the window of SSIM."""
+  taps = 2 * RADIUS + 1
+  if min(height, width) < taps:
+    raise UserError(f"SSIM needs frames of at least {taps} pixels a side, not {height}x{width}.")
+
+
 def ssim(source: Frames, restored: Frames) -> float:
   """Returns the mean SSIM of frames and colours.
 
@@ -53,9 +60,7 @@ def ssim(source: Frames, restored: Frames) -> float:
     UserError: frames are smaller than the window.
   """
   height, width = source.shape[1:3]
-  taps = 2 * RADIUS + 1
-  if min(height, width) < taps:
-    raise UserError(f"SSIM needs frames of at least {taps} pixels a side, not {height}x{width}.")
+  check_size(height, width)
   rows, columns = _windows(height), _windows(width)
 
   def smooth(x: np.ndarray) -> np.ndarray:

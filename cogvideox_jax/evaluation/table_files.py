@@ -73,8 +73,12 @@ def _text(row: Row, column: _Column) -> str:
   value = row[column.name]
   if value is None:
     return MISSING
+  if isinstance(value, list):
+    return ", ".join(map(str, value))
   if isinstance(value, float):
-    return f"{value:.{column.decimals}f}"
+    deviation = row.get("deviations", {}).get(column.name)
+    spread = "" if deviation is None else f" ± {deviation:.{column.decimals}f}"
+    return f"{value:.{column.decimals}f}{spread}"
   return str(value).replace("|", "\\|")
 
 
@@ -87,7 +91,8 @@ def _picture(rows: Sequence[Row], lines: Sequence[str]) -> Image.Image:
   """Draws a panel of bars for each figure, two panels beside each other."""
   names = [f"{row['model']} ({row['compression']}, {row['channels']} ch)" for row in rows]
   label = int(max(SMALL.getlength(name) for name in names)) + GAP
-  wide = label + BAR + 90
+  values = [SMALL.getlength(_text(row, column)) for row in rows for column in FIGURES]
+  wide = label + BAR + int(max(values)) + GAP
   tall = LINE * (len(rows) + 1) + GAP
   shown = [column for column in FIGURES if any(row[column.name] is not None for row in rows)]
   height = GAP + tall * ((len(shown) + 1) // 2) + LINE * len(lines) + GAP

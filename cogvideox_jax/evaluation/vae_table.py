@@ -10,6 +10,7 @@ from cogvideox_jax.errors import UserError
 from cogvideox_jax.evaluation import clip_scores, fvd
 from cogvideox_jax.evaluation.clip_scores import Judges, Scores
 from cogvideox_jax.evaluation.reconstruction import VAEModel, reconstruct
+from cogvideox_jax.evaluation.seed_statistics import summarize
 
 Row = dict[str, Any]  # A row of the table: figures by name, null where there is none.
 
@@ -25,6 +26,8 @@ class Setting(NamedTuple):
   biased: bool  # The covariance of FVD.
 
 
+# The figures of a row: scores, and FVD.
+FIGURES = (*clip_scores.FIELDS, "fvd")
 _NO_FVD: Row = {"fvd": None, "fvd_clips": 0, "fvd_flavour": None}
 
 
@@ -63,6 +66,23 @@ def compare(
   return [
     _row(vae, tally, source, judges, setting) for vae, tally in zip(vaes, tallies, strict=True)
   ]
+
+
+def over_seeds(name: str, rows: Sequence[Row]) -> Row:
+  """Returns one row for the same variant trained with several seeds, under a name.
+
+  Its figures are means. `deviations` has their standard deviations, and is empty for one seed.
+  """
+  row, deviations = {**rows[0], "model": name, "seed": [row["seed"] for row in rows]}, {}
+  for figure in FIGURES:
+    if rows[0][figure] is not None:
+      found = summarize([row[figure] for row in rows])
+      row[figure] = found.mean
+      if found.seeds > 1:
+        deviations[figure] = found.deviation
+  seconds = [row["train_seconds"] for row in rows if row["train_seconds"] is not None]
+  row["train_seconds"] = sum(seconds) / len(seconds) if seconds else None
+  return {**row, "deviations": deviations}
 
 
 def _row(

@@ -84,6 +84,20 @@ BACKBONES = {
 }
 
 
+class TooSmallError(UserError):
+  """Pictures are smaller than a network of LPIPS can compare."""
+
+
+def check_size(network: str, height: int, width: int) -> None:
+  """Raises TooSmallError for pictures that are smaller than the network can compare."""
+  smallest = BACKBONES[network].smallest
+  if min(height, width) < smallest:
+    raise TooSmallError(
+      f"LPIPS with {network} compares pictures of at least {smallest} pixels a side, not "
+      f"{height}x{width}."
+    )
+
+
 def lpips(
   params: Params,
   x: Float[Array, "*b H W 3"],
@@ -105,14 +119,9 @@ def lpips(
       advises AlexNet for evaluation.
 
   Raises:
-    UserError: the pictures are smaller than the network can compare.
+    TooSmallError: the pictures are smaller than the network can compare.
   """
-  smallest, size = BACKBONES[network].smallest, x.shape[-3:-1]
-  if min(size) < smallest:
-    raise UserError(
-      f"LPIPS with {network} compares pictures of at least {smallest} pixels a side, not "
-      f"{size[0]}x{size[1]}."
-    )
+  check_size(network, *x.shape[-3:-1])
   pictures = x.shape[:-3]
   x, y = (z.reshape(-1, *z.shape[-3:]) for z in (x, y))
   distance = jnp.zeros(len(x), jnp.float32)

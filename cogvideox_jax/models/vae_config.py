@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from cogvideox_jax.config_keys import key
+from cogvideox_jax.errors import UserError
 from cogvideox_jax.models.tiling import Tiling
 
 # What the latents of an image are multiplied by. `scaled` is the scaling factor s; `raw` is 1;
@@ -58,3 +59,17 @@ class VAEConfig:
   def temporal_levels(self) -> int:
     """How many of the finest levels compress time."""
     return int(math.log2(self.temporal_compression))
+
+
+def check(config: VAEConfig) -> None:
+  """Raises a UserError for sizes of which no VAE can be made."""
+  levels, compression = len(config.channels), config.temporal_compression
+  if 2**config.temporal_levels != compression:
+    raise UserError(f"temporal_compression is {compression}; it must be a power of 2.")
+  if config.temporal_levels >= levels:
+    raise UserError(
+      f"temporal_compression is {compression}, but {levels} levels compress time at most "
+      f"{2 ** (levels - 1)} times.\nGive more channels, a number for each level, or compress less."
+    )
+  if odd := [width for width in config.channels if width % config.groups]:
+    raise UserError(f"groups is {config.groups}, which does not divide {odd[0]} of channels.")

@@ -1,9 +1,13 @@
-"""Opens the clips of a stage of the VAE's training, and plans its batches."""
+"""Renders or opens the clips of the VAE's training, and plans the batches of a stage."""
 
+from functools import partial
 from typing import NamedTuple
 
+from etils import epath
+
+from cogvideox_jax import hosts
 from cogvideox_jax.config.vae_schema import VAETrainConfig
-from cogvideox_jax.data import measured_clips
+from cogvideox_jax.data import measured_clips, shape_clips
 from cogvideox_jax.data.clip_batches import ClipBatches
 from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.interleaved_batches import InterleavedBatches
@@ -19,6 +23,24 @@ class Clips(NamedTuple):
 
   train: MeasuredClips
   held_out: MeasuredClips
+
+
+def render(config: VAETrainConfig, folder: epath.Path) -> str:
+  """Renders the embedded clips into a folder, once for all hosts, and returns their manifest."""
+  data = config.data
+  render_here = partial(
+    shape_clips.render_dataset,
+    folder,
+    data.clips,
+    config.seed,
+    sizes=data.sizes,
+    durations=data.durations,
+    fps=data.fps,
+  )
+  if hosts.is_first():
+    render_here()
+  hosts.wait("rendered")
+  return str(render_here())  # Finds the clips rendered, and returns their path.
 
 
 def open_clips(config: VAETrainConfig, stage: VAEStage, source: str, decoders: Decoders) -> Clips:

@@ -8,7 +8,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,6 @@ from jaxtyping import UInt8
 from cogvideox_jax import hosts, sharding
 from cogvideox_jax.config.checks import check_values
 from cogvideox_jax.config.vae_schema import VAETrainConfig
-from cogvideox_jax.data import shape_clips
 from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.errors import UserError
@@ -114,7 +112,7 @@ class Run:
         f"Warning: config.loss.gan_start is {start}, but the training ends at step {steps}: the "
         "discriminator never takes part."
       )
-    source = config.data.path or _render(config, workdir)
+    source = config.data.path or vae_clips.render(config, workdir / "data" / "clips")
     saved = checkpoint.good_steps(workdir / "checkpoints")
     plan = vae_stages.plan(config)
     first = stages.going_on_at([stage.stage for stage in plan], saved[-1] if saved else 0)
@@ -315,24 +313,6 @@ class StageRun:
         "and config.train.frames to hold so many clips."
       )
     return sharding.row_sharding(self.mesh, self._rules, clips)
-
-
-def _render(config: VAETrainConfig, workdir: epath.Path) -> str:
-  """Renders the embedded clips into the workdir, once for all hosts, and returns their path."""
-  data, folder = config.data, workdir / "data" / "clips"
-  render = partial(
-    shape_clips.render_dataset,
-    folder,
-    data.clips,
-    config.seed,
-    sizes=data.sizes,
-    durations=data.durations,
-    fps=data.fps,
-  )
-  if hosts.is_first():
-    render()
-  hosts.wait("rendered")
-  return str(render())  # Finds the clips rendered, and returns their path.
 
 
 class Keys(NamedTuple):

@@ -14,6 +14,7 @@ from cogvideox_jax import sharding
 from cogvideox_jax.config.vae_schema import VAEStageConfig, VAETrainConfig
 from cogvideox_jax.data import buckets
 from cogvideox_jax.errors import UserError
+from cogvideox_jax.models import vae_config
 from cogvideox_jax.training import optimizer, stages
 from cogvideox_jax.training.stages import Stage
 
@@ -41,7 +42,8 @@ def plan(config: VAETrainConfig) -> tuple[VAEStage, ...]:
 
 
 def check(config: VAETrainConfig) -> None:
-  """Raises a UserError if a stage's clips are none that the VAE takes, or its warm-up too long."""
+  """Raises a UserError for sizes of no VAE, clips that it does not take, or too long a warm-up."""
+  vae_config.check(config.model)
   data = config.data
   if slower := [rate for rate in data.more_fps if rate <= data.fps]:
     raise UserError(
