@@ -82,7 +82,7 @@ def main(what: str) -> int:
   if ABLATION.given:
     return evaluate_ablation(ABLATION.value)
   check_flags(wanted=("model", "clips"), unwanted=("workdir",), unless="--ablation")
-  evaluate_models()
+  evaluate_models(MODEL.value or [])
   return 0
 
 
@@ -127,10 +127,10 @@ def evaluate_ablation(config: VAEAblationConfig) -> int:
   return 0
 
 
-def evaluate_models() -> None:
-  """Scores the VAEs of --model on --clips."""
+def evaluate_models(names: Sequence[str]) -> None:
+  """Scores VAEs on --clips."""
   open_devices()
-  vaes = [open_vae(as_path(name))._replace(name=name) for name in dict.fromkeys(MODEL.value)]
+  vaes = [open_vae(as_path(name))._replace(name=name) for name in dict.fromkeys(names)]
   height, width = size_of(vaes)
   for vae in vaes:
     check_size(vae, NUM_FRAMES.value, height, width)

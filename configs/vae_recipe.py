@@ -16,17 +16,17 @@ def get_config() -> ConfigDict:
   config.sets = ConfigDict({"shapes": {"path": ""}})
   config.variants = ConfigDict(
     {
-      "plain": variant(),
       "lpips": variant(perceptual=0.1, perceptual_frames=2),
       "lpips_gan": variant(perceptual=0.1, perceptual_frames=2, adversarial=0.02, gan_start=0.5),
+      "plain": variant(),
     }
   )
   config.seeds = (0, 1, 2)
   config.claims = ConfigDict(
     {
+      "gan_pays": {"lower": "lpips_gan", "higher": "lpips", "score": "lpips"},
       "lpips_falls": {"lower": "lpips_gan", "higher": "plain", "score": "lpips"},
       "psnr_falls": {"lower": "lpips_gan", "higher": "plain", "score": "psnr"},
-      "gan_pays": {"lower": "lpips_gan", "higher": "lpips", "score": "lpips"},
     }
   )
   return config.lock()

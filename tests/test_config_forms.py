@@ -11,6 +11,7 @@ from in_process import run_here
 from ml_collections import ConfigDict
 from typed_config import typed
 
+from cogvideox_jax.config.ablation_schema import VAEAblationConfig
 from cogvideox_jax.config.help import describe
 from cogvideox_jax.config.read import leaves, read, to_json
 from cogvideox_jax.config.schema import TrainConfig
@@ -24,6 +25,8 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def schema_of(name: str) -> type:
+  if name in ("table1", "vae_recipe"):
+    return VAEAblationConfig
   return VAETrainConfig if name.startswith("vae") else TrainConfig
 
 

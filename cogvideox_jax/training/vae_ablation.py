@@ -91,7 +91,7 @@ def train(config: VAEAblationConfig, workdir: epath.Path) -> int:
   Raises:
     UserError: the config, the clips or the workdir do not allow it.
   """
-  if not jax.config.jax_compilation_cache_dir:
+  if jax.config.values["jax_compilation_cache_dir"] is None:
     jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
   everything = list(runs(config))
   for number, run in enumerate(everything, 1):
