@@ -7,20 +7,25 @@ The figures are of the frames before they are compressed as mp4. LPIPS needs the
 """
 
 import json
+from collections import deque
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 from absl import flags
 from etils import epath
+from jaxtyping import UInt8
+from tqdm import tqdm
 
 from cogvideox_jax import command, path_flags
 from cogvideox_jax.conversion.folder import SHIPPED
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.data.media import VideoError
 from cogvideox_jax.data.mp4 import write_mp4
-from cogvideox_jax.data.video import probe, read
+from cogvideox_jax.data.video import Window, probe, read_windows
 from cogvideox_jax.devices import open_devices
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.evaluation import clip_scores, reconstruction
-from cogvideox_jax.evaluation.clip_scores import Judges
+from cogvideox_jax.evaluation.clip_scores import ClipTally, Judges
 from cogvideox_jax.evaluation.reconstruction import VAEModel
 from cogvideox_jax.models.lpips import BACKBONES
 
@@ -51,15 +56,16 @@ def main() -> None:
   try:
     fps, num_frames, height, width = shape(vae)
     reconstruction.check_size(vae, num_frames, height, width)
-    source = read(INPUT.value, fps=fps, num_frames=num_frames, height=height, width=width)
+    judges = Judges(LPIPS.value, (height, width), fvd_frames=None)
+    tally = ClipTally(judges)
+    source = read_windows(INPUT.value, [Window(0, num_frames, height, width)], fps=fps)
+    restored = restore(vae, (frame for _, frame in source), num_frames, tally)
+    with disk_errors(OUTPUT.value):
+      epath.Path(OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(OUTPUT.value, restored, fps)
   except VideoError as error:
     raise UserError(f"{INPUT.value}: {error}") from error
-  judges = Judges(LPIPS.value, (height, width), fvd_frames=None)
-  restored = reconstruction.reconstruct(vae, source[None])[0]
-  with disk_errors(OUTPUT.value):
-    epath.Path(OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
-    write_mp4(OUTPUT.value, restored, fps)
-  fields = clip_scores.as_fields(judges.score(source, restored))
+  fields = clip_scores.as_fields(tally.scores())
   for note in judges.notes:
     print(note)
   for name, value in fields.items():
@@ -68,6 +74,27 @@ def main() -> None:
   if JSON.value:
     facts = {"model": vae.name, "frames": num_frames, "size": f"{height}x{width}", "fps": fps}
     print(json.dumps({**facts, **fields, "notes": judges.notes}, allow_nan=False))
+
+
+def restore(
+  vae: VAEModel,
+  source: Iterable[UInt8[np.ndarray, "H W 3"]],
+  num_frames: int,
+  tally: ClipTally,
+) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+  """Yields the restored frames, and scores them. A few chunks of a video are in memory."""
+  waiting: deque[np.ndarray] = deque()  # Frames of the source that were not given back yet.
+
+  def read() -> Iterator[np.ndarray]:
+    for frame in source:
+      waiting.append(frame)
+      yield frame[None, None]
+
+  with tqdm(total=num_frames, desc="Restoring", unit="frame") as progress:
+    for (chunk,) in reconstruction.reconstruct_stream(vae, read(), num_frames):
+      tally.add(np.stack([waiting.popleft() for _ in chunk]), chunk)
+      yield from chunk
+      progress.update(len(chunk))
 
 
 def shape(vae: VAEModel) -> tuple[float, int, int, int]:

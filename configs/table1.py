@@ -50,11 +50,11 @@ def training() -> ConfigDict:
     config.data.sizes = ((64, 64),)
     config.data.durations = (17,)
     config.data.validation_fraction = 0.25
-    config.train.steps = 300
-    config.train.frames = 34
-    config.validation.every = 300
-    config.checkpoint.every = 100
-    config.preview.every = 300
+    config.train.steps = 600
+    config.train.frames = 17
+    config.validation.every = 600
+    config.checkpoint.every = 300
+    config.preview.every = 600
   return config
 
 

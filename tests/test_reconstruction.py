@@ -17,7 +17,7 @@ from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.video import probe, read
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.evaluation import i3d_weights, lpips_weights, quality, vae_table
-from cogvideox_jax.evaluation.clip_scores import Judges
+from cogvideox_jax.evaluation.clip_scores import ClipTally, Judges
 from cogvideox_jax.evaluation.reconstruction import (
   Training,
   VAEModel,
@@ -25,6 +25,7 @@ from cogvideox_jax.evaluation.reconstruction import (
   most_frames,
   open_vae,
   reconstruct,
+  reconstruct_stream,
 )
 from cogvideox_jax.evaluation.vae_table import Setting
 from cogvideox_jax.models import vae as vae_module
@@ -73,6 +74,37 @@ def test_a_clip_is_decoded_chunk_by_chunk_from_the_means_of_its_latents():
   mean, _ = vae_module.encode(module, jnp.float32(clips) / 127.5 - 1)
   wanted = quality.to_bytes(np.asarray(vae_module.decode(module, mean)) / 2 + 0.5)
   np.testing.assert_allclose(reconstruct(vae, clips).astype(int), wanted, atol=1)
+
+
+def test_a_stream_gives_the_bits_of_the_whole_clip_and_holds_few_frames():
+  vae = drawn_vae()
+  clips = np.random.RandomState(0).randint(0, 256, (1, 41, 16, 16, 3), np.uint8)
+  read, most_held, restored = 0, 0, []
+
+  def frames():
+    nonlocal read
+    for k in range(41):
+      read += 1
+      yield clips[:, k : k + 1]
+
+  for chunk in reconstruct_stream(vae, frames(), 41):
+    most_held = max(most_held, read - sum(part.shape[1] for part in restored))
+    restored.append(chunk)
+  np.testing.assert_array_equal(np.concatenate(restored, axis=1), reconstruct(vae, clips))
+  assert most_held <= 17  # The first chunk has 9 frames, and all others 8.
+
+
+def test_a_clip_is_scored_the_same_in_parts():
+  judges = Judges("alexnet", (16, 16), fvd_frames=None)
+  draws = np.random.RandomState(0)
+  source, restored = draws.randint(0, 256, (2, 9, 16, 16, 3), np.uint8)
+  tally = ClipTally(judges)
+  for part in (slice(0, 1), slice(1, 6), slice(6, 9)):
+    tally.add(source[part], restored[part])
+  assert tally.scores() == judges.score(source, restored)
+  assert tally.scores().flicker == pytest.approx(quality.flicker(restored))
+  assert tally.scores().psnr == pytest.approx(quality.psnr(source, restored).of_frames)
+  assert judges.score(source[:1], restored[:1]).flicker is None
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -33,6 +34,13 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
   """
   with _draft(epath.Path(path)) as draft:
     draft.write_bytes(data)
+
+
+def copy_whole(path: str | os.PathLike[str], file: IO[bytes]) -> None:
+  """Writes what a file holds from its beginning on, as `write_whole` does."""
+  file.seek(0)
+  with _draft(epath.Path(path)) as draft, draft.open("wb") as target:
+    shutil.copyfileobj(file, target)
 
 
 @contextlib.contextmanager

@@ -64,15 +64,49 @@ class Judges:
 
   def score(self, source: Frames, restored: Frames) -> Scores:
     """Scores one clip."""
-    distance = None
-    if self._lpips_params is not None:
-      distance = float(self._lpips(self._lpips_params, source, restored).mean())
+    tally = ClipTally(self)
+    tally.add(source, restored)
+    return tally.scores()
+
+  def distances(self, source: Frames, restored: Frames) -> list[float] | None:
+    """Returns the LPIPS of each frame; None if its package is missing."""
+    if self._lpips_params is None:
+      return None
+    return self._lpips(self._lpips_params, source, restored).tolist()
+
+
+class ClipTally:
+  """Scores one clip, of which some frames are given at a time: its memory is a few numbers each."""
+
+  def __init__(self, judges: Judges):
+    self._judges = judges
+    self._errors: list[float] = []
+    self._ssims: list[float] = []
+    self._distances: list[float] = []
+    self._changes: tuple[list[float], list[float]] = ([], [])  # Of the restored, and the source.
+    self._before: tuple[Frames, Frames] | None = None  # The last frame of both.
+
+  def add(self, source: Frames, restored: Frames) -> None:
+    """Adds the next frames."""
+    self._errors += quality.errors(source, restored)
+    self._ssims += quality.ssims(source, restored)
+    self._distances += self._judges.distances(source, restored) or []
+    clips = restored, source
+    for number, (changes, frames) in enumerate(zip(self._changes, clips, strict=True)):
+      before = self._before[number] if self._before else frames[:0]
+      changes += quality.changes(np.concatenate([before, frames]))
+    self._before = restored[-1:], source[-1:]
+
+  def scores(self) -> Scores:
+    """Returns the scores of the frames that were added, at least one."""
+
+    def mean(values: list[float]) -> float | None:
+      return float(np.mean(values)) if values else None
+
     return Scores(
-      *quality.psnr(source, restored),
-      quality.ssim(source, restored),
-      distance,
-      quality.flicker(restored),
-      quality.flicker(source),
+      *quality.psnr_of(self._errors),
+      float(np.mean(self._ssims)),
+      *(mean(values) for values in (self._distances, *self._changes)),
     )
 
 

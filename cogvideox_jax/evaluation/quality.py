@@ -4,6 +4,7 @@ All take bytes, because a video file holds bytes: `to_bytes` clips and rounds fr
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,17 @@ def to_bytes(frames: Float[np.ndarray, "*b F H W 3"]) -> UInt8[np.ndarray, "*b F
 
 def psnr(source: Frames, restored: Frames) -> Psnr:
   """Returns the PSNR of restored frames; at most 120 dB."""
-  errors = [np.square(_unit(x) - _unit(y)).mean() for x, y in zip(source, restored, strict=True)]
+  return psnr_of(errors(source, restored))
+
+
+def errors(source: Frames, restored: Frames) -> list[float]:
+  """Returns the mean squared error of each frame, of values in [0, 1]."""
+  pairs = zip(source, restored, strict=True)
+  return [float(np.square(_unit(x) - _unit(y)).mean()) for x, y in pairs]
+
+
+def psnr_of(errors: Sequence[float]) -> Psnr:
+  """Returns the PSNR of frames with these squared errors."""
   return Psnr(float(_decibels(np.array(errors)).mean()), float(_decibels(np.mean(errors))))
 
 
@@ -51,7 +62,12 @@ def check_size(height: int, width: int) -> None:
 
 
 def ssim(source: Frames, restored: Frames) -> float:
-  """Returns the mean SSIM of frames and colours.
+  """Returns the mean SSIM of frames and colours; see `ssims`."""
+  return float(np.mean(ssims(source, restored)))
+
+
+def ssims(source: Frames, restored: Frames) -> list[float]:
+  """Returns the SSIM of each frame, the mean over its colours.
 
   A Gaussian window of 11 taps with sigma 1.5, population covariance, a data range of 1, averaged
   where the window lies inside the frame.
@@ -66,9 +82,8 @@ def ssim(source: Frames, restored: Frames) -> float:
   def smooth(x: np.ndarray) -> np.ndarray:
     return rows @ x @ columns.T
 
-  return float(
-    np.mean([_ssim(_planes(x), _planes(y), smooth) for x, y in zip(source, restored, strict=True)])
-  )
+  pairs = zip(source, restored, strict=True)
+  return [_ssim(_planes(x), _planes(y), smooth) for x, y in pairs]
 
 
 def _ssim(x: np.ndarray, y: np.ndarray, smooth) -> float:
@@ -96,11 +111,13 @@ def flicker(frames: Frames) -> float | None:
   None for a single frame. The paper's flickering (table 1) is of this kind, but on a scale that it
   does not give.
   """
-  if len(frames) < 2:
-    return None
-  return float(
-    np.mean([np.abs(x.astype(np.int16) - y).mean() for x, y in itertools.pairwise(frames)])
-  )
+  return float(np.mean(changes(frames))) if len(frames) > 1 else None
+
+
+def changes(frames: Frames) -> list[float]:
+  """Returns the mean absolute difference of each frame and the one before it, on 0..255."""
+  pairs = itertools.pairwise(frames)
+  return [float(np.abs(x.astype(np.int16) - y).mean()) for x, y in pairs]
 
 
 def steadiness(flicker: float) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -127,24 +128,42 @@ def reconstruct(
 ) -> UInt8[np.ndarray, "b F H W 3"]:
   """Encodes clips, and decodes the means of their latents.
 
-  Only a chunk's activations, and the latents, are in the device's memory, however long clips are.
+  Only a chunk's activations are in the device's memory, however long clips are.
 
   Raises:
     UserError: as `check_size`.
   """
   check_size(vae, *frames.shape[1:4])
-  model = nnx.merge(graph_of(VAE, vae.config), vae.params)
-  pixels = (jnp.float32(chunk) / 127.5 - 1 for chunk in _chunks(frames, "encode"))
-  means = jnp.concatenate([mean for mean, _ in encode_stream(model, pixels)], axis=1)
-  restored, start = np.empty_like(frames), 0
-  for found in decode_stream(model, _chunks(means, "decode")):
-    end = start + found.shape[1]
-    restored[:, start:end] = jnp.uint8(jnp.rint(jnp.clip(found * 0.5 + 0.5, 0, 1) * 255))
-    start = end
-  return restored
+  return np.concatenate(list(reconstruct_stream(vae, [frames], frames.shape[1])), axis=1)
 
 
-def _chunks(x: Any, direction: str) -> list[Any]:
-  """Cuts clips where the VAE's plan does, as views or copies of their frames or latents."""
-  ends = getattr(PLANS["diffusers"], direction)(x.shape[1])
-  return [x[:, start:end] for start, end in zip([0, *ends], ends, strict=False)]
+def reconstruct_stream(
+  vae: VAEModel, frames: Iterable[UInt8[np.ndarray, "b _ H W 3"]], num_frames: int
+) -> Iterator[UInt8[np.ndarray, "b _ H W 3"]]:
+  """Yields what `reconstruct` returns, some frames at a time, in the memory of two chunks.
+
+  Args:
+    frames: the clips' frames in order, any number at a time.
+    num_frames: how many there are; `check_size` takes the number.
+  """
+  model, plan = nnx.merge(graph_of(VAE, vae.config), vae.params), PLANS["diffusers"]
+  num_latents = (num_frames - 1) // vae.config.temporal_compression + 1
+  pixels = (jnp.float32(chunk) / 127.5 - 1 for chunk in _cut(frames, plan.encode(num_frames), np))
+  means = (mean for mean, _ in encode_stream(model, pixels))
+  for found in decode_stream(model, _cut(means, plan.decode(num_latents), jnp)):
+    yield np.asarray(jnp.uint8(jnp.rint(jnp.clip(found * 0.5 + 0.5, 0, 1) * 255)))
+
+
+def _cut(arrays: Iterable[Any], ends: Sequence[int], xp: Any) -> Iterator[Any]:
+  """Yields the frames or latents of some arrays, joined and cut at these ends.
+
+  Args:
+    xp: numpy or jax.numpy, whose arrays they are.
+  """
+  arrays, held, start = iter(arrays), [], 0
+  for end in ends:
+    while sum(part.shape[1] for part in held) < end - start:
+      held.append(next(arrays))
+    joined = held[0] if len(held) == 1 else xp.concatenate(held, axis=1)
+    yield joined[:, : end - start]
+    held, start = [joined[:, end - start :]], end
