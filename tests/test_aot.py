@@ -230,12 +230,31 @@ def test_a_config_of_the_vae_samples_nothing():
     programs.make(config, pod(jax.devices()), "sample", "1", {})
 
 
-def test_a_training_of_the_vae_that_does_not_fit_is_told_what_would():
-  config = typed(importlib.import_module("configs.vae").get_config(), VAETrainConfig)
-  demand = fixes.Demand("train", "", Size(17, 256, 256), 16, 2**30, 2**36)
-  found = fixes.suggest(config, pod([None] * 8), demand)
-  assert found[0].startswith("Set config.train.frames=136: a device computes with one clip of 17")
-  assert "128x128" in found[1] and "63.0 GiB" in found[1] and len(found) == 3
+@pytest.mark.parametrize(
+  ("changes", "stage", "size", "clips", "first"),
+  [
+    ({"train__remat": False}, "short", Size(17, 256, 256), 16, "Set config.train.remat=True"),
+    ({}, "short", Size(17, 256, 256), 16, "Set config.train.microbatches=2: a device then"),
+    (
+      {"stages__with_context__context": 4},
+      "with_context",
+      Size(161, 256, 256),
+      2,
+      "Set config.stages.with_context.context=8: 8 devices then share the 161 frames",
+    ),
+    ({"mesh__context": 2}, "with_context", Size(161, 256, 256), 2, "Set config.mesh.context=4"),
+    ({}, "with_context", Size(161, 256, 256), 1, "Train on clips of 128x128 pixels"),
+  ],
+)
+def test_a_training_of_the_vae_that_does_not_fit_is_told_what_would(
+  changes, stage, size, clips, first
+):
+  config = typed(importlib.import_module("configs.vae").get_config(), VAETrainConfig, **changes)
+  demand = fixes.Demand("train", stage, size, clips, 2**30, 2**36)
+  found = fixes.suggest(config, pod(jax.devices()), demand)
+  assert found[0].startswith(first) and len(found) == 3
+  sizes = [line for line in found if "config.stages." in line and "pixels" in line]
+  assert not sizes or "63.0 GiB" in sizes[0]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from cogvideox_jax.aot import vae_fixes
 from cogvideox_jax.aot.topology import CHIPS, GIB, Topology
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.config.vae_schema import VAETrainConfig
@@ -32,7 +33,8 @@ def suggest(config: TrainConfig | VAETrainConfig, topology: Topology, demand: De
   if demand.program != "train":
     found = _take_tiles(config, demand)
   elif isinstance(config, VAETrainConfig):
-    found = _change_vae_training(topology, demand)
+    beside = demand.total - demand.state
+    found = vae_fixes.suggest(config, topology, demand.stage, demand.size, demand.rows, beside)
   else:
     found = _change_training(config, topology, demand)
   found += _take_chips(topology, demand.total)
@@ -42,23 +44,6 @@ def suggest(config: TrainConfig | VAETrainConfig, topology: Topology, demand: De
       f"holds beside its parameters, which is {(demand.total - demand.state) / GIB:.1f} GiB now."
     )
   return found[:3]
-
-
-def _change_vae_training(topology: Topology, demand: Demand) -> list[str]:
-  frames, devices = demand.size.num_frames, len(topology.devices)
-  found = []
-  if demand.rows > devices:
-    found.append(
-      f"Set config.train.frames={frames * devices}: a device computes with one clip of {frames} "
-      f"frames at once, not {demand.rows // devices}."
-    )
-  height, width = demand.size.height // 2, demand.size.width // 2
-  found.append(
-    f"Train on clips of {height}x{width} pixels (config.data.sizes): a quarter of what a step "
-    f"holds beside its state, {(demand.total - demand.state) / GIB:.1f} GiB now."
-  )
-  found.append(f"Train on shorter clips than {frames} frames (config.data.durations).")
-  return found
 
 
 def _take_tiles(config: TrainConfig | VAETrainConfig, demand: Demand) -> list[str]:
