@@ -50,6 +50,18 @@ def _watch(numbers: int) -> None:
       timer.start()
 
 
+_asked: list[int] = []  # The exit codes of the signals that came while there was something to save.
+
+
+def asked_to_leave() -> int | None:
+  """Returns the exit code of the first signal that an `Interrupts` of this process has recorded.
+
+  A training that takes its last step all the same ends with 0. A command that goes on with another
+  one asks here whether it may.
+  """
+  return _asked[0] if _asked else None
+
+
 class Interrupts:
   """While entered, records a signal instead of ending on it. A second Ctrl-C ends at once."""
 
@@ -86,8 +98,10 @@ class Interrupts:
   def _receive(self, number: int, frame: FrameType | None) -> None:
     if number in STOPS:
       self.exit_code = PREEMPTED
+      _asked.append(PREEMPTED)
     elif self.exit_code is None:
       self.exit_code = INTERRUPTED
+      _asked.append(INTERRUPTED)
       _say(f"\n{self._promise} Press Ctrl-C again to leave at once.\n")
     else:
       raise KeyboardInterrupt

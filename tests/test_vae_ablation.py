@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import signal
 from dataclasses import replace
 
 import jax
@@ -10,6 +11,7 @@ from drawn import draw
 from etils import epath
 from in_process import run_here
 
+from cogvideox_jax import interrupts
 from cogvideox_jax.config.ablation_schema import VAEAblationConfig
 from cogvideox_jax.config.read import read
 from cogvideox_jax.conversion import diffusers
@@ -112,6 +114,22 @@ def test_an_ablation_goes_on_where_it_stopped_and_sums_up_its_seeds(evaluate, tr
   assert (runs / "table.png").read_bytes().startswith(b"\x89PNG")
 
   assert evaluate().code == 0 and len(trained) == 5  # Nothing is trained again.
+
+
+def test_a_signal_in_the_last_step_of_a_run_ends_the_ablation(
+  config, trained, tmp_path, monkeypatch
+):
+  train = vae_run.train
+
+  def signalled(*args):
+    with interrupts.Interrupts():
+      signal.raise_signal(signal.SIGTERM)
+      return train(*args)
+
+  monkeypatch.setattr(interrupts, "_asked", [])
+  monkeypatch.setattr(vae_run, "train", signalled)
+  assert vae_ablation.train(config, epath.Path(tmp_path) / "runs") == 83
+  assert len(trained) == 1
 
 
 def test_a_lengthened_run_is_trained_and_its_former_vae_removed(config, trained, tmp_path):

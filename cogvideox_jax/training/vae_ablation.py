@@ -22,6 +22,7 @@ from cogvideox_jax.evaluation.clip_scores import Judges
 from cogvideox_jax.evaluation.reconstruction import open_vae
 from cogvideox_jax.evaluation.seed_statistics import Claim, Verdict, judge, summarize
 from cogvideox_jax.evaluation.vae_table import Row, Setting
+from cogvideox_jax.interrupts import asked_to_leave
 from cogvideox_jax.training import checkpoint, resume, vae_clips, vae_run, vae_stages
 from cogvideox_jax.training.session import say
 
@@ -100,7 +101,7 @@ def train(config: VAEAblationConfig, workdir: epath.Path) -> int:
     if _is_finished(settings, folder):
       continue
     say(f"run {number} of {len(everything)}: {run.variant} on {run.clips}, seed {run.seed}")
-    if exit_code := vae_run.train(settings, folder):
+    if exit_code := vae_run.train(settings, folder) or asked_to_leave():
       return exit_code
     jax.clear_caches()  # The programs of a run would stay in memory until the process ends.
   return 0
