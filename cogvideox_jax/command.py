@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from cogvideox_jax import interrupts, streams
+from cogvideox_jax import compiled_programs, interrupts, path_flags, streams
 from cogvideox_jax.config.ablation_schema import VAEAblationConfig
 from cogvideox_jax.config.choice import choose, shipped_folder
 from cogvideox_jax.config.help import describe
@@ -42,10 +42,24 @@ _TAKERS = {
 }
 _CONFIG_FLAGS = ("config", "ablation")  # Flags that name a config file.
 
+_PROGRAMS = path_flags.define(
+  "compilation_cache",
+  "",
+  "Folder or bucket that keeps compiled programs for later starts; off: none. Default: what the "
+  "variable JAX_COMPILATION_CACHE_DIR says, or else a folder in the user's cache; for a job of "
+  "several processes in its workdir.",
+  names=(compiled_programs.OFF,),
+  may_be_empty=True,
+)
 flags.disclaim_key_flags()  # So that `--help` lists the flags below as those of the command.
 
 # absl and ml_collections raise these for mistakes in flags and config files.
 _FLAG_FAULTS = (flags.Error, AttributeError, ImportError, KeyError, SyntaxError)
+
+
+def share_programs(folder: str) -> None:
+  """Makes the processes of a job keep compiled programs in a folder, unless the user says where."""
+  compiled_programs.keep(_PROGRAMS.value, folder)
 
 
 def run(main: Callable[..., int | None], *operands: str) -> None:
@@ -65,9 +79,11 @@ def run(main: Callable[..., int | None], *operands: str) -> None:
         )
       if missing := operands[len(given) :]:
         raise UserError(f"Missing: {' '.join(missing)}\nSee --help.")
+      compiled_programs.keep(_PROGRAMS.value)
       return main(*given)
 
   interrupts.leave_on_signals()
+  flags.declare_key_flag(_PROGRAMS.name)
   app.run(guarded, flags_parser=_parse_flags)
 
 

@@ -34,8 +34,10 @@ def declare_flags() -> None:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(folder: str = "") -> Iterator[None]:
   """Makes this process part of the job that the flags, or the machine, describe.
+
+  Several processes keep compiled programs in the job's folder, if it has one: all see it.
 
   A process that fails exits at once, with the exit code that it would have alone. Python's own exit
   would wait for the other processes, which wait for this one. They then exit with PEER_DIED, or JAX
@@ -43,6 +45,8 @@ def joined() -> Iterator[None]:
   """
   hosts.join(hosts.Group(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value))
   open_devices()
+  if folder and jax.process_count() > 1:
+    command.share_programs(folder)
   try:
     with command.user_mistakes():
       yield

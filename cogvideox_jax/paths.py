@@ -5,6 +5,8 @@ import re
 
 from cogvideox_jax.errors import UserError
 
+CACHE_VARIABLE = "COGVIDEOX_JAX_CACHE"
+
 
 def absolute(path: str | os.PathLike[str]) -> str:
   """Returns a path as an absolute one without `..`, because TensorStore refuses `..`.
@@ -31,6 +33,15 @@ def absolute(path: str | os.PathLike[str]) -> str:
     end = len(parts) - parts[::-1].index("..")
     parts = [os.path.realpath("/".join(parts[:end])), *parts[end:]]
   return "/" + os.path.normpath("/".join(parts)).lstrip("/")
+
+
+def user_cache() -> str:
+  """Returns the folder of what can be made again: $COGVIDEOX_JAX_CACHE, or in the user's cache."""
+  if given := os.environ.get(CACHE_VARIABLE):
+    return absolute(given)
+  # The standard of freedesktop.org says to ignore a relative path.
+  home = os.environ.get("XDG_CACHE_HOME", "")
+  return absolute(os.path.join(home if os.path.isabs(home) else "~/.cache", "cogvideox_jax"))
 
 
 def is_address(text: str) -> bool:

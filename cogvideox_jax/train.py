@@ -18,7 +18,6 @@ from cogvideox_jax.config.read import to_json
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.sharding import split_cpu
-from cogvideox_jax.training.transformer_run import train
 
 CONFIG = command.config_flag(TrainConfig)
 WORKDIR = path_flags.define(
@@ -36,8 +35,10 @@ def main() -> int:
     return dry_run.run(CONFIG.value, DRY_RUN.value)
   if WORKDIR.value is None:
     raise UserError("Missing flag: --workdir=...\nSee --help for the flags.")
+  from cogvideox_jax.training.transformer_run import train  # It takes seconds, as in train_vae.
+
   split_cpu(CONFIG.value.cpu_devices)
-  with job.joined():
+  with job.joined(WORKDIR.value):
     hosts.check_same("config", to_json(CONFIG.value))
     return train(CONFIG.value, epath.Path(WORKDIR.value))
 

@@ -38,7 +38,7 @@ def main() -> int:
   if WORKDIR.value is None:
     raise UserError("Missing flag: --workdir=...\nSee --help for the flags.")
   split_cpu(CONFIG.value.cpu_devices)
-  with job.joined():
+  with job.joined(WORKDIR.value):
     hosts.check_same("config", to_json(CONFIG.value))
     return vae_run.train(CONFIG.value, epath.Path(WORKDIR.value))
 

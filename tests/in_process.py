@@ -11,12 +11,12 @@ from absl import app, flags
 from absl.testing import flagsaver
 from commands import Result
 
-from cogvideox_jax import hosts, interrupts, job, model_flags, sharding
+from cogvideox_jax import command, hosts, interrupts, job, model_flags, sharding
 
 # The flags of modules that are imported once, whatever commands run.
 SHARED = [
   flag.name
-  for module in (job, model_flags)
+  for module in (command, job, model_flags)
   for flag in vars(module).values()
   if isinstance(flag, flags.FlagHolder)
 ]

@@ -14,6 +14,7 @@ PACKAGE = "cogvideox_jax"
 LAYERS = (
   ("errors", "types", "config_keys", "version"),
   ("sharding", "hosts", "interrupts", "devices", "paths", "streams", "xla"),
+  ("compiled_programs",),
   ("sharded_attention", "data", "models", "diffusion"),
   ("conversion", "sharded_vae"),
   ("config",),

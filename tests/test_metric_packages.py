@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogvideox_jax import paths
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.evaluation import lpips_weights, metric_packages
+from cogvideox_jax.evaluation import lpips_weights
 from cogvideox_jax.evaluation.lpips_weights import lpips_params
-from cogvideox_jax.evaluation.metric_packages import MissingPackageError, cache_folder, read_arrays
+from cogvideox_jax.evaluation.metric_packages import MissingPackageError, read_arrays
 
 ALEXNET = lpips_weights.WEIGHTS["alexnet"]
 
@@ -20,7 +21,7 @@ ALEXNET = lpips_weights.WEIGHTS["alexnet"]
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
   """An empty cache of this test alone."""
-  monkeypatch.setenv(metric_packages.CACHE_VARIABLE, str(tmp_path / "cache"))
+  monkeypatch.setenv(paths.CACHE_VARIABLE, str(tmp_path / "cache"))
   return tmp_path / "cache"
 
 
@@ -98,20 +99,20 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch, cache):
 
 def test_a_cache_that_cannot_be_written_is_refused(monkeypatch, tmp_path, package):
   (tmp_path / "file").write_text("")
-  monkeypatch.setenv(metric_packages.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-  with pytest.raises(UserError, match=metric_packages.CACHE_VARIABLE):
+  monkeypatch.setenv(paths.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+  with pytest.raises(UserError, match=paths.CACHE_VARIABLE):
     lpips_params("alexnet")
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
-  monkeypatch.delenv(metric_packages.CACHE_VARIABLE, raising=False)
+  monkeypatch.delenv(paths.CACHE_VARIABLE, raising=False)
   monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-  assert cache_folder() == str(tmp_path / ".cache" / "cogvideox_jax")
+  assert paths.user_cache() == str(tmp_path / ".cache" / "cogvideox_jax")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-  assert cache_folder() == str(tmp_path / "xdg" / "cogvideox_jax")
-  monkeypatch.setenv(metric_packages.CACHE_VARIABLE, str(tmp_path / "own"))
-  assert cache_folder() == str(tmp_path / "own")
+  assert paths.user_cache() == str(tmp_path / "xdg" / "cogvideox_jax")
+  monkeypatch.setenv(paths.CACHE_VARIABLE, str(tmp_path / "own"))
+  assert paths.user_cache() == str(tmp_path / "own")
 
 
 class Evil:

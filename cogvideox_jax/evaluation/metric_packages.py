@@ -8,7 +8,6 @@ cache folder, whose sha256 is checked each time it is used. Neither package is i
 import importlib
 import importlib.metadata
 import io
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,8 +22,6 @@ from cogvideox_jax.conversion.tensors import Spec
 from cogvideox_jax.data import files
 from cogvideox_jax.errors import UserError, remedy
 from cogvideox_jax.types import Params
-
-CACHE_VARIABLE = "COGVIDEOX_JAX_CACHE"
 
 
 class MissingPackageError(UserError):
@@ -59,22 +56,13 @@ def load(weights: Weights, rename: Callable[[str, np.ndarray], tuple[str, np.nda
     UserError: the package's file or the one in the cache is damaged, or the cache is not writable.
   """
   source = _source(weights)
-  target = epath.Path(cache_folder()) / weights.converted
+  target = epath.Path(paths.user_cache()) / weights.converted
   if not target.exists():
     arrays = read_arrays(source.read_bytes())
     _write(target, dict(rename(name, array) for name, array in arrays.items()))
   if files.sha256(target) != weights.converted_sha256:
     raise UserError(f"{target} is damaged.\nRemove it; it is then made again.")
   return nested(safetensors_file.SafetensorsFiles([target]))
-
-
-def cache_folder() -> str:
-  """Returns the folder of converted weights: $COGVIDEOX_JAX_CACHE, or one in the user's cache."""
-  if given := os.environ.get(CACHE_VARIABLE):
-    return paths.absolute(given)
-  # The standard of freedesktop.org says to ignore a relative path.
-  home = os.environ.get("XDG_CACHE_HOME", "")
-  return paths.absolute(os.path.join(home if os.path.isabs(home) else "~/.cache", "cogvideox_jax"))
 
 
 def _source(weights: Weights) -> Path:
@@ -144,7 +132,7 @@ def _write(target: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
   except OSError as error:
     raise UserError(
       f"cannot write {target}: {remedy(error) or error}\n"
-      f"The environment variable {CACHE_VARIABLE} names another folder."
+      f"The environment variable {paths.CACHE_VARIABLE} names another folder."
     ) from error
 
 
