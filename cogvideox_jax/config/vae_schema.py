@@ -1,21 +1,15 @@
 """Every key of a config of the VAE's training: its type, range, meaning and source.
 
-See `config/schema.py`, which has those of the transformer's training and what both share.
+See `config/schema.py` for those of the transformer's training, some of which both share.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cogvideox_jax import sharding
-from cogvideox_jax.config.schema import (
-  DURATIONS,
-  SIZES,
-  UPDATES,
-  CheckpointConfig,
-  MeshConfig,
-  OptimizerConfig,
-  ValidationConfig,
-)
+from cogvideox_jax.config.data_schema import DURATIONS, SIZES
+from cogvideox_jax.config.run_schema import CheckpointConfig, MeshConfig, ValidationConfig
+from cogvideox_jax.config.schedule_schema import UPDATES, OptimizerConfig
 from cogvideox_jax.config_keys import AT_LEAST_ZERO, FRACTION, SEED, Range, key
 from cogvideox_jax.conversion.folder import SHIPPED
 from cogvideox_jax.data.media import DEFAULT_LIMITS, Limits
