@@ -122,6 +122,26 @@ def _call(
   (heads, head_dim, n), blocks = q.shape, len(ranges.start)
   block = n // blocks
   start, stop = (jnp.clip(x, first, first + length) for x in ranges)
+  gradient = partial(jax.ShapeDtypeStruct, dtype=dtype)
+  call = pl.pallas_call(
+    partial(_kernel, key_block=key_block),
+    grid_spec=_grid_spec(heads, head_dim, block, blocks, width, dtype),
+    out_shape=[gradient((heads, head_dim, length * block)), gradient(q.shape), gradient(q.shape)],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+    ),
+    name="attention_backward",
+    interpret=interpret,
+  )
+  scalars = start, stop, *ranges, *block_edges(ids, key_block, block), jnp.reshape(first, 1)
+  ids = over_sublanes(ids)
+  return tuple(call(*(x.astype(jnp.int32) for x in scalars), *arrays, ids, ids))
+
+
+def _grid_spec(
+  heads: int, head_dim: int, block: int, blocks: int, width: int, dtype: Any
+) -> pltpu.PrefetchScalarGridSpec:
+  """Says which blocks of the arrays each grid step sees, and what it keeps; `_Refs` names them."""
 
   def query_index(head: Any, key: Any, step: Any, start: Any, stop: Any, *_: Any) -> Any:
     return head, 0, block_to_load(key, step, start, stop, blocks - 1)
@@ -135,35 +155,22 @@ def _call(
   q_ids_spec = pl.BlockSpec((SUBLANES, block), lambda *at: query_index(*at)[1:])
   k_ids_spec = pl.BlockSpec((SUBLANES, block), lambda *at: key_index(*at)[1:])
   acc = pltpu.VMEM((head_dim, block), jnp.float32)
-  gradient = partial(jax.ShapeDtypeStruct, dtype=dtype)
-  call = pl.pallas_call(
-    partial(_kernel, key_block=key_block),
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=7,
-      grid=(heads, blocks, width),
-      in_specs=[
-        *(query_spec, key_spec, key_spec, query_spec),
-        *(row_spec, row_spec, q_ids_spec, k_ids_spec),
-      ],
-      out_specs=[pl.BlockSpec(memory_space=pl.ANY), key_spec, key_spec],
-      scratch_shapes=[
-        pltpu.VMEM((width, head_dim, block), jnp.float32),
-        pltpu.VMEM((head_dim, block), dtype),
-        pltpu.SemaphoreType.DMA,
-        acc,
-        acc,
-      ],
-    ),
-    out_shape=[gradient((heads, head_dim, length * block)), gradient(q.shape), gradient(q.shape)],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-    ),
-    name="attention_backward",
-    interpret=interpret,
+  return pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=7,
+    grid=(heads, blocks, width),
+    in_specs=[
+      *(query_spec, key_spec, key_spec, query_spec),
+      *(row_spec, row_spec, q_ids_spec, k_ids_spec),
+    ],
+    out_specs=[pl.BlockSpec(memory_space=pl.ANY), key_spec, key_spec],
+    scratch_shapes=[
+      pltpu.VMEM((width, head_dim, block), jnp.float32),
+      pltpu.VMEM((head_dim, block), dtype),
+      pltpu.SemaphoreType.DMA,
+      acc,
+      acc,
+    ],
   )
-  scalars = start, stop, *ranges, *block_edges(ids, key_block, block), jnp.reshape(first, 1)
-  ids = over_sublanes(ids)
-  return tuple(call(*(x.astype(jnp.int32) for x in scalars), *arrays, ids, ids))
 
 
 class _Refs(NamedTuple):
