@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 
 from cogvideox_jax import sharding
 from cogvideox_jax.types import Params
+from cogvideox_jax.xla import options_to_draw
 
 # One optimizer for all parameters, or several, each by the name of the subtree that it moves.
 Optimizer = optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
@@ -121,7 +122,9 @@ def create(
   def make(argument: Any) -> TrainState:
     return updates.begin(make_params(argument))
 
-  made = jax.jit(make, out_shardings=shardings_of(like.saved()))(argument)
+  shardings = shardings_of(like.saved())
+  options = options_to_draw(jax.tree.leaves(shardings)[0].mesh.devices.flat[0])
+  made = jax.jit(make, out_shardings=shardings, compiler_options=options)(argument)
   return with_frozen(made, frozen, like)
 
 
