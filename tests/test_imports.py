@@ -22,7 +22,7 @@ LAYERS = (
   ("precompute", "inference", "evaluation"),
   ("training",),
   ("aot", "path_flags"),
-  ("command", "model_flags"),
+  ("command", "model_flags", "machine_checks"),
   ("job", "dry_run"),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

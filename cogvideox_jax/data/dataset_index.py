@@ -79,11 +79,14 @@ def check_file(path: epath.Path) -> None:
     raise UserError(f"{path} is damaged: its sha256 is not that of {DIGESTS}.\n{MEND}")
 
 
-def damaged_files(directory: epath.PathLike) -> list[str]:
+def damaged_files(directory: epath.PathLike, share: slice = slice(None)) -> list[str]:
   """Names the shards, and the index, that are not as they were written. Reads all of them.
 
   `sha256sum --check sha256sums.txt` in the folder does the same. UserError if there is no such
   file.
+
+  Args:
+    share: which of the files, in the order of the list, to check; other processes check the others.
   """
   directory = epath.Path(directory)
   if not (directory / DIGESTS).exists():
@@ -93,7 +96,7 @@ def damaged_files(directory: epath.PathLike) -> list[str]:
     )
   return [
     name
-    for name, digest in _digests(directory).items()
+    for name, digest in list(_digests(directory).items())[share]
     if not (directory / name).exists() or sha256(directory / name) != digest
   ]
 
