@@ -23,6 +23,8 @@ COMMAND = re.compile(r"python -m cogvideox_jax\.([a-z]\w*)((?:[^\n\\]|\\\n)*)")
 FLAG = re.compile(r"--(\w+)")
 KEY = re.compile(r"(?<![\w.])config\.([a-z][\w]*(?:\.[a-z][\w]*)*)")
 SHARED_FLAGS = ("command.py", "job.py", "model_flags.py")
+# Addresses and names in a cloud, and shell variables, are no paths of the tree.
+CLOUD = re.compile(r"gs://\S+|\$[A-Z]+\S*|\broles/\S+|\b[A-Z]+=\$\S+")
 # Files of the reader, and of what the commands write.
 READERS = re.compile(
   r"configs/mine\.py|surf\.txt|sha256sums\.txt|(benchmarks/)?NAME\.py|clips/|table/|table\.md|runs/.*|encoded/|checkpoints/|previews/"
@@ -61,7 +63,7 @@ def is_target(page: Path, target: str) -> bool:
 
 def missing_paths(page: Path, code: list[str]) -> list[str]:
   """Paths that are neither in the tree, nor in the package, nor beside the page."""
-  named = [path for text in code for path in PATH.findall(text)]
+  named = [path for text in code for path in PATH.findall(CLOUD.sub("", text))]
   homes = (ROOT, PACKAGE, page.parent)
   return [
     path
