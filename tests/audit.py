@@ -2,8 +2,8 @@
 
 python tests/audit.py requirements-hashes.txt launch/requirements-hashes.txt
 
-Exit code 0: none is known, or the index gave no answer, which is said. 1: one is known, or the audit
-itself failed.
+Exit code 0: none is known, or the index gave no answer, which is said. 1: one is known, or the
+audit itself failed.
 """
 
 import json
@@ -16,7 +16,9 @@ LINE = "{name} {version}: {id}, mended in {mended}"
 
 
 # What pip-audit prints if it does not reach the index.
-OUT_OF_REACH = re.compile(r"connect|timed? ?out|resolv|reach|route|HTTPError|\b50\d\b", re.IGNORECASE)
+OUT_OF_REACH = re.compile(
+  r"connect|timed? ?out|resolv|reach|route|HTTPError|\b50\d\b", re.IGNORECASE
+)
 
 
 def main(files: list[str]) -> int:
