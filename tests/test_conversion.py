@@ -4,39 +4,25 @@ import dataclasses
 import json
 import math
 import shutil
-import warnings
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
-from etils import epath
-from flax import nnx
+from conversion_models import DIT, NOISE
 from safetensors.numpy import load_file, save_file
-from transformers import T5EncoderModel
 from typed_config import typed
 
 from cogvideox_jax.conversion import component_fields, diffusers, names, tensors
-from cogvideox_jax.conversion.folder import Settings, open_model, write_index
-from cogvideox_jax.data.tokenizer import Tokenizer
-from cogvideox_jax.diffusion.noise import NoiseConfig
+from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.errors import UserError
-from cogvideox_jax.inference.packed_rows import clip_layout
-from cogvideox_jax.models.attention import attention
-from cogvideox_jax.models.dit import DiT, patchify, timestep_sinusoid, unpatchify
-from cogvideox_jax.models.dit_config import DiTConfig
-from cogvideox_jax.models.graphs import graph_of
-from cogvideox_jax.models.t5 import T5Config, T5Encoder
-from cogvideox_jax.models.vae import VAE, decode
+from cogvideox_jax.models.dit import DiT
+from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.models.vae_config import VAEConfig
 from configs import base
 
 MODELS = Path(__file__).parent / "data" / "goldens" / "models"
-TOKENIZER = epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer"
 KINDS = {
   "transformer_2b": (diffusers.load_transformer, diffusers.save_transformer),
   "transformer_5b": (diffusers.load_transformer, diffusers.save_transformer),
@@ -44,30 +30,6 @@ KINDS = {
   "vae": (diffusers.load_vae, diffusers.save_vae),
   "t5": (diffusers.load_text_encoder, diffusers.save_text_encoder),
 }
-DIT = DiTConfig(
-  depth=2,
-  heads=2,
-  head_dim=16,
-  time_width=20,
-  in_channels=4,
-  out_channels=4,
-  patch=(1, 2, 2),
-  text_width=24,
-  text_length=10,
-  positions="rope_index",
-  sample_frames=9,
-  sample_height=6,
-  sample_width=10,
-  spatial_interpolation=1.875,
-  temporal_interpolation=1.0,
-)
-AUTOENCODER = VAEConfig(
-  channels=(4, 4, 8, 8), latent_channels=4, resnets=1, groups=2, scaling_factor=0.9
-)
-TEXT = T5Config(vocab=32100, width=24, head_dim=4, heads=3, mlp_width=40, depth=2)
-NOISE = NoiseConfig(
-  steps=1000, beta_start=0.00085, beta_end=0.012, snr_shift=1.0, zero_terminal_snr=True
-)
 
 
 def weights_of(folder: Path) -> dict[str, np.ndarray]:
@@ -83,13 +45,6 @@ def assert_same_weights(folder: Path, expected: dict[str, np.ndarray]):
   for name, tensor in expected.items():
     assert found[name].dtype == tensor.dtype, name
     assert found[name].tobytes() == tensor.tobytes(), name
-
-
-def drawn(model: type[nnx.Module], config, seed: int):
-  """Weights drawn without zeros and ones, since those hide mistakes."""
-  rng = np.random.default_rng(seed)
-  shapes = tensors.abstract_params(model, config)
-  return jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.2).astype(np.float32), shapes)
 
 
 def write_weights(folder: Path, name: str, change):
@@ -305,101 +260,6 @@ def test_models_and_parts_that_are_not_there_are_named(tmp_path):
     open_model(tmp_path).vae()
   with pytest.raises(UserError, match=r"no .*model_index\.json"):
     open_model(tmp_path).settings()
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-  """A whole model of ours, with drawn weights."""
-  folder = tmp_path_factory.mktemp("model")
-  components = {
-    "transformer": (DiT, DIT, diffusers.save_transformer),
-    "vae": (VAE, AUTOENCODER, diffusers.save_vae),
-    "text_encoder": (T5Encoder, TEXT, diffusers.save_text_encoder),
-  }
-  for seed, (name, (model, config, save)) in enumerate(components.items()):
-    save(folder / name, config, drawn(model, config, seed))
-  diffusers.save_scheduler(folder / "scheduler", NOISE)
-  diffusers.save_tokenizer(folder / "tokenizer", Tokenizer(TOKENIZER))
-  write_index(folder, Settings(text_drop="zeros", guidance_scale=2.0, fps=4.0))
-  return folder
-
-
-def test_diffusers_opens_a_folder_of_ours_whole(model_folder):
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Those of diffusers and transformers.
-    pipe = CogVideoXPipeline.from_pretrained(str(model_folder))
-    ids = pipe.tokenizer(["a red ball"], padding="max_length", max_length=10).input_ids
-    video = pipe(
-      "a red ball",
-      num_frames=9,
-      height=32,
-      width=32,
-      num_inference_steps=2,
-      max_sequence_length=DIT.text_length,
-      output_type="np",
-    ).frames
-  assert video.shape == (1, 9, 32, 32, 3)
-  assert pipe.scheduler.config.snr_shift_scale == NOISE.snr_shift
-  ours = open_model(model_folder).tokenizer().encode(["a red ball"], 10)
-  np.testing.assert_array_equal(ids, ours)
-
-
-def test_we_open_a_folder_of_ours_whole(model_folder):
-  model = open_model(model_folder)
-  assert model.settings() == Settings(text_drop="zeros", guidance_scale=2.0, fps=4.0)
-  assert model.transformer()[0] == DIT
-  assert model.vae()[0] == AUTOENCODER
-  assert model.text_encoder()[0] == TEXT
-  assert model.scheduler() == NOISE
-
-
-def test_our_text_encoder_gives_the_same_states_in_transformers(model_folder):
-  ids = np.random.default_rng(0).integers(0, TEXT.vocab, (2, 30))
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    reference = T5EncoderModel.from_pretrained(str(model_folder / "text_encoder"))
-  with torch.no_grad():
-    expected = reference(torch.from_numpy(ids))[0]
-  config, params = open_model(model_folder).text_encoder()
-  states = nnx.merge(graph_of(T5Encoder, config), params)(jnp.asarray(ids))
-  np.testing.assert_allclose(states, expected, atol=2e-5)
-
-
-def test_our_vae_gives_the_same_frames_in_diffusers(model_folder):
-  z = np.random.default_rng(0).normal(size=(1, 3, 2, 3, 4)).astype(np.float32)
-  reference = AutoencoderKLCogVideoX.from_pretrained(str(model_folder / "vae"))
-  with torch.no_grad():
-    expected = reference.decode(torch.from_numpy(z).permute(0, 4, 1, 2, 3)).sample
-  config, params = open_model(model_folder).vae()
-  frames = decode(nnx.merge(graph_of(VAE, config), params), jnp.asarray(z))
-  np.testing.assert_allclose(frames, expected.permute(0, 2, 3, 4, 1), atol=5e-5)
-
-
-def test_our_transformer_gives_the_same_v_in_diffusers(tmp_path):
-  config = dataclasses.replace(DIT, positions="sincos")
-  params = drawn(DiT, config, 3)
-  diffusers.save_transformer(tmp_path, config, params)
-  rng = np.random.default_rng(0)
-  latents = rng.normal(size=(2, 4, 6, 4)).astype(np.float32)
-  text = rng.normal(size=(DIT.text_length, DIT.text_width)).astype(np.float32)
-  reference = CogVideoXTransformer3DModel.from_pretrained(str(tmp_path))
-  with torch.no_grad():
-    expected = reference(
-      torch.from_numpy(latents).permute(0, 3, 1, 2)[None],
-      torch.from_numpy(text)[None],
-      torch.tensor([7]),
-    ).sample
-  layout = clip_layout(latents.shape[:3], DIT.text_length, DIT.patch)
-  run = jax.jit(nnx.merge(graph_of(DiT, config), params).__call__, static_argnames="attention")
-  v = run(
-    jnp.pad(patchify(jnp.asarray(latents), DIT.patch), ((DIT.text_length, 0), (0, 0)))[None],
-    jnp.asarray(text)[None, None],
-    jnp.broadcast_to(timestep_sinusoid(jnp.asarray(7), DIT.width), (1, 2, DIT.width)),
-    jax.tree.map(jnp.asarray, layout),
-    attention=attention,
-  )
-  v = unpatchify(v[0, DIT.text_length :], DIT.patch, tuple(layout.grids[0, 1].tolist()))
-  np.testing.assert_allclose(v, expected[0].permute(0, 2, 3, 1), atol=2e-4)
 
 
 def test_every_tensor_of_a_published_file_is_in_the_tables():

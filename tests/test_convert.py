@@ -7,8 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+from converted import assert_same_bits, json_files, run, weights
 from diffusers import DiffusionPipeline
 from drawn import DIT_CONFIG, draw
 from etils import epath
@@ -16,8 +15,7 @@ from model_folder import make_model
 from safetensors.numpy import load_file, save_file
 from small_run import make_config
 
-from cogvideox_jax import convert
-from cogvideox_jax.conversion import diffusers, lora, orbax, sat_release, tensors
+from cogvideox_jax.conversion import diffusers, orbax, sat_release, tensors
 from cogvideox_jax.conversion.components import TRANSFORMER
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import digests
@@ -44,42 +42,10 @@ SHAPED = (  # What shapes tell of a transformer's config.
 pytestmark = pytest.mark.usefixtures("forked_torch")
 CALL = {"num_inference_steps": 2, "num_frames": 9, "output_type": "latent"}
 
-if not flags.FLAGS.is_parsed():
-  flags.FLAGS.mark_as_parsed()
-
-
-def run(source, target, layout, **others) -> Path:
-  values = {"source": str(source), "target": str(target), "format": layout, **others}
-  with flagsaver.flagsaver(**values):
-    convert.main()
-  return Path(target)
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
   return make_model(tmp_path_factory.mktemp("model"))
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-  """Every tensor of a folder of safetensors, by file and name."""
-  return {
-    f"{file.parent.name}/{name}": tensor
-    for file in sorted(folder.glob("*/*.safetensors"))
-    for name, tensor in load_file(file).items()
-  }
-
-
-def json_files(folder: Path) -> dict[str, dict]:
-  names = ("config.json", "scheduler_config.json", "model_index.json")
-  files = [file for name in names for file in folder.rglob(name)]
-  return {str(file.relative_to(folder)): json.loads(file.read_text()) for file in files}
-
-
-def assert_same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]):
-  assert ours.keys() == theirs.keys()
-  for name, tensor in ours.items():
-    assert tensor.dtype == theirs[name].dtype, name
-    np.testing.assert_array_equal(tensor.view(np.uint8), theirs[name].view(np.uint8), name)
 
 
 # Each layout and each source once; all pairs in the slow tests.
@@ -200,56 +166,6 @@ def test_a_training_run_is_written_with_the_average_of_its_weights(finished_run,
   assert len(Pipeline.from_pretrained(there)("a ball", **CALL).frames) == 1
 
 
-def make_lora(path: Path) -> Path:
-  rng = np.random.default_rng(1)
-  width = DIT_CONFIG.width
-  stored = {}
-  for module in ("transformer_blocks.0.attn1.to_k", "transformer_blocks.1.attn1.to_out.0"):
-    stored[f"transformer.{module}.lora_A.weight"] = rng.normal(size=(2, width))
-    stored[f"transformer.{module}.lora_B.weight"] = rng.normal(size=(width, 2))
-  save_file({name: x.astype(np.float32) for name, x in stored.items()}, path)
-  return path
-
-
-@pytest.mark.parametrize(
-  "source_layout", ["diffusers", pytest.param("orbax", marks=pytest.mark.slow)]
-)
-def test_a_lora_becomes_part_of_the_weights(model, tmp_path, source_layout):
-  path = make_lora(tmp_path / "lora.safetensors")
-  source = run(model, tmp_path / "source", source_layout)
-  there = run(source, tmp_path / "there", "diffusers", lora=str(path), lora_weight=0.5)
-  base, stored, changed = weights(model), load_file(path), weights(there)
-  for name, tensor in base.items():
-    module = name.removesuffix(".weight").replace("transformer/", "transformer.", 1)
-    if f"{module}.lora_A.weight" in stored:
-      a, b = stored[f"{module}.lora_A.weight"], stored[f"{module}.lora_B.weight"]
-      np.testing.assert_allclose(changed[name], tensor + 0.5 * b @ a, atol=1e-5)
-    else:
-      np.testing.assert_array_equal(changed[name], tensor)
-  assert "LoRA `lora.safetensors` at weight 0.5" in (there / "README.md").read_text()
-
-
-def test_a_lora_passes_into_sats_names_and_back(tmp_path):
-  path = make_lora(tmp_path / "lora.safetensors")
-  there = run(path, tmp_path / "there", "sat")
-  with pytest.warns(UserWarning, match="Taken at scale 1"):
-    back = run(there / lora.SAT_FILE, tmp_path / "back", "diffusers")
-  assert_same_bits(load_file(back / lora.FILE), load_file(path))
-
-
-def test_a_lora_of_sat_is_not_added_before_its_scale_is_said(model, tmp_path):
-  file = run(make_lora(tmp_path / "lora.safetensors"), tmp_path / "sat", "sat") / lora.SAT_FILE
-  with pytest.raises(UserError, match=r"alpha / 2\.\nGive --lora_alpha=ALPHA"):
-    run(model, tmp_path / "there", "diffusers", lora=str(file))
-  assert not (tmp_path / "there").exists()
-  there = run(model, tmp_path / "there", "diffusers", lora=str(file), lora_alpha=1.0)
-  same = run(
-    model, tmp_path / "same", "diffusers", lora=str(tmp_path / "lora.safetensors"), lora_weight=0.5
-  )
-  assert_same_bits(weights(there), weights(same))
-  assert "LoRA `lora.pt` at weight 1, alpha 1." in (there / "README.md").read_text()
-
-
 def test_the_card_says_source_licence_and_true_digests(model, tmp_path):
   source = shutil.copytree(model, tmp_path / "named")
   (source / "README.md").write_text("---\nlicense: mit\n---\nhello\n")
@@ -323,37 +239,15 @@ def test_weights_that_are_not_finite_are_not_converted(model, tmp_path, layout, 
   assert not (tmp_path / "there").exists()
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "sat"])
-def test_a_lora_appears_whole_or_not_at_all(tmp_path, monkeypatch, layout):
-  seen = []
-
-  def fail(path, *_):
-    path.write_bytes(b"half")
-    seen.append(path)
-    raise OSError("no space left")
-
-  for name in ("write", "write_sat"):
-    monkeypatch.setattr(lora, name, fail)
-  (tmp_path / "out").mkdir()
-  path = make_lora(tmp_path / "lora.safetensors")
-  with pytest.raises(OSError, match="no space left"):
-    run(path, tmp_path / "out" / "there", layout)
-  (half,) = seen
-  assert half.parent.parent.parent == tmp_path / "out"  # On the target's disk.
-  assert list((tmp_path / "out").iterdir()) == []
-
-
 @pytest.mark.parametrize(
   ("source", "layout", "message"),
   [
     ("empty", "orbax", "holds none of transformer, vae, text_encoder"),
     ("absent", "orbax", "There is no model at"),
-    ("lora.safetensors", "orbax", "give --format=diffusers or sat"),
   ],
 )
 def test_mistakes_are_explained(source, layout, message, tmp_path):
   (tmp_path / "empty").mkdir()
-  make_lora(tmp_path / "lora.safetensors")
   with pytest.raises(UserError, match=message):
     run(tmp_path / source, tmp_path / "there", layout)
 

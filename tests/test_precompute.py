@@ -1,36 +1,28 @@
-"""From real files to an encoded dataset, with clips that cannot be used, and killed midway."""
+"""From real files to an encoded dataset, with clips that cannot be used."""
 
 import json
-import math
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import Running, start_command
-from drawn import T5_CONFIG, VAE_CONFIG, draw
-from etils import epath
+from drawn import T5_CONFIG, draw
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from small_encodings import TOKENIZER, encode, make_encoders, small_config, sources, write_clips
 from typed_config import typed
-from waiting import PATIENCE, wait_until
 
-from cogvideox_jax.conversion import component_digests, diffusers
+from cogvideox_jax.conversion import component_digests
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import video
 from cogvideox_jax.data.buckets import Bucket
 from cogvideox_jax.data.dataset_index import damaged_files
 from cogvideox_jax.data.mp4 import write_mp4
 from cogvideox_jax.data.records import Dataset
-from cogvideox_jax.data.shards import OpenShard
 from cogvideox_jax.data.tokenizer import Tokenizer
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.frozen_networks import FrozenNetworks, fill
@@ -39,20 +31,8 @@ from cogvideox_jax.models.graphs import graph_of
 from cogvideox_jax.models.t5 import T5Encoder, encode_text
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.precompute import encode_clips
-from configs import tiny
 
-TOKENIZER = epath.resource_path("cogvideox_jax") / "assets" / "tiny" / "tokenizer"
 ROOT = Path(__file__).parent.parent
-# One process decodes, which starts sooner than several; the result does not depend on their number.
-encode = partial(encode_clips.encode, workers=1)
-
-
-def make_encoders(folder: Path) -> str:
-  """A model folder without a transformer."""
-  diffusers.save_vae(folder / "vae", *draw(VAE, VAE_CONFIG))
-  diffusers.save_text_encoder(folder / "text_encoder", *draw(T5Encoder, T5_CONFIG))
-  diffusers.save_tokenizer(folder / "tokenizer", Tokenizer(TOKENIZER))
-  return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,36 +40,9 @@ def model(tmp_path_factory):
   return make_encoders(tmp_path_factory.mktemp("model"))
 
 
-def small_config():
-  config = tiny.get_config()
-  config.model.text_length = 6
-  config.stages.tiny.update(sizes=((16, 16), (8, 16)), durations=(1, 9))
-  return config
-
-
 @pytest.fixture
 def config():
   return small_config()
-
-
-def write_clips(folder, count, seed=0):
-  """Videos of 9 frames and, every third, an image, with captions."""
-  rng = np.random.default_rng(seed)
-  folder.mkdir()
-  lines = []
-  for index in range(count):
-    file = f"{index:03d}.mp4"
-    frames = rng.integers(0, 255, (1 if index % 3 == 0 else 9, 16, 16, 3), np.uint8)
-    write_mp4(folder / file, frames, 8.0)
-    lines.append({"file": file, "caption": f"number {index}"})
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  (folder / "manifest.jsonl").write_text(text)
-  return folder
-
-
-def sources(output):
-  dataset = Dataset(output / "tiny")
-  return [dataset[index].source for index in range(len(dataset))]
 
 
 def test_an_example_holds_the_moments_of_its_clip_and_the_states_of_its_caption(
@@ -287,74 +240,6 @@ def test_the_number_of_processes_changes_nothing(tmp_path, model, config, monkey
   assert written[0] == written[1]
 
 
-def test_a_full_disk_is_one_clear_message(tmp_path, model, config):
-  clips, output = write_clips(tmp_path / "clips", 12), tmp_path / "out"
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
-  try:
-    with pytest.raises(UserError, match=r"cannot write .*\nFree some space"):
-      encode(typed(config), clips, output, model)
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  assert encode(typed(config), clips, output, model) == (12, 0)
-
-
-def test_an_interrupt_says_how_to_go_on(tmp_path, model):
-  clips = write_clips(tmp_path / "clips", 1)
-  lines = [{"file": "000.mp4", "caption": "x", "id": f"{index}"} for index in range(4000)]
-  (clips / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
-  flags = [
-    "--config=configs/tiny.py",
-    f"--input={clips}",
-    f"--output={tmp_path / 'out'}",
-    f"--model={model}",
-  ]
-  changes = ["--config.stages.tiny.sizes=((16,16),)", "--config.model.text_length=6"]
-  process = start_command(tmp_path, "encode", *flags, *changes)
-  wait_until(lambda: "Encoding" in process.errors, runs=lambda: process.poll() is None)
-  process.send_signal(signal.SIGINT)
-  ended = process.wait()
-  assert ended.code == 130
-  assert (
-    ended.output
-    == f"Whole shards are kept in {tmp_path / 'out'}: the same command goes on from there.\n"
-  )
-  assert ended.errors.rstrip().endswith("Interrupted.")
-
-
-def wait_to_be_killed(output, shards):
-  """Before it finishes a shard, once there are so many."""
-  close = OpenShard.close
-
-  def wait_or_close(shard, refusals):
-    if len(list(output.glob("tiny/*.array_record-*-of-*[0-9]"))) >= shards:
-      time.sleep(PATIENCE)
-    close(shard, refusals)
-
-  OpenShard.close = wait_or_close
-
-
-def encode_in_shards_of_four(clips, output, model, shards):
-  """What a process does that is killed after so many shards."""
-  wait_to_be_killed(output, shards)
-  encode_clips.SHARD_ITEMS = 4
-  encode(typed(small_config()), clips, output, model)
-
-
-def test_a_killed_run_started_again_holds_each_clip_once(tmp_path, model):
-  clips, output = write_clips(tmp_path / "clips", 24), tmp_path / "out"
-  run = partial(Running, tmp_path, encode_in_shards_of_four, clips, output, model)
-  killed = run(2)
-  shards = partial(output.glob, "tiny/*.array_record-*-of-00006")
-  wait_until(lambda: len(list(shards())) >= 2, runs=lambda: killed.poll() is None)
-  killed.kill()
-  assert not (output / "tiny" / "index.npz").exists()
-  assert run(math.inf).wait().code == 0
-  assert sorted(sources(output)) == sorted(f"{index:03d}" for index in range(24)) or sorted(
-    sources(output)
-  ) == sorted(f"{index:03d}.mp4" for index in range(24))
-
-
 def test_the_text_encoder_runs_as_one_program_whatever_the_number_of_captions(model, config):
   networks = FrozenNetworks(open_model(model), typed(config))
   before = encode_text._cache_size()
@@ -384,20 +269,6 @@ def test_a_run_that_encoded_nothing_is_a_mistake_that_lists_the_reasons(tmp_path
     assert lines[1].startswith("  3x 0 bytes") and lines[2] == "  1x no caption"
     assert "quarantine.jsonl" in lines[3] and len(lines) <= 8
   assert len((tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()) == 4
-
-
-def test_a_damaged_shard_is_encoded_again_and_the_others_are_not(
-  tmp_path, model, config, monkeypatch, capsys
-):
-  monkeypatch.setattr(encode_clips, "SHARD_ITEMS", 2)
-  clips, output = write_clips(tmp_path / "clips", 4), tmp_path / "out"
-  encode(typed(config), clips, output, model)
-  one, other = sorted(output.glob("tiny/*.array_record*"))
-  whole, before = other.read_bytes(), one.stat().st_mtime_ns
-  other.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-  assert encode(typed(config), clips, output, model) == (4, 0)
-  assert other.read_bytes() == whole and one.stat().st_mtime_ns == before
-  assert "shard 1 is damaged and is encoded again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

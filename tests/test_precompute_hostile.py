@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from small_encodings import make_encoders
 from test_hostile_video import HOSTILE, encode
-from test_precompute import make_encoders
 from typed_config import typed
 
 from cogvideox_jax.data.decoding import Decoders, File

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 from commands import OWN_DEVICES, Running
-from test_precompute import make_encoders, small_config, wait_to_be_killed, write_clips
+from small_encodings import make_encoders, small_config, write_clips
+from test_precompute_stops import wait_to_be_killed
 from typed_config import typed
 from waiting import wait_until
 
