@@ -42,6 +42,7 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
   r"conv_out/kernel": ("height", "width", "embed", "output"),  # Frames have 3 channels.
   r"(shortcut|scale|shift)/kernel": ("input", "embed"),
   r"(bias|scale|count|step)": (),
+  r"guard/(recent|skipped|in_a_row)": (),
 }
 
 # Field of a batch -> its first logical axes; the axes after these are not split. Segments are split

@@ -290,7 +290,7 @@ def test_a_workdir_that_is_a_file_is_named(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
+def test_without_a_guard_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
   inputs, tmp_path, monkeypatch
 ):
   assemble, number = transformer_run.StageRun._assemble, itertools.count(1)
@@ -303,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
   monkeypatch.setattr(transformer_run.StageRun, "_assemble", assemble_and_spoil)
   workdir = epath.Path(tmp_path)
   with pytest.raises(UserError, match=r"at step 4: .*loss not finite. Earlier .* intact"):
-    transformer_run.train(make_config(inputs, validation__every=0), workdir)
+    transformer_run.train(make_config(inputs, validation__every=0, guard__in_a_row=0), workdir)
   assert checkpoint.good_steps(workdir / "checkpoints") == [2]
   (stop,) = [e for e in lines(workdir / "events.jsonl") if e["event"] == "not_finite"]
   clips = stop.pop("clips")

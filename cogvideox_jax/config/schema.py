@@ -26,6 +26,7 @@ from cogvideox_jax.config.run_schema import (
   PreviewConfig,
   ValidationConfig,
 )
+from cogvideox_jax.config.safety_schema import NO_GUARD, GuardConfig
 from cogvideox_jax.config.schedule_schema import OptimizerConfig, ScheduleConfig
 from cogvideox_jax.config_keys import SEED, key
 from cogvideox_jax.conversion.folder import SHIPPED
@@ -122,5 +123,6 @@ class TrainConfig:
   cpu_devices: int = field(metadata=key("Devices that a CPU counts as. They share its cores."))
   log_every: int = field(metadata=key("Updates from metrics line to metrics line."))
   checkpoint: CheckpointConfig = field(metadata=key("When to save."))
+  guard: GuardConfig = field(default=NO_GUARD, metadata=key("What becomes of bad steps."))
   validation: ValidationConfig = field(metadata=key("The loss on held-out clips."))
   preview: PreviewConfig = field(metadata=key("Videos sampled during training."))

@@ -109,13 +109,17 @@ class ClipBatches:
     """
     return read_ahead(lambda k: self.start(k, rows), start)
 
-  def start(self, k: int, rows: RowsOf | None) -> Reading:
-    """Starts to decode batch k."""
+  def start(self, k: int, rows: RowsOf | None, avoided: frozenset[str] = frozenset()) -> Reading:
+    """Starts to decode batch k.
+
+    Args:
+      avoided: names of files whose clips give their place to others.
+    """
     plan, slot, size = self._epoch_plan(self.epoch(k)), k % self.per_epoch, self.sizes_of(k)
     mine = np.arange(size.clips) if rows is None else np.asarray(rows(size.clips))
     permutation = plan.permutations[size.bucket]
     first = (plan.numbers[slot] * size.clips + mine) % len(permutation)
-    choice = Choice(size.bucket, permutation, plan.words[size.bucket])
+    choice = Choice(size.bucket, permutation, plan.words[size.bucket], avoided)
     return Reading(self._source, choice, first)
 
   def _epoch_plan(self, epoch: int) -> _Epoch:

@@ -27,6 +27,7 @@ class Choice(NamedTuple):
   bucket: Bucket
   permutation: Int[np.ndarray, " clips"]
   words: UInt64[np.ndarray, " clips"]  # Bits that choose each clip's frame rate.
+  avoided: frozenset[str] = frozenset()  # Names of files whose clips give their place to others.
 
 
 class FileAt(NamedTuple):
@@ -64,17 +65,21 @@ class Source:
     self._failed: set[tuple[Bucket, int]] = set()
     self._reported: set[int] = set()  # Numbers of files.
 
-  def usable(self, bucket: Bucket, permutation: Int[np.ndarray, " clips"], start: int) -> int:
-    """Returns clip `start` of a permutation, or the next one that has not failed."""
+  def usable(self, choice: Choice, start: int) -> int:
+    """Returns clip `start` of a permutation, or the next one that can and may be used."""
+    bucket, permutation = choice.bucket, choice.permutation
     for index in range(start, start + len(permutation)):
       clip = int(permutation[index % len(permutation)])
-      if (bucket, clip) not in self._failed:
+      if (bucket, clip) not in self._failed and not self._is_avoided(choice, clip):
         return clip
     raise UserError(
       f"none of the {len(permutation)} clips of {bucket.num_frames} frames at "
-      f"{bucket.height}x{bucket.width} can be decoded any more.\n"
+      f"{bucket.height}x{bucket.width} can be decoded any more, or all are avoided.\n"
       "The log says why; once the files are back, the same command goes on."
     )
+
+  def _is_avoided(self, choice: Choice, clip: int) -> bool:
+    return bool(choice.avoided) and self.names(choice.bucket, [clip])[0] in choice.avoided
 
   def by_file(self, choice: Choice, clips: Iterable[int]) -> dict[FileAt, list[int]]:
     """Returns the clips that are read together: those of one file at one frame rate."""
@@ -150,7 +155,7 @@ class Reading:
     # The rows of each clip: several if the batch is larger than its bucket.
     self._rows: dict[int, list[int]] = {}
     for row, first in self._lacking.items():
-      clip = self._source.usable(self._bucket, self._choice.permutation, first)
+      clip = self._source.usable(self._choice, first)
       self._rows.setdefault(clip, []).append(row)
     self._clips = self._source.by_file(self._choice, self._rows)
     self._running = {

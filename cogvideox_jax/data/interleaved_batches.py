@@ -50,10 +50,10 @@ class InterleavedBatches:
     """As `ClipBatches.iterate`."""
     return read_ahead(lambda k: self.start(k, rows), start)
 
-  def start(self, k: int, rows: RowsOf | None) -> Reading:
-    """Starts to decode batch k."""
+  def start(self, k: int, rows: RowsOf | None, avoided: frozenset[str] = frozenset()) -> Reading:
+    """As `ClipBatches.start`."""
     batches, own = self._place(k)
-    return batches.start(own, rows)
+    return batches.start(own, rows, avoided)
 
   def _images_before(self, k: int) -> int:
     return math.floor(k * self._share)

@@ -186,10 +186,14 @@ class Dataset:
     start = self._name_ends[clip - 1] if clip else 0
     return self._names[start : self._name_ends[clip]].tobytes().decode()
 
+  def file(self, clip: int) -> epath.Path:
+    """Returns the file that holds a clip."""
+    shard = int(np.searchsorted(np.cumsum(self._shard_lengths), clip, side="right"))
+    return self.directory / shard_name(shard, len(self._shard_lengths))
+
   def _damaged(self, clip: int, error: Exception) -> UserError:
     """Says which file is damaged, and how to mend it."""
-    shard = int(np.searchsorted(np.cumsum(self._shard_lengths), clip, side="right"))
-    path = self.directory / shard_name(shard, len(self._shard_lengths))
+    path = self.file(clip)
     reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
     return UserError(
       f"{path} is damaged: the clip {self.source(clip)!r} cannot be read.\n"

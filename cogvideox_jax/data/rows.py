@@ -87,12 +87,30 @@ class Rows:
     clips = epoch.clips[epoch.starts[row] : epoch.starts[row + 1]]
     return Row(number, self.clips[clips])
 
+  def without(self, index: int, avoided: frozenset[str]) -> Row:
+    """Returns row `index` without the clips of these names; the next row that has others if none.
+
+    Raises:
+      UserError: there are no other clips.
+    """
+    for number in range(index, index + self.per_epoch + 1):
+      row = self[number]
+      if not avoided:
+        return row
+      kept = [clip for clip in row.clips.tolist() if self.dataset.source(clip) not in avoided]
+      if kept:
+        return Row(row.epoch, np.array(kept, row.clips.dtype))
+    raise UserError(f"all clips of {self.dataset.directory} are avoided: they made steps bad")
+
   def read(self, index: int) -> Batch:
     """Reads row `index`, as a batch of one row."""
-    number, clips = self[index]
-    plan = self._epoch_plan(number)
+    return self.pack(self[index])
+
+  def pack(self, row: Row) -> Batch:
+    """Reads the clips of a row, as a batch of one row."""
+    plan = self._epoch_plan(row.epoch)
     return packing.pack(
-      [self._example(int(clip), plan) for clip in clips],
+      [self._example(int(clip), plan) for clip in row.clips],
       patch=self._patch,
       row_tokens=self.row_tokens,
       max_clips=self.max_clips,

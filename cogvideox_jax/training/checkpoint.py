@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -21,7 +22,7 @@ from cogvideox_jax.conversion import orbax, tensors
 from cogvideox_jax.data import digests
 from cogvideox_jax.data.digests import Described, UnusableError
 from cogvideox_jax.errors import UserError, remedy
-from cogvideox_jax.training import shard_digests
+from cogvideox_jax.training import guard, shard_digests
 from cogvideox_jax.training.state import TrainState
 from cogvideox_jax.types import Params
 from cogvideox_jax.version import name_writer
@@ -32,6 +33,7 @@ Arrays = dict[str, Any]  # Path -> array.
 # this: cutting small arrays took most of the time of a small save.
 MIN_SLICE_BYTES = 2**20
 UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders that Orbax is writing.
+GUARD = "guard/"  # Begins the paths of the arrays by which a training tells bad steps.
 STATE_FIELDS = {"ema": "ema", "raw": "params"}  # Name of the weights -> field of the state.
 
 
@@ -155,6 +157,20 @@ class Checkpoints:
         _set_aside(self._folder / str(step))
     return Restored(good, skipped) if good else None
 
+  def good(self) -> list[int]:
+    """Returns what `good_steps` finds in the first process, because others may see it later."""
+    return json.loads(hosts.each(json.dumps(good_steps(self._folder)))[0])
+
+  def drop_after(self, step: int) -> None:
+    """Renames the checkpoints of later steps, which a run that goes back takes again."""
+    self.wait()
+    hosts.wait("going back")
+    if hosts.is_first():
+      for later in good_steps(self._folder):
+        if later > step:
+          _set_aside(self._folder / str(later))
+    hosts.wait("went back")
+
   def _newest_good(self, abstract: TrainState) -> tuple[TrainState | None, dict[int, str]]:
     """Returns the newest state that can be used, and why newer checkpoints cannot, by step."""
     skipped: dict[int, str] = {}
@@ -237,14 +253,34 @@ def _load_state(path: epath.Path, abstract: TrainState) -> TrainState:
   """Loads a checkpoint; an UnusableError if its files or arrays are not as they were saved."""
   share = slice(jax.process_index(), None, jax.process_count())
   described, targets = _agreed(lambda: digests.read(path, share)), tensors.flatten(abstract)
+  # Earlier versions had no guard, which begins with this checkpoint then.
+  begins = [name for name in targets if name.startswith(GUARD) and name not in described]
+  missing = {name: targets.pop(name) for name in begins}
   shapes = {name: tuple(about["shape"]) for name, about in described.items()}
   wanted = {name: target.shape for name, target in targets.items()}
   names = sorted(shapes.keys() | wanted.keys())
   if odd := [name for name in names if shapes.get(name) != wanted.get(name)]:
     reason = f"its arrays are not this model's: {', '.join(odd[:3])} ({len(odd)} in all)"
     raise UnusableError(". ".join(filter(None, [reason, name_writer(digests.version(path))])))
-  arrays = _load(path, targets, described)
-  return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in targets])
+  arrays = _load(path, targets, described) | _begin_guard(missing)
+  names = tensors.flatten(abstract)
+  return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in names])
+
+
+def _begin_guard(targets: Arrays) -> Arrays:
+  """Returns the arrays of a guard that has seen no step, or none if there are no targets."""
+  if not targets:
+    return {}
+  watched = targets[f"{GUARD}recent"].shape[0]
+  first = tensors.flatten({"guard": guard.begin(watched)})
+  return {
+    name: jax.make_array_from_callback(target.shape, target.sharding, partial(_part, first[name]))
+    for name, target in targets.items()
+  }
+
+
+def _part(array: Any, index: Any) -> Any:
+  return np.asarray(array)[index]
 
 
 def _load(path: epath.Path, targets: Arrays, described: Described) -> Arrays:

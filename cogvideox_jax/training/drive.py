@@ -14,6 +14,7 @@ import jax
 from tqdm import tqdm
 
 from cogvideox_jax import hosts
+from cogvideox_jax.training.bad_steps import GoBackError
 from cogvideox_jax.training.metrics import Numbers, Recorder, Report
 from cogvideox_jax.training.session import Session
 from cogvideox_jax.training.state import TrainState
@@ -59,32 +60,43 @@ def take_steps(
 
   Raises:
     UserError: a metric is not finite, or a checkpoint could not be written.
+    GoBackError: so many steps in a row were skipped that the run must go back
+      (`Session.go_back`). The state's arrays are deleted.
   """
   begun = int(state.step)
   with tqdm(
     desc=report.name, initial=begun, total=report.steps, disable=not hosts.is_first()
   ) as bar:
     # Metrics need not be read late if the loop waits for each step.
-    recorder = Recorder(session.log, bar, report, lag=0 if session.waits else READ_AHEAD)
-    for step, batch in enumerate(batches, start=begun + 1):
-      session.stopping.ask()
-      state, metrics = take_step(state, batch)
-      if session.waits:
-        jax.block_until_ready(state)
-      due = [one for one in happenings if is_due(step, one.steps)]
-      measures = [one.do for one in due if one.measures]
-      recorder.add(step, metrics, partial(_measure, measures, step, state) if measures else None)
-      stops = session.stopping.is_due() or step == last
-      if stops or is_due(step, save_every):
-        recorder.drain()  # Checks that all metrics are finite before the state is saved.
-        session.checkpoints.save(step, state)
-      for one in due:
-        if not one.measures:
-          one.do(step, state)
-      session.checkpoints.check()
-      if stops:
-        break
-      recorder.restart_clock()
+    lag = 0 if session.waits else READ_AHEAD
+    recorder = Recorder(session.log, bar, report, lag=lag, judge=session.bad_steps.judge)
+    try:
+      for step, batch in enumerate(batches, start=begun + 1):
+        session.stopping.ask()
+        state, metrics = take_step(state, batch)
+        if session.waits:
+          jax.block_until_ready(state)
+        due = [one for one in happenings if is_due(step, one.steps)]
+        measures = [one.do for one in due if one.measures]
+        recorder.add(step, metrics, partial(_measure, measures, step, state) if measures else None)
+        stops = session.stopping.is_due() or step == last
+        if stops or is_due(step, save_every):
+          recorder.drain()  # Checks that all metrics are finite before the state is saved.
+          # A run that goes back must find a checkpoint of before the steps that were skipped.
+          if stops or not recorder.skipping:
+            session.checkpoints.save(step, state)
+        for one in due:
+          if not one.measures:
+            one.do(step, state)
+        session.checkpoints.check()
+        if stops:
+          break
+        recorder.restart_clock()
+    except GoBackError:
+      # An error keeps this frame, and so the state, while another one is restored.
+      for array in jax.tree.leaves(state.saved()):
+        array.delete()
+      raise
   return state
 
 

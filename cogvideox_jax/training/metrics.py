@@ -108,6 +108,15 @@ class Report(NamedTuple):
   describe: Callable[[int, float], Numbers] = _nothing  # (step, its seconds) -> numbers to log.
   labels: dict[str, str] = {}  # Texts that stand in each line of the log.
   clips: Callable[[int], list[str]] = lambda step: []  # The names of the clips of a step's batch.
+  batch: Callable[[int], int] = lambda step: step - 1  # Which batch of the data a step takes.
+  # The rows of a step's batch and the files that hold its clips, for events.
+  places: Callable[[int], dict[str, Any]] = lambda step: {}
+  stage: str = ""  # The stage that the steps belong to, and
+  start: int = 0  # the steps before it.
+
+
+# Takes a step, its metrics and the report, and returns whether the step was skipped.
+Judge = Callable[[int, Numbers, Report], bool]
 
 
 class Recorder:
@@ -116,8 +125,18 @@ class Recorder:
   Reading a metric waits for its step, so it is read `lag` steps later.
   """
 
-  def __init__(self, log: RunLog, bar: tqdm, report: Report, *, lag: int):
+  def __init__(
+    self,
+    log: RunLog,
+    bar: tqdm,
+    report: Report,
+    *,
+    lag: int,
+    judge: Judge = lambda step, numbers, report: False,
+  ):
+    self.skipping = False  # Whether the step that was read last was skipped.
     self._log, self._bar, self._report, self._lag = log, bar, report, lag
+    self._judge = judge
     self._waiting: deque[tuple[int, dict[str, jax.Array], Measure | None]] = deque()
     self._mark, self._seconds, self._steps = time.perf_counter(), 0.0, 0
 
@@ -144,9 +163,14 @@ class Recorder:
     numbers = {name: float(x) for name, x in metrics.items()}
     now = time.perf_counter()
     self._seconds, self._steps, self._mark = self._seconds + now - self._mark, self._steps + 1, now
+    self.skipping = self._judge(step, numbers, self._report)
+    if self.skipping:
+      numbers = {name: x for name, x in numbers.items() if math.isfinite(x)}
     self._check_finite(step, numbers)
     self._bar.update()
-    self._bar.set_postfix({name: f"{numbers[name]:.4f}" for name in self._report.shown})
+    self._bar.set_postfix(
+      {name: f"{numbers.get(name, math.nan):.4f}" for name in self._report.shown}
+    )
     if step % self._report.log_every == 0 or measure:
       self._write(step, numbers, measure() if measure else {})
       self.restart_clock()

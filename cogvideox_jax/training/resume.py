@@ -27,6 +27,7 @@ CONFIG_FILE, MIXTURE_FILE = "config.json", "mixture.json"
 FREE_KEYS = (
   "log_every",
   "checkpoint",
+  "guard",
   "preview",
   "mesh",
   "sharding",

@@ -8,8 +8,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cogvideox_jax import hosts
+from cogvideox_jax.config.safety_schema import NO_GUARD, GuardConfig
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.interrupts import Interrupts
+from cogvideox_jax.training.avoided import Avoided
+from cogvideox_jax.training.bad_steps import BadSteps, GoBackError
 from cogvideox_jax.training.checkpoint import Checkpoints
 from cogvideox_jax.training.metrics import RunLog
 from cogvideox_jax.training.state import NOTHING, TrainState, with_frozen
@@ -25,6 +28,7 @@ class Session(NamedTuple):
   log: RunLog
   stopping: Stopping
   waits: bool  # Whether each step is waited for: on CPU, programs of many devices can deadlock.
+  bad_steps: BadSteps  # Judges the steps that the guard skips.
 
   def begin(
     self,
@@ -48,9 +52,22 @@ class Session(NamedTuple):
       say(f"Passed over the checkpoint of step {step}: {reason}.")
     state = with_frozen(restored.state, frozen, like) if restored else create()
     step = int(state.step)
+    self.bad_steps.avoided.resume(step)
     self.log.event("resumed", step=step)
     say(f"resumed at step {step} of {steps}" if restored else f"new run, {steps} steps")
     return state
+
+  def go_back(self, bad: GoBackError) -> None:
+    """Makes the checkpoint before some skipped steps the newest; `begin` then goes on from it.
+
+    What made the steps bad is left out from now on.
+
+    Raises:
+      UserError: the run went back several times already and nothing helped, or there is nothing to
+        go back to; or a save has failed.
+    """
+    self.checkpoints.wait()
+    self.checkpoints.drop_after(self.bad_steps.plan_return(bad, self.checkpoints.good()))
 
   def lengthen(self, before: int, steps: int) -> None:
     """Says and logs that the training has more steps than before; nothing if it has not."""
@@ -76,7 +93,12 @@ class Session(NamedTuple):
 
 @contextmanager
 def opened(
-  workdir: epath.Path, *, keep: int, mesh: Mesh, check_lock: Callable[[], None] = lambda: None
+  workdir: epath.Path,
+  *,
+  keep: int,
+  mesh: Mesh,
+  check_lock: Callable[[], None] = lambda: None,
+  guard: GuardConfig = NO_GUARD,
 ) -> Iterator[Session]:
   """Opens the log and the checkpoints of a workdir. Ctrl-C and SIGTERM then ask to stop.
 
@@ -84,6 +106,7 @@ def opened(
     keep: how many checkpoints are kept, the newest.
     mesh: the mesh of the stage that the training goes on with.
     check_lock: raises if another run writes to the workdir. It is called before each save.
+    guard: what becomes of bad steps.
 
   Raises:
     UserError: the workdir cannot be written to; or, when it is left, the last save has failed.
@@ -103,7 +126,8 @@ def opened(
     Checkpoints(folder, keep=keep, on_saved=on_saved, before=check_lock) as checkpoints,
   ):
     waits = mesh.devices.flat[0].platform == "cpu"
-    yield Session(folder, checkpoints, log, Stopping(interrupts, mesh), waits)
+    bad_steps = BadSteps(log, Avoided(workdir), guard.in_a_row, say)
+    yield Session(folder, checkpoints, log, Stopping(interrupts, mesh), waits, bad_steps)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import shape_clips
 from cogvideox_jax.data.dataset_index import INDEX
+from cogvideox_jax.data.left_out import StagePlan
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.mixture import History
 from cogvideox_jax.data.records import Dataset, stage_folder
@@ -159,13 +160,15 @@ def make_loader(
   datasets: Mapping[str, Rows],
   history: History,
   mine: Sequence[int] | None = None,
+  plan: StagePlan | None = None,
 ) -> Loader:
   """Returns the batches of a stage.
 
   Args:
     mine: the rows of each batch that this host reads; None: all.
+    plan: which batches and clips are left out; None: nothing.
   """
-  return Loader(datasets, history, rows=config.stages[stage].rows, mine=mine)
+  return Loader(datasets, history, rows=config.stages[stage].rows, mine=mine, plan=plan)
 
 
 def dropped_caption(config: TrainConfig) -> DroppedCaption:

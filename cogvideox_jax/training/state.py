@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from cogvideox_jax import sharding
+from cogvideox_jax.training.guard import IN_A_ROW, SKIPPED, Guard, GuardState
 from cogvideox_jax.types import Params
 from cogvideox_jax.xla import options_to_draw
 
@@ -24,11 +25,12 @@ class TrainState(NamedTuple):
   A checkpoint holds everything except `frozen`.
   """
 
-  step: Int[Array, ""]  # Updates done.
+  step: Int[Array, ""]  # Steps taken; each is one update, unless the guard skipped it.
   params: Params  # The trained parameters, as fp32 masters.
   opt_state: Any  # The optimizer's state; if there are several, their states by name.
   ema: Params  # The moving average of `params`, or of a subtree, which is sampled from.
   frozen: Params = NOTHING  # Parameters that are only read: no gradient, moment or average.
+  guard: GuardState | Params = NOTHING  # What tells bad steps; nothing if there is no guard.
 
   def saved(self) -> "TrainState":
     """Returns the state without its frozen parameters, which a checkpoint leaves out."""
@@ -46,6 +48,7 @@ class Updates(NamedTuple):
   optimizer: Optimizer
   ema_decay: float  # The decay that the moving average reaches.
   averaged: Callable[[Params], Params] = everything  # Picks the parameters that are averaged.
+  guard: Guard | None = None  # Tells which steps change nothing.
 
   def begin(self, params: Params, frozen: Params = NOTHING) -> TrainState:
     """Returns the state before the first update. The average starts at the weights.
@@ -53,7 +56,8 @@ class Updates(NamedTuple):
     The average gets buffers of its own, because a step must not be given one buffer twice.
     """
     ema = jax.tree.map(jnp.copy, self.averaged(params))
-    return TrainState(jnp.int32(0), params, self.moments(params), ema, frozen)
+    guard = self.guard.begin() if self.guard else NOTHING
+    return TrainState(jnp.int32(0), params, self.moments(params), ema, frozen, guard)
 
   def moments(self, params: Params) -> Any:
     """Returns the state of the optimizer, or of each optimizer by name, before any update."""
@@ -77,7 +81,41 @@ class Updates(NamedTuple):
     else:
       params, opt_state = _move(self.optimizer, grads, state.opt_state, state.params)
     ema = average(state.ema, self.averaged(params), state.step, self.ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema, state.frozen)
+    return TrainState(state.step + 1, params, opt_state, ema, state.frozen, state.guard)
+
+  def apply_unless_bad(
+    self, state: TrainState, grads: Params, metrics: Params
+  ) -> tuple[TrainState, Params]:
+    """Returns the state after a step, whose update is done unless the guard finds it bad.
+
+    A step that is skipped changes the number of the step and what the guard remembers, but neither
+    parameters nor moments nor their average, of any optimizer.
+
+    Args:
+      metrics: those of the step, by which the guard decides.
+
+    Returns:
+      The state, and the metrics with those of the guard.
+    """
+    if self.guard is None or not self.guard.acts:
+      return self.apply(state, grads), metrics
+    assert isinstance(state.guard, GuardState)
+    good = self.guard.is_good(state.guard, metrics)
+    # A branch, because a select would be compiled into the update and change how it rounds.
+    moved = jax.lax.cond(good, self.apply, _skip, state.saved(), grads)
+    guard = self.guard.after(state.guard, metrics, good)
+    moved = moved._replace(frozen=state.frozen, guard=guard)
+    return moved, {**metrics, SKIPPED: guard.skipped, IN_A_ROW: guard.in_a_row}
+
+
+def _skip(state: TrainState, grads: Params) -> TrainState:
+  """Returns the state after a step that is not done."""
+  return state._replace(step=state.step + 1)
+
+
+def updates_done(state: TrainState) -> Int[Array, ""]:
+  """Returns how many steps have updated the weights: all but those that the guard skipped."""
+  return state.step - state.guard.skipped if isinstance(state.guard, GuardState) else state.step
 
 
 def _move(

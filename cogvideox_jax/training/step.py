@@ -20,7 +20,7 @@ from cogvideox_jax.diffusion.objective import (
 )
 from cogvideox_jax.models.dit import timestep_sinusoid
 from cogvideox_jax.training.accumulation import sum_over
-from cogvideox_jax.training.state import TrainState, Updates
+from cogvideox_jax.training.state import TrainState, Updates, updates_done
 from cogvideox_jax.types import Batch, Params
 
 
@@ -58,7 +58,7 @@ def train_step(
     learning_rate: the schedule that the optimizer follows, for the metrics.
 
   Returns:
-    The next state; loss, grad_norm (before clipping) and learning_rate.
+    The next state; loss, grad_norm (before clipping), learning_rate and the guard's metrics.
   """
   timestep_key, latent_key = jax.random.split(jax.random.fold_in(key, state.step))
   timed = draw_timesteps(objective, batch, timestep_key)
@@ -76,9 +76,9 @@ def train_step(
   metrics = {
     "loss": total,
     "grad_norm": optax.tree.norm(grads),
-    "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+    "learning_rate": jnp.asarray(learning_rate(updates_done(state)), jnp.float32),
   }
-  return updates.apply(state, grads), metrics
+  return updates.apply_unless_bad(state, grads, metrics)
 
 
 def validation_step(

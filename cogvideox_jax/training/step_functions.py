@@ -20,6 +20,7 @@ from cogvideox_jax.models.dit_config import DiTConfig
 from cogvideox_jax.models.graphs import compute_dtype, graph_of
 from cogvideox_jax.sharded_attention import shard_attention
 from cogvideox_jax.training import components, initial_weights, stages, state
+from cogvideox_jax.training.guard import Guard
 from cogvideox_jax.training.state import TrainState, Updates
 from cogvideox_jax.training.step import Accumulation, Network, train_step, validation_step
 from cogvideox_jax.types import Params
@@ -49,7 +50,12 @@ def make_functions(config: TrainConfig, stage: str, mesh: Mesh, rules: sharding.
     model.width,
     shard_attention(attention_for(device), mesh, rules),
   )
-  updates = Updates(stages.make_optimizer(config, stage), config.optimizer.ema_decay)
+  watched = {"loss": 0.0, "grad_norm": config.optimizer.clip_norm}
+  updates = Updates(
+    stages.make_optimizer(config, stage),
+    config.optimizer.ema_decay,
+    guard=Guard(watched, config.guard.spike, acts=config.guard.in_a_row > 0),
+  )
   draw = partial(_draw_params, model)
   shapes = jax.eval_shape(draw, jax.random.key(0))
   abstract = state.abstract(shapes, updates, mesh, rules)

@@ -20,6 +20,7 @@ from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.conversion.folder import open_model
 from cogvideox_jax.data import mixture
 from cogvideox_jax.data.files import disk_errors
+from cogvideox_jax.data.left_out import StagePlan
 from cogvideox_jax.data.loader import Loader
 from cogvideox_jax.data.records import Dataset
 from cogvideox_jax.data.rows import DroppedCaption, EmptySplitError, Rows
@@ -37,6 +38,7 @@ from cogvideox_jax.training import (
   stages,
   step_functions,
 )
+from cogvideox_jax.training.bad_steps import GoBackError
 from cogvideox_jax.training.drive import Every
 from cogvideox_jax.training.metrics import Numbers, Report
 from cogvideox_jax.training.preview import Previewer
@@ -82,7 +84,11 @@ def _train(config: TrainConfig, workdir: epath.Path, check_lock: Callable[[], No
     if hosts.is_first():
       resume.store(workdir, config, run.data_digests)
   with opened(
-    workdir, keep=config.checkpoint.keep, mesh=run.mesh, check_lock=check_lock
+    workdir,
+    keep=config.checkpoint.keep,
+    mesh=run.mesh,
+    check_lock=check_lock,
+    guard=config.guard,
   ) as session:
     session.lengthen(steps_before, config.train.steps)
     return session.end(run.go(session), steps=config.train.steps)
@@ -131,19 +137,28 @@ class Run:
 
   def go(self, session: Session) -> int:
     """Takes the remaining steps until a signal comes, and returns the number of the last one."""
-    functions = self._prepare(self._next).functions
-    state = session.begin(
-      functions.abstract, partial(functions.create, self._create_key), steps=self._steps
-    )
+    state = self._begin(session)
     while (step := int(state.step)) < self._steps:
       stage = stages.going_on_at(self._plan, step)
       if step == stage.start > 0:
         session.log.event("stage", step=step, stage=stage.name)
         say(f"stage {stage.name}, to step {stage.end}")
-      state = self._prepare(stage).go(state, session)
+      try:
+        state = self._prepare(stage).go(state, session)
+      except GoBackError as bad:
+        session.go_back(bad)
+        self._next = stage
+        state = self._begin(session)
       if session.stopping.exit_code is not None:
         return int(state.step)
     return step
+
+  def _begin(self, session: Session) -> TrainState:
+    """Returns the state to go on from, on the mesh of the stage that it continues with."""
+    functions = self._prepare(self._next).functions
+    return session.begin(
+      functions.abstract, partial(functions.create, self._create_key), steps=self._steps
+    )
 
   def _prepare(self, stage: Stage) -> "StageRun":
     """Returns the run of a stage, which is made once."""
@@ -197,6 +212,7 @@ class StageRun:
       self._held_out_batches = min(
         config.validation.batches, -(-sum(sizes.values()) // self._settings.rows)
       )
+    self._programs: Programs | None = None
     _, self._train_key, self._validation_key = _keys(config)
 
   def _held_out_rows(
@@ -230,18 +246,20 @@ class StageRun:
     state = stages.enter(config, stage, state, self.functions.abstract)
     done = int(state.step) - stage.start
     weights = stage_data.weights(config, stage.name)
-    history = resume.go_on_mixing(self._workdir, stage.name, weights, done * self._settings.rows)
-    loader = stage_data.make_loader(config, stage.name, self._datasets, history, self._mine)
+    plan = session.bad_steps.avoided.stage(stage.name)
+    row = plan.batch(done) * self._settings.rows
+    history = resume.go_on_mixing(self._workdir, stage.name, weights, row)
+    loader = stage_data.make_loader(config, stage.name, self._datasets, history, self._mine, plan)
     with closing(loader.iterate(done)) as rows:
       batches = drive.read_ahead(rows, self._assemble)
       first = next(batches)
-      programs = self._compile(state, first)
+      programs = self._programs = self._programs or self._compile(state, first)
       return drive.take_steps(
         state,
         itertools.chain([first], batches),
         lambda state, batch: programs.train(state, batch, self._train_key),
         session,
-        self._report(loader),
+        self._report(loader, plan),
         last=stage.end,
         save_every=config.checkpoint.every,
         happenings=self._happenings(programs),
@@ -300,7 +318,7 @@ class StageRun:
     points = np.array(VALIDATION_POINTS) * self._config.noise.steps
     return self._validation_key, points.astype(np.int32)
 
-  def _report(self, loader: Loader) -> Report:
+  def _report(self, loader: Loader, plan: StagePlan) -> Report:
     """Describes the stage's steps for the log."""
     tokens = self._settings.rows * self._settings.row_tokens  # Tokens of a batch, with padding.
     first = self._stage.start + 1  # The step that takes the loader's first batch.
@@ -317,6 +335,13 @@ class StageRun:
       describe=describe,
       labels={"stage": self._stage.name},
       clips=lambda step: loader.clips(step - first),
+      batch=lambda step: plan.batch(step - first),
+      places=lambda step: {
+        "rows": [*loader.all_rows_of(step - first)],
+        "files": loader.files(step - first),
+      },
+      stage=self._stage.name,
+      start=self._stage.start,
     )
 
   def _assemble(self, batch: Batch) -> Batch:

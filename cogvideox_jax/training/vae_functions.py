@@ -20,6 +20,7 @@ from cogvideox_jax.models.lpips import abstract_params, lpips
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.sharded_vae import share_clips
 from cogvideox_jax.training import optimizer, state, vae_initial, vae_stages
+from cogvideox_jax.training.guard import Guard
 from cogvideox_jax.training.state import NOTHING, TrainState, Updates
 from cogvideox_jax.training.step_functions import Functions
 from cogvideox_jax.training.vae_losses import LossWeights, Perceptual
@@ -146,13 +147,24 @@ def adversary_of(config: VAETrainConfig) -> Adversary:
 
 
 def _updates(config: VAETrainConfig, stage: VAEStage) -> Updates:
-  """Returns what moves each network. Only the VAE is averaged."""
+  """Returns what moves each network. Only the VAE is averaged.
+
+  One guard decides for both. It does not watch the whole loss, whose adversarial term may have any
+  sign and changes with the discriminator.
+  """
   optimizers = {
     VAE_NAME: optimizer.make_optimizer(config.optimizer, vae_stages.learning_rate(config, stage))
   }
   if vae_stages.has_adversary(config):
     optimizers[DISCRIMINATOR] = _discriminator_optimizer(config)
-  return Updates(optimizers, config.optimizer.ema_decay, averaged=lambda params: params[VAE_NAME])
+  norms = ("grad_norm", "discriminator_grad_norm")[: len(optimizers)]
+  watched = {"l1": 0.0, **dict.fromkeys(norms, config.optimizer.clip_norm)}
+  return Updates(
+    optimizers,
+    config.optimizer.ema_decay,
+    averaged=lambda params: params[VAE_NAME],
+    guard=Guard(watched, config.guard.spike, acts=config.guard.in_a_row > 0),
+  )
 
 
 def _discriminator_optimizer(config: VAETrainConfig) -> optax.GradientTransformation:

@@ -21,6 +21,7 @@ from cogvideox_jax.config.checks import check_values
 from cogvideox_jax.config.vae_schema import VAETrainConfig
 from cogvideox_jax.data.decoding import Decoders
 from cogvideox_jax.data.files import disk_errors
+from cogvideox_jax.data.planned_batches import PlannedBatches
 from cogvideox_jax.errors import UserError
 from cogvideox_jax.exclusive import exclusive
 from cogvideox_jax.training import (
@@ -32,6 +33,7 @@ from cogvideox_jax.training import (
   vae_clips,
   vae_stages,
 )
+from cogvideox_jax.training.bad_steps import GoBackError
 from cogvideox_jax.training.drive import Every
 from cogvideox_jax.training.metrics import Numbers, Report
 from cogvideox_jax.training.session import Session, opened, say
@@ -84,7 +86,11 @@ def _train(config: VAETrainConfig, workdir: epath.Path, check_lock: Callable[[],
       if hosts.is_first():
         resume.store(workdir, config, run.data_digests)
     with opened(
-      workdir, keep=config.checkpoint.keep, mesh=run.mesh, check_lock=check_lock
+      workdir,
+      keep=config.checkpoint.keep,
+      mesh=run.mesh,
+      check_lock=check_lock,
+      guard=config.guard,
     ) as session:
       session.lengthen(steps_before, config.train.steps)
       state = run.go(session)
@@ -135,22 +141,31 @@ class Run:
 
   def go(self, session: Session) -> TrainState:
     """Takes the remaining steps until a signal comes; the last one is saved."""
-    functions, steps = self._stages[0].functions, self._config.train.steps
-    state = session.begin(
-      functions.abstract,
-      lambda: functions.create(self._create_key),
-      steps=steps,
-      frozen=self._frozen,
-    )
-    for run in self._stages:
+    state = self._begin(session, self._stages[0])
+    while (step := int(state.step)) < self._config.train.steps:
+      run = next(run for run in self._stages if step < run.stage.stage.end)
       stage = run.stage.stage
-      if int(state.step) == stage.start > 0:
+      if step == stage.start > 0:
         session.log.event("stage", step=stage.start, stage=stage.name)
         say(f"stage {stage.name}, to step {stage.end}")
-      state = run.go(state, session)
+      try:
+        state = run.go(state, session)
+      except GoBackError as bad:
+        session.go_back(bad)
+        state = self._begin(session, run)
       if session.stopping.exit_code is not None:
         break
     return state
+
+  def _begin(self, session: Session, run: "StageRun") -> TrainState:
+    """Returns the state to go on from, on the mesh of a stage."""
+    functions = run.functions
+    return session.begin(
+      functions.abstract,
+      lambda: functions.create(self._create_key),
+      steps=self._config.train.steps,
+      frozen=self._frozen,
+    )
 
   def export(self, state: TrainState) -> None:
     """Writes the averaged weights as a VAE in diffusers' layout."""
@@ -194,24 +209,24 @@ class StageRun:
     if clips.held_out.num_clips:
       self._held_out = vae_clips.batches(config, stage, clips.held_out, decoders)
     self._measure = jax.jit(self.functions.validate)
+    self._take_step = self._steps()
 
   def go(self, state: TrainState, session: Session) -> TrainState:
     """Takes the stage's remaining steps until a signal comes; the last one is saved."""
     config, stage = self._config, self.stage.stage
     state = stages.moved(state, self.functions.abstract)
     done = int(state.step) - stage.start
-    if done == stage.steps:
-      return state
-    take_step = self._steps()
-    with closing(self._train.iterate(done, self._rows_here)) as frames:
-      clips = (self._train.sizes_of(k).clips for k in itertools.count(done))
+    plan = session.bad_steps.avoided.stage(stage.name)
+    planned = PlannedBatches(self._train, plan)
+    with closing(planned.iterate(done, self._rows_here)) as frames:
+      clips = (planned.sizes_of(k).clips for k in itertools.count(done))
       batches = zip(itertools.count(int(state.step)), clips, frames, strict=False)
       return drive.take_steps(
         state,
         drive.read_ahead(batches, lambda batch: (batch[0], self._assemble(*batch[1:]))),
-        take_step,
+        self._take_step,
         session,
-        self._report(),
+        self._report(planned),
         last=stage.end,
         save_every=config.checkpoint.every,
         happenings=self._happenings(),
@@ -270,9 +285,9 @@ class StageRun:
       for name in found[0]
     }
 
-  def _report(self) -> Report:
+  def _report(self, batches: PlannedBatches) -> Report:
     """Describes the stage's steps for the log."""
-    config, batches, first = self._config, self._train, self.stage.stage.start + 1
+    config, first = self._config, self.stage.stage.start + 1
 
     def describe(step: int, seconds: float) -> Numbers:
       size = batches.sizes_of(step - first)
@@ -287,6 +302,13 @@ class StageRun:
       describe=describe,
       labels={"stage": self.stage.stage.name} if config.stages else {},
       clips=lambda step: batches.clips(step - first),
+      batch=lambda step: batches.number(step - first),
+      places=lambda step: {
+        "rows": [*range(batches.sizes_of(step - first).clips)],
+        "files": sorted(set(batches.clips(step - first))),
+      },
+      stage=self.stage.stage.name,
+      start=self.stage.stage.start,
     )
 
   def _rows_here(self, clips: int) -> tuple[int, ...]:

@@ -143,7 +143,8 @@ def reconstruct_step(
     key: of the run; the number of the step is folded in.
 
   Returns:
-    The next state; the terms of the loss, psnr in dB, and grad_norm before clipping.
+    The next state; the terms of the loss, psnr in dB, grad_norm before clipping, and the guard's
+    metrics.
   """
   frozen = network.gather(state.frozen)
 
@@ -154,7 +155,7 @@ def reconstruct_step(
     return Sums(metrics, network.pin({VAE_NAME: pull(cotangent)}), {})
 
   sums = _mean_over(gradients, network, frames, _keys_of(key, state, frames))
-  return updates.apply(state, sums.grads), _described(sums.metrics, sums.grads)
+  return updates.apply_unless_bad(state, sums.grads, _described(sums.metrics, sums.grads))
 
 
 def adversarial_step(
@@ -213,7 +214,7 @@ def adversarial_step(
   metrics["generator_weight"] = weight
   metrics["loss"] += weight * metrics["generator"]
   metrics["discriminator_grad_norm"] = optax.tree.norm(grads[DISCRIMINATOR])
-  return updates.apply(state, grads), metrics
+  return updates.apply_unless_bad(state, grads, metrics)
 
 
 def validation_metrics(
