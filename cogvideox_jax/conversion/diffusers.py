@@ -26,7 +26,7 @@ from cogvideox_jax.conversion.components import (
   TRANSFORMER,
   Component,
 )
-from cogvideox_jax.conversion.safetensors_file import SafetensorsFiles
+from cogvideox_jax.conversion.safetensors_file import SafetensorsFiles, plain_name
 from cogvideox_jax.conversion.tensors import Tensors
 from cogvideox_jax.data.files import new_draft
 from cogvideox_jax.data.tokenizer import Tokenizer
@@ -132,7 +132,11 @@ def _weight_files(folder: epath.PathLike, stem: str) -> list[epath.Path]:
     files = _numbered(folder, stem) or [folder / f"{stem}.safetensors"]
   elif found.suffix == ".json":
     fields, where = read_fields(folder, found.name)
-    files = [folder / name for name in sorted(set(fields.get("weight_map", {}).values()))]
+    named = fields.get("weight_map", {})
+    if not isinstance(named, dict):
+      raise UserError(f"{found} is damaged: its weight_map is no object; fetch it again.")
+    names = {plain_name(name, found) for name in named.values()}
+    files = [folder / name for name in sorted(names)]
   else:
     files = [found]
   missing = [file.name for file in files if not file.exists()]
@@ -169,7 +173,7 @@ def read_fields(folder: epath.PathLike, name: str) -> tuple[dict[str, Any], str]
     raise UserError(f"There is no {path}.\nIs {folder} a folder of a diffusers model?")
   try:
     fields = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
     raise UserError(f"{path} is not JSON ({error}); fetch it again.") from error
   if not isinstance(fields, dict):
     raise UserError(f"{path} must hold one JSON object.")

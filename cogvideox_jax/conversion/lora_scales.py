@@ -37,7 +37,7 @@ def parsed(text: str, what: str) -> dict[str, Any]:
   """
   try:
     fields = json.loads(text)
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, RecursionError) as error:
     raise UserError(f"{what} is not JSON ({error}): the file is damaged; save it again.") from error
   if not isinstance(fields, dict):
     raise UserError(f"{what} must be one JSON object, not {text[:40]!r}.")

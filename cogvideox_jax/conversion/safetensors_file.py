@@ -121,6 +121,20 @@ class _File:
       return length, json.loads(file.read(length))
 
 
+def plain_name(name: Any, index: epath.PathLike) -> str:
+  """Returns the name of a file that an index lists, if it is one beside the index.
+
+  Raises:
+    UserError: it is no name, or one that leads out of the index's folder.
+  """
+  if not isinstance(name, str) or not name or "/" in name or "\\" in name or name in (".", ".."):
+    raise UserError(
+      f"{index} names {str(name)[:100]!r}, which is no file beside it.\n"
+      "Do not use this model: an index that leads out of its folder is damaged or malicious."
+    )
+  return name
+
+
 def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
   """The header of a file with these tensors, in this order."""
   entries: dict[str, object] = {"__metadata__": dict(metadata)}

@@ -52,6 +52,8 @@ NUMPY = [
 
 def load(source: Path):
   """What a .pt file holds, by torch's restricted loader; files of before torch 1.6, too."""
+  if zipfile.is_zipfile(source):
+    _check_stored(source)
   try:
     with torch.serialization.safe_globals(NUMPY):
       return torch.load(
@@ -68,6 +70,21 @@ def load(source: Path):
   except (RuntimeError, EOFError, KeyError) as error:
     reason = (str(error).splitlines() or ["the file ends too early"])[0]
     raise SystemExit(f"it is damaged or no file of torch's ({reason})") from error
+
+
+def _check_stored(source: Path) -> None:
+  """Refuses a zip archive with compressed entries, which may unpack to more than memory holds."""
+  try:
+    with zipfile.ZipFile(source) as archive:
+      entries = archive.infolist()
+  except zipfile.BadZipFile as error:
+    raise SystemExit(f"it is damaged or no file of torch's ({error})") from error
+  size = source.stat().st_size
+  if any(
+    one.compress_type != zipfile.ZIP_STORED or one.file_size > size or one.compress_size > size
+    for one in entries
+  ):
+    raise SystemExit("it holds compressed entries, which torch does not write: do not use it")
 
 
 def read(source: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from cogvideox_jax.conversion import torch_files
-from cogvideox_jax.conversion.safetensors_file import SafetensorsFiles
+from cogvideox_jax.conversion.safetensors_file import SafetensorsFiles, plain_name
 from cogvideox_jax.errors import UserError
 
 STEMS = ("diffusion_pytorch_model", "pytorch_model")  # The names in diffusers, in transformers.
@@ -38,9 +38,9 @@ def find(folder: epath.Path) -> list[epath.Path]:
 def _named_by(index: epath.Path) -> list[epath.Path]:
   try:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(f"{index} is damaged; fetch it again.") from error
-  files = [index.parent / name for name in names]
+  files = [index.parent / plain_name(name, index) for name in names]
   if missing := [file.name for file in files if not file.exists()]:
     raise UserError(f"{index} names {missing[0]}, which is not there; fetch the folder again.")
   return files
