@@ -1,7 +1,7 @@
 """What all commands share: flags, exit codes, and plain messages for mistakes of users.
 
 Exit codes: 0 success; 1 the answer is no; 2 a mistake of the user, explained on stderr; 83
-preempted after a save; 84 another process of the job died; 130 interrupted.
+preempted after a save; 84 another process of the job died; 85 a training hung; 130 interrupted.
 """
 
 import contextlib

@@ -3,8 +3,9 @@
 import errno
 import os
 
-# The command line or a file is wrong; SIGTERM came; another process of the job died; Ctrl-C.
-USER_ERROR, PREEMPTED, PEER_DIED, INTERRUPTED = 2, 83, 84, 130
+# The command line or a file is wrong; SIGTERM came; another process of the job died; nothing went
+# on for long; Ctrl-C.
+USER_ERROR, PREEMPTED, PEER_DIED, HUNG, INTERRUPTED = 2, 83, 84, 85, 130
 
 
 class UserError(Exception):

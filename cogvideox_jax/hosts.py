@@ -19,7 +19,9 @@ from cogvideox_jax.errors import UserError
 
 NO_CLUSTER = "coordinator_address should be defined"  # JAX's error where there is no cluster.
 FIRST_WORD = 8.0  # Seconds of waiting for other processes, after which a process says so.
-HEARTBEAT = 30  # Seconds without a sign of life of a process, after which JAX ends the others.
+# Seconds without a sign of life of a process, after which JAX aborts the others. It is longer than
+# peers.SILENCE, so that they say why they end.
+HEARTBEAT = 60
 # One of these stands in the errors that JAX raises when another process of the job is gone.
 SIGNS_OF_LOSS = ("Gloo", "oordination service", "heartbeat", "Connection closed by peer")
 TEXT_BYTES = 1024  # Texts are exchanged in buffers of a multiple of this.

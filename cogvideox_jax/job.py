@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 
-from cogvideox_jax import command, hosts
+from cogvideox_jax import command, hosts, peers
 from cogvideox_jax.devices import open_devices
 from cogvideox_jax.errors import PEER_DIED
 
@@ -40,16 +40,19 @@ def joined(folder: str = "") -> Iterator[None]:
   Several processes keep compiled programs in the job's folder, if it has one: all see it.
 
   A process that fails exits at once, with the exit code that it would have alone. Python's own exit
-  would wait for the other processes, which wait for this one. They then exit with PEER_DIED, or JAX
-  ends them.
+  would wait for the other processes, which wait for this one. They then exit with PEER_DIED, as
+  they do if a process is stopped or its host dies (peers.py).
   """
   hosts.join(hosts.Group(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value))
   open_devices()
   if folder and jax.process_count() > 1:
     command.share_programs(folder)
+  watched = peers.watch()
   try:
     with command.user_mistakes():
       yield
+    if watched:
+      watched.end()
   except BaseException as error:
     if jax.process_count() == 1:
       raise

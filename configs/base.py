@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
   config.log_every = 10
   config.checkpoint = ConfigDict({"every": 1000, "keep": 3})
   config.guard = ConfigDict({"in_a_row": 5, "spike": 20.0})
+  config.watchdog = ConfigDict({"seconds": 1800.0})
   config.validation = ConfigDict({"every": 1000, "batches": 4})
   config.preview = _preview()
   return config.lock()

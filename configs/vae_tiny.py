@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
   config.log_every = 20
   config.checkpoint = ConfigDict({"every": 500, "keep": 2})
   config.guard = ConfigDict({"in_a_row": 5, "spike": 20.0})
+  config.watchdog = ConfigDict({"seconds": 1800.0})
   config.validation = ConfigDict({"every": 500, "batches": 8})
   config.preview = ConfigDict({"every": 500})
   return config.lock()

@@ -13,7 +13,7 @@ PACKAGE = "cogvideox_jax"
 # From the bottom up. What stands on one line may not import one another, except within a folder.
 LAYERS = (
   ("errors", "types", "config_keys", "version"),
-  ("sharding", "hosts", "interrupts", "devices", "paths", "streams", "xla"),
+  ("sharding", "hosts", "peers", "interrupts", "devices", "paths", "streams", "xla"),
   ("compiled_programs",),
   ("sharded_attention", "data", "models", "diffusion"),
   ("conversion", "sharded_vae"),

@@ -30,3 +30,20 @@ class GuardConfig:
 
 # What versions did that had no guard.
 NO_GUARD = GuardConfig(in_a_row=0, spike=0.0)
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+  """When a training counts as hung."""
+
+  seconds: float = field(
+    metadata=key(
+      "Seconds that one step, batch, save, validation or compilation may take. After that the "
+      "process says what it waits for and ends with exit code 85. 0: it waits for ever.",
+      allowed=AT_LEAST_ZERO,
+    )
+  )
+
+
+# What versions did that had no watchdog.
+NO_WATCHDOG = WatchdogConfig(seconds=0.0)

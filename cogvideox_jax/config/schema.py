@@ -26,7 +26,7 @@ from cogvideox_jax.config.run_schema import (
   PreviewConfig,
   ValidationConfig,
 )
-from cogvideox_jax.config.safety_schema import NO_GUARD, GuardConfig
+from cogvideox_jax.config.safety_schema import NO_GUARD, NO_WATCHDOG, GuardConfig, WatchdogConfig
 from cogvideox_jax.config.schedule_schema import OptimizerConfig, ScheduleConfig
 from cogvideox_jax.config_keys import SEED, key
 from cogvideox_jax.conversion.folder import SHIPPED
@@ -124,5 +124,6 @@ class TrainConfig:
   log_every: int = field(metadata=key("Updates from metrics line to metrics line."))
   checkpoint: CheckpointConfig = field(metadata=key("When to save."))
   guard: GuardConfig = field(default=NO_GUARD, metadata=key("What becomes of bad steps."))
+  watchdog: WatchdogConfig = field(default=NO_WATCHDOG, metadata=key("When a training hangs."))
   validation: ValidationConfig = field(metadata=key("The loss on held-out clips."))
   preview: PreviewConfig = field(metadata=key("Videos sampled during training."))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cogvideox_jax import sharding
 from cogvideox_jax.config.data_schema import DURATIONS, SIZES
 from cogvideox_jax.config.run_schema import CheckpointConfig, MeshConfig, ValidationConfig
-from cogvideox_jax.config.safety_schema import NO_GUARD, GuardConfig
+from cogvideox_jax.config.safety_schema import NO_GUARD, NO_WATCHDOG, GuardConfig, WatchdogConfig
 from cogvideox_jax.config.schedule_schema import UPDATES, OptimizerConfig
 from cogvideox_jax.config_keys import AT_LEAST_ZERO, FRACTION, SEED, Range, key
 from cogvideox_jax.conversion.folder import SHIPPED
@@ -289,6 +289,7 @@ class VAETrainConfig:
   log_every: int = field(metadata=key("Updates from metrics line to metrics line."))
   checkpoint: CheckpointConfig = field(metadata=key("When to save."))
   guard: GuardConfig = field(default=NO_GUARD, metadata=key("What becomes of bad steps."))
+  watchdog: WatchdogConfig = field(default=NO_WATCHDOG, metadata=key("When a training hangs."))
   validation: ValidationConfig = field(
     default=ValidationConfig(every=0, batches=1), metadata=key("The loss on held-out clips.")
   )

@@ -5,6 +5,7 @@ ahead, reads metrics late so that the device never waits for the host, saves onl
 known to be finite, notices failed saves, stops on request, and keeps clocks and progress.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from cogvideox_jax import hosts
 from cogvideox_jax.training.bad_steps import GoBackError
 from cogvideox_jax.training.metrics import Numbers, Recorder, Report
+from cogvideox_jax.training.phases import DATA, MEASURE, SAVE, STEP, Phases
 from cogvideox_jax.training.session import Session
 from cogvideox_jax.training.state import TrainState
 
@@ -71,26 +73,34 @@ def take_steps(
     lag = 0 if session.waits else READ_AHEAD
     recorder = Recorder(session.log, bar, report, lag=lag, judge=session.bad_steps.judge)
     try:
-      for step, batch in enumerate(batches, start=begun + 1):
+      for step, batch in _awaited(batches, begun + 1, session.phases):
         session.stopping.ask()
         state, metrics = take_step(state, batch)
         if session.waits:
           jax.block_until_ready(state)
         due = [one for one in happenings if is_due(step, one.steps)]
         measures = [one.do for one in due if one.measures]
-        recorder.add(step, metrics, partial(_measure, measures, step, state) if measures else None)
+        recorder.add(
+          step,
+          metrics,
+          partial(_measure, measures, step, state, session.phases) if measures else None,
+        )
         stops = session.stopping.is_due() or step == last
         if stops or is_due(step, save_every):
           recorder.drain()  # Checks that all metrics are finite before the state is saved.
           # A run that goes back must find a checkpoint of before the steps that were skipped.
           if stops or not recorder.skipping:
+            session.phases.enter(SAVE, step)
+            session.timeline.note(step, now=True)
             session.checkpoints.save(step, state)
         for one in due:
           if not one.measures:
+            session.phases.enter(MEASURE, step)
             one.do(step, state)
         session.checkpoints.check()
         if stops:
           break
+        session.timeline.note(step)
         recorder.restart_clock()
     except GoBackError:
       # An error keeps this frame, and so the state, while another one is restored.
@@ -114,13 +124,31 @@ def read_ahead(batches: Iterator[T], put: Callable[[T], Any]) -> Iterator[Any]:
   yield from waiting
 
 
+def _awaited(batches: Iterator[T], first: int, phases: Phases) -> Iterator[tuple[int, T]]:
+  """Yields the batches with the numbers of their steps, and says when they are waited for."""
+  for step in itertools.count(first):
+    phases.enter(DATA, step)
+    try:
+      batch = next(batches)
+    except StopIteration:
+      return
+    phases.enter(STEP, step)
+    yield step, batch
+
+
 def is_due(step: int, every: int) -> bool:
   """Returns whether `step` is a multiple of `every`; false if `every` is 0, which means never."""
   return every > 0 and step % every == 0
 
 
 def _measure(
-  measures: Sequence[Callable[[int, TrainState], Numbers | None]], step: int, state: TrainState
+  measures: Sequence[Callable[[int, TrainState], Numbers | None]],
+  step: int,
+  state: TrainState,
+  phases: Phases,
 ) -> Numbers:
   """Returns the numbers of all measures at a step, joined."""
-  return {name: x for measure in measures for name, x in (measure(step, state) or {}).items()}
+  phases.enter(MEASURE, step)
+  found = {name: x for measure in measures for name, x in (measure(step, state) or {}).items()}
+  phases.enter(STEP, step)
+  return found

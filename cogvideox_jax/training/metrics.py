@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cogvideox_jax.errors import UserError
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, TIMELINE = "metrics.jsonl", "events.jsonl", "timeline.jsonl"
 LINE_BYTES = 1 << 20  # No line is longer.
 
 Numbers = dict[str, int | float]  # By name.
@@ -37,7 +37,7 @@ class RunLog:
     self._folder = Path(tempfile.mkdtemp(prefix="run_log_") if self._remote else workdir)
     self._board = None
     if jax.process_index() == 0:
-      for name in (METRICS, EVENTS):
+      for name in (METRICS, EVENTS, TIMELINE):
         if self._remote and (workdir / name).exists():
           (self._folder / name).write_bytes((workdir / name).read_bytes())
         drop_torn_line(self._folder / name)
@@ -59,6 +59,11 @@ class RunLog:
     """Adds an object to events.jsonl. May be called from any thread."""
     if self._board:
       append_line(self._folder / EVENTS, {"event": name, **fields})
+
+  def line(self, file: str, record: dict[str, Any]) -> None:
+    """Adds an object to a file of the workdir, one of JSON lines."""
+    if self._board:
+      append_line(self._folder / file, record)
 
   def upload(self) -> None:
     """Copies the files to the workdir if that is in a bucket."""

@@ -28,6 +28,7 @@ FREE_KEYS = (
   "log_every",
   "checkpoint",
   "guard",
+  "watchdog",
   "preview",
   "mesh",
   "sharding",

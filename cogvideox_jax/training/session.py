@@ -2,19 +2,27 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from etils import epath
 from jax.sharding import Mesh
 
-from cogvideox_jax import hosts
-from cogvideox_jax.config.safety_schema import NO_GUARD, GuardConfig
+from cogvideox_jax import hosts, peers
+from cogvideox_jax.config.safety_schema import (
+  NO_GUARD,
+  NO_WATCHDOG,
+  GuardConfig,
+  WatchdogConfig,
+)
 from cogvideox_jax.data.files import disk_errors
 from cogvideox_jax.interrupts import Interrupts
 from cogvideox_jax.training.avoided import Avoided
 from cogvideox_jax.training.bad_steps import BadSteps, GoBackError
 from cogvideox_jax.training.checkpoint import Checkpoints
+from cogvideox_jax.training.goodput import Timeline
 from cogvideox_jax.training.metrics import RunLog
+from cogvideox_jax.training.phases import SAVE, Phases
 from cogvideox_jax.training.state import NOTHING, TrainState, with_frozen
 from cogvideox_jax.training.stopping import Stopping
 from cogvideox_jax.types import Params
@@ -29,6 +37,8 @@ class Session(NamedTuple):
   stopping: Stopping
   waits: bool  # Whether each step is waited for: on CPU, programs of many devices can deadlock.
   bad_steps: BadSteps  # Judges the steps that the guard skips.
+  phases: Phases  # Is told what the training does.
+  timeline: Timeline  # Writes how long it did what.
 
   def begin(
     self,
@@ -54,6 +64,7 @@ class Session(NamedTuple):
     step = int(state.step)
     self.bad_steps.avoided.resume(step)
     self.log.event("resumed", step=step)
+    self.timeline.begin(step)
     say(f"resumed at step {step} of {steps}" if restored else f"new run, {steps} steps")
     return state
 
@@ -82,8 +93,11 @@ class Session(NamedTuple):
       step: the last step taken.
       steps: steps of the whole training.
     """
+    self.phases.enter(SAVE, step)
     self.checkpoints.wait()
     hosts.wait("trained")  # The first process may still be writing.
+    self.timeline.note(step, now=True)
+    say(self.timeline.summary())
     if self.stopping.exit_code is None or step == steps:
       say(f"Trained for {step} steps: {self.folder / str(step)}")
       return 0
@@ -99,6 +113,7 @@ def opened(
   mesh: Mesh,
   check_lock: Callable[[], None] = lambda: None,
   guard: GuardConfig = NO_GUARD,
+  watchdog: WatchdogConfig = NO_WATCHDOG,
 ) -> Iterator[Session]:
   """Opens the log and the checkpoints of a workdir. Ctrl-C and SIGTERM then ask to stop.
 
@@ -107,6 +122,7 @@ def opened(
     mesh: the mesh of the stage that the training goes on with.
     check_lock: raises if another run writes to the workdir. It is called before each save.
     guard: what becomes of bad steps.
+    watchdog: when the training counts as hung.
 
   Raises:
     UserError: the workdir cannot be written to; or, when it is left, the last save has failed.
@@ -122,12 +138,19 @@ def opened(
   with (
     _explained(check_lock),
     closing(log),
+    Phases(
+      watchdog.seconds,
+      on_hang=partial(log.event, "hung"),
+      others=peers.others,
+      tell=peers.tell,
+    ) as phases,
     Interrupts() as interrupts,
     Checkpoints(folder, keep=keep, on_saved=on_saved, before=check_lock) as checkpoints,
   ):
     waits = mesh.devices.flat[0].platform == "cpu"
     bad_steps = BadSteps(log, Avoided(workdir), guard.in_a_row, say)
-    yield Session(folder, checkpoints, log, Stopping(interrupts, mesh), waits, bad_steps)
+    stopping, timeline = Stopping(interrupts, mesh), Timeline(log, phases)
+    yield Session(folder, checkpoints, log, stopping, waits, bad_steps, phases, timeline)
 
 
 @contextmanager

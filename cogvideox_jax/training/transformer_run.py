@@ -32,6 +32,7 @@ from cogvideox_jax.training import (
   encoders,
   global_batch,
   meshes,
+  phases,
   resume,
   source_facts,
   stage_data,
@@ -89,6 +90,7 @@ def _train(config: TrainConfig, workdir: epath.Path, check_lock: Callable[[], No
     mesh=run.mesh,
     check_lock=check_lock,
     guard=config.guard,
+    watchdog=config.watchdog,
   ) as session:
     session.lengthen(steps_before, config.train.steps)
     return session.end(run.go(session), steps=config.train.steps)
@@ -252,7 +254,9 @@ class StageRun:
     loader = stage_data.make_loader(config, stage.name, self._datasets, history, self._mine, plan)
     with closing(loader.iterate(done)) as rows:
       batches = drive.read_ahead(rows, self._assemble)
+      session.phases.enter(phases.DATA, int(state.step) + 1)
       first = next(batches)
+      session.phases.enter(phases.COMPILE, int(state.step) + 1)
       programs = self._programs = self._programs or self._compile(state, first)
       return drive.take_steps(
         state,

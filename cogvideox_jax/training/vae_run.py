@@ -91,6 +91,7 @@ def _train(config: VAETrainConfig, workdir: epath.Path, check_lock: Callable[[],
       mesh=run.mesh,
       check_lock=check_lock,
       guard=config.guard,
+      watchdog=config.watchdog,
     ) as session:
       session.lengthen(steps_before, config.train.steps)
       state = run.go(session)
