@@ -66,8 +66,11 @@ def test_keys_that_an_earlier_version_did_not_have_keep_what_it_did(tmp_path, na
     group = name.split(".")[0]
     assert f"config.{name}={value!r}" in line or f"config.{group}" in line
   assert len(line.splitlines()) == bool(values)
+  # Each later start goes on in the same way.
   resume.store(folder, goes_on, {})
-  assert resume.with_former_keys(folder, config) == (goes_on if not values else config, "")
+  assert resume.with_former_keys(folder, config) == (goes_on, line)
+  resume.check_config(folder, goes_on)
+  assert resume.read_config(folder) == begun
 
 
 def test_the_vae_goes_on_too(tmp_path):

@@ -58,6 +58,18 @@ def with_values(fields: dict[str, Any], newer: Iterable[Newer]) -> dict[str, Any
   return changed
 
 
+def without(fields: dict[str, Any], newer: Iterable[Newer]) -> dict[str, Any]:
+  """Returns the nested dictionaries of a config that lacks these keys."""
+  left_out = dict[str, list[Newer]]()
+  for (first, *rest), value in newer:
+    left_out.setdefault(first, []).extend([Newer(tuple(rest), value)] if rest else [])
+  return {
+    name: without(value, left_out[name]) if left_out.get(name) else value
+    for name, value in fields.items()
+    if name not in left_out or left_out[name]
+  }
+
+
 def describe(where: Any, newer: Iterable[Newer]) -> str:
   """Returns a line that says which keys a stored config lacks, and what holds for them.
 

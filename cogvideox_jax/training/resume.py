@@ -10,7 +10,7 @@ from etils import epath
 
 from cogvideox_jax import hosts
 from cogvideox_jax.config.locations import absolute_text, path_keys
-from cogvideox_jax.config.older import Newer, describe, newer_keys, with_values
+from cogvideox_jax.config.older import Newer, describe, newer_keys, with_values, without
 from cogvideox_jax.config.read import read, to_dict, to_json
 from cogvideox_jax.config.schema import TrainConfig
 from cogvideox_jax.config.stored import DIGESTS_KEY, VERSION_KEY
@@ -186,9 +186,15 @@ def check_data(workdir: epath.Path, digests: dict[str, str]) -> None:
 def store(
   workdir: epath.Path, config: TrainConfig | VAETrainConfig, digests: dict[str, str]
 ) -> None:
-  """Writes config.json: the config, digests of all datasets that it was trained on, the version."""
+  """Writes config.json: the config, digests of all datasets that it was trained on, the version.
+
+  The keys that an older workdir lacks stay out of it, so that each later start knows them as such.
+  """
+  values = json.loads(to_json(config))
+  if (workdir / CONFIG_FILE).exists():
+    values = without(values, _newer_keys(workdir, type(config)))
   digests = _digests(workdir) | digests
-  fields = {**json.loads(to_json(config)), DIGESTS_KEY: digests, VERSION_KEY: __version__}
+  fields = {**values, DIGESTS_KEY: digests, VERSION_KEY: __version__}
   write_atomically(workdir / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
 
 
