@@ -105,8 +105,17 @@ job() {
   code=$?
   [[ $stopped == no ]] || return
   say "the job ended with exit code $code"
+  # Whoever sees the exit code deletes the machine.
+  logged "the job ended with exit code $code"
+  keep_log
   [[ $code != 0 || -z $(ended_elsewhere) ]] || return
   until printf '%s\n' "$code" | gcloud storage cp --quiet - "$PLACE/exit_code"; do sleep "$POLL"; done
+}
+
+# Waits until the log, which another process writes, has a line that was just printed.
+logged() {
+  local left=10
+  until tail -n 3 "$LOG" | grep -qF "$1" || ((left-- == 0)); do sleep 1; done
 }
 
 keep_log() {
