@@ -50,16 +50,22 @@ def _watch(numbers: int) -> None:
       timer.start()
 
 
-_asked: list[int] = []  # The exit codes of the signals that came while there was something to save.
+_records: list[list[int]] = []  # Those that `recorded` has given out.
 
 
-def asked_to_leave() -> int | None:
-  """Returns the exit code of the first signal that an `Interrupts` of this process has recorded.
+@contextlib.contextmanager
+def recorded() -> Iterator[list[int]]:
+  """Gives a list to which each `Interrupts` adds the exit code of a signal that it records.
 
-  A training that takes its last step all the same ends with 0. A command that goes on with another
-  one asks here whether it may.
+  A training whose last step is due when the signal comes ends with 0. A command that would go on
+  with another training looks here whether it may.
   """
-  return _asked[0] if _asked else None
+  codes: list[int] = []
+  _records.append(codes)
+  try:
+    yield codes
+  finally:
+    _records[:] = [others for others in _records if others is not codes]
 
 
 class Interrupts:
@@ -98,13 +104,13 @@ class Interrupts:
   def _receive(self, number: int, frame: FrameType | None) -> None:
     if number in STOPS:
       self.exit_code = PREEMPTED
-      _asked.append(PREEMPTED)
     elif self.exit_code is None:
       self.exit_code = INTERRUPTED
-      _asked.append(INTERRUPTED)
       _say(f"\n{self._promise} Press Ctrl-C again to leave at once.\n")
     else:
       raise KeyboardInterrupt
+    for codes in _records:
+      codes.append(self.exit_code)
 
 
 def _say(text: str) -> None:

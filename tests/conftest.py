@@ -25,6 +25,9 @@ given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
   [given, *(f"--{name}={value}" for name, value in FLAGS.items() if name not in given)]
 ).strip()
+# As `sharding.split_cpu` does. With a thread for each core, a device that waits for another one may
+# hold the thread that the other one needs: tests stood still until XLA aborted the process.
+os.environ.setdefault("NPROC", "32")
 # A worker for each core leaves none for more threads, which would wait for one another by spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -126,7 +126,6 @@ def test_a_signal_in_the_last_step_of_a_run_ends_the_ablation(
       signal.raise_signal(signal.SIGTERM)
       return train(*args)
 
-  monkeypatch.setattr(interrupts, "_asked", [])
   monkeypatch.setattr(vae_run, "train", signalled)
   assert vae_ablation.train(config, epath.Path(tmp_path) / "runs") == 83
   assert len(trained) == 1

@@ -22,7 +22,7 @@ from cogvideox_jax.evaluation.clip_scores import Judges
 from cogvideox_jax.evaluation.reconstruction import open_vae
 from cogvideox_jax.evaluation.seed_statistics import Claim, Verdict, judge, summarize
 from cogvideox_jax.evaluation.vae_table import Row, Setting
-from cogvideox_jax.interrupts import asked_to_leave
+from cogvideox_jax.interrupts import recorded
 from cogvideox_jax.training import checkpoint, resume, vae_clips, vae_run, vae_stages
 from cogvideox_jax.training.session import say
 
@@ -95,15 +95,16 @@ def train(config: VAEAblationConfig, workdir: epath.Path) -> int:
   if jax.config.values["jax_compilation_cache_dir"] is None:
     jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
   everything = list(runs(config))
-  for number, run in enumerate(everything, 1):
-    settings = config.run(run.variant, run.seed, source(config, run.clips, workdir))
-    folder = run.workdir(workdir)
-    if _is_finished(settings, folder):
-      continue
-    say(f"run {number} of {len(everything)}: {run.variant} on {run.clips}, seed {run.seed}")
-    if exit_code := vae_run.train(settings, folder) or asked_to_leave():
-      return exit_code
-    jax.clear_caches()  # The programs of a run would stay in memory until the process ends.
+  with recorded() as signals:
+    for number, run in enumerate(everything, 1):
+      settings = config.run(run.variant, run.seed, source(config, run.clips, workdir))
+      folder = run.workdir(workdir)
+      if _is_finished(settings, folder):
+        continue
+      say(f"run {number} of {len(everything)}: {run.variant} on {run.clips}, seed {run.seed}")
+      if exit_code := vae_run.train(settings, folder) or next(iter(signals), 0):
+        return exit_code
+      jax.clear_caches()  # The programs of a run would stay in memory until the process ends.
   return 0
 
 
