@@ -185,7 +185,8 @@ def test_a_missing_flag_is_named(monkeypatch, capfd, missing):
 
 @pytest.mark.slow
 def test_an_ablation_is_trained_and_scored(evaluate, tmp_path):
-  done = evaluate()
+  sizes = {"data.clips": 32, "train.frames": 8 * 9, "train.batch_multiple": 8}  # On eight devices.
+  done = evaluate(*(f"--ablation.training.{key}={value}" for key, value in sizes.items()))
   assert done.code == 0, done.errors
   rows = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
   assert [row["train_steps"] for row in rows] == [2, 2]
