@@ -24,7 +24,7 @@ SKIPPED = "skipped_steps"  # A metric: how many steps of the run were skipped.
 class GuardState(NamedTuple):
   """What the guard remembers. It is saved, so that a resumed run decides as one never stopped."""
 
-  recent: Float32[Array, "watched recent"]  # Of good steps, the newest last; inf: none yet.
+  recent: Float32[Array, "watched recent"]  # Good steps' values, the newest last; inf: none yet.
   skipped: Int32[Array, ""]  # Steps skipped in the whole run,
   in_a_row: Int32[Array, ""]  # and since the last good one.
 
