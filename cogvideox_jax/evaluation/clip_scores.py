@@ -83,7 +83,7 @@ class ClipTally:
     self._errors: list[float] = []
     self._ssims: list[float] = []
     self._distances: list[float] = []
-    self._changes: tuple[list[float], list[float]] = ([], [])  # The restored clip's, and the source's.
+    self._changes: tuple[list[float], list[float]] = ([], [])  # The restored, and the source's.
     self._before: tuple[Frames, Frames] | None = None  # The last frame of both.
 
   def add(self, source: Frames, restored: Frames) -> None:
